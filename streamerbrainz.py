@@ -1,0 +1,1742 @@
+#!/usr/bin/env python3
+"""StreamerBrainz tells what your Plex player is doing.
+
+It receives the webhooks of Plex Media Server, asks the server's sessions about one
+chosen player (mostly Plexamp), and logs each change of that player:
+
+    state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
+
+A webhook says that something happened; /status/sessions says what is so now.  Each of
+them lies at times: webhooks get lost, doubled and overtaken; sessions lag behind, and
+keep a crashed player for minutes.  So they are witnesses, and one pure function,
+advance(), is the judge.  Its promise: each true change is reported once, in order and
+soon, nothing is reported that was not true, and every playing ends in one stopped.
+
+    Plex Media Server                          (another program: curl, cron, systemd)
+      |  POST /webhooks/plex           GET /healthz  |
+      v                                              v
+    Listener ---- bytes -> Webhook -----> inbox <--- signal handler
+      ^  a thread for each connection       |
+      |                                     v
+      +---- Status <------------------- Watcher ---- "look" ---> PlexServer
+                                          |  ^                  GET /status/sessions
+              advance(player, ..., at) ---+  +------ bytes -> (Session, ...)
+                                          |
+                                          +--> Change -> log line, systemd's STATUS=
+
+thread              owns                               never
+main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S
+listener            the listening socket               reads from a connection
+request (0 to 64)   one connection and its bytes       queries Plex, decides
+signal handler      nothing: it puts into the inbox    (runs in main)
+One thing crosses threads: values that never change, through the inbox (a SimpleQueue,
+whose put() is safe in a signal handler, too) or by replacing one reference.
+
+Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
+  server   Plex Media Server, always        player   the machine that plays
+  session  an item that a player has now    item     a track, episode, movie, clip, photo
+  look     one query of /status/sessions    listener our own HTTP side
+Units: Plex's times are integer milliseconds; our own end in _s; `at` is monotonic seconds.
+Exit status: 0 well; 1 the daemon could not go on; 2 wrong use or wrong configuration.
+
+The upper half of this file computes and touches nothing; the lower half touches the
+world and decides nothing.  `grep '^# ===' streamerbrainz.py` is the table of contents.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import email.message
+import email.parser
+import errno
+import functools
+import getpass
+import http.client
+import http.server
+import io
+import json
+import logging
+import math
+import os
+import queue
+import re
+import shlex
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+from xml.etree import ElementTree
+
+VERSION = "0.1.0"
+
+# === Limits: what is bounded, by how much, and why ===
+
+MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
+MAX_PAYLOAD = 2**20           # bytes of its JSON; 10 kB is usual, and JSON grows 25-fold as objects
+MAX_PARTS = 16                # of a multipart body; Plex sends 2
+MAX_SESSIONS = 2 * 2**20      # bytes of /status/sessions; a session takes 3 to 30 kB
+MAX_TEXT = 1000               # characters kept of a title or a name
+MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
+MAX_INBOX = 5000              # webhooks that may wait; a minute of the worst library scan seen
+MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of stack, mostly untouched
+MAX_LARGE_BODIES = 8          # bodies over LARGE_BODY in memory at once
+LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger
+MAX_PLAYERS = 50              # remembered when webhooks alone tell of every player
+
+REQUEST_S = 10.0              # to read one whole request; Plex sends a webhook in milliseconds
+KEEP_ALIVE_S = 5.0            # that an idle connection may hold its thread; as Apache and Node do
+PLEX_S = 5.0                  # for one whole answer of the server, on a LAN; also the longest way out
+RETRY_MAX_S = 30.0            # longest wait between looks while the server cannot be reached
+RETRY_HEARD_S = 1.0           # ... and when a webhook shows that it lives
+FOREIGN_S = 1.0               # from another player's webhook to a look (its uuid is but a hint)
+# Sessions lag behind the webhook by a second or two.  Looks after a webhook that they do
+# not bear out: a user who waits 0.25 s longer sees no difference, a server no load.
+RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
+BUFFERING_S = 2.0             # to the next look while a player buffers
+FROZEN_S = 40.0               # a playing view_offset that stands still for three renewals of 10 to 15 s
+WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the flags say, checked; made by parse_config()."""
+    command: str = "run"           # run, players, demo
+    server_address: str = ""       # players HOST:PORT; "": plex_server_url
+    webhooks_host: str = ""        # address to listen on; "": all, IPv4 and IPv6
+    webhooks_port: int = 3001      # 0: a free one (demo and tests)
+    plex_server_url: str = ""      # no slash at its end; "": webhooks alone
+    plex_token_file: str = ""      # path
+    plex_ca_file: str = ""         # path of a CA bundle; "": the system's
+    plex_machine_id: str = ""      # Plex's machineIdentifier of the player
+    poll_interval_s: float = 30.0  # between slow looks; 0: none
+    log_level: str = "info"        # error, warn, info, debug
+    log_format: str = "text"       # text, json
+    json: bool = False             # players: print JSON
+    speed: float = 1.0             # demo: times faster
+
+
+# === Errors: by whose fault ===
+
+class ConfigError(Exception):
+    """The operator's fault: one sentence that names the flag and the remedy."""
+
+
+class WebhookError(Exception):
+    """The sender's fault: the HTTP status (4xx; 503 when too much waits) and a sentence for the body."""
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+class PlexError(Exception):
+    """The server's or the network's fault, as a sentence.
+
+    fault: "unreachable" (nothing answers), "starting" (503), "refused" (401: the token),
+    "forbidden" (403: another user's token) or "nonsense" (an answer that is not Plex's).
+    """
+
+    def __init__(self, fault: str, sentence: str):
+        super().__init__(sentence)
+        self.fault = fault
+
+
+# === Items: Plex's attributes -> Item (parse_item) ===
+# JSON metadata and XML attributes have the same names; in XML each value is a string, in
+# JSON a number may be one.  Whatever else comes counts as missing: nothing here raises.
+
+def text(value: object) -> str:
+    """A foreign value as bounded text; "" for what is no text."""
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
+
+
+def number(value: object) -> int | None:
+    """A foreign value as an int from 0 to 2**53; None for what is no such number."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53:
+        return int(value)
+    return None
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A foreign value as a mapping; empty for what is none."""
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is played, as webhooks and sessions both describe it."""
+    type: str = ""                # track, episode, movie, clip, photo, ...
+    rating_key: str = ""          # the server's id; hex for video on demand, "" for live TV
+    guid: str = ""                # plex://track/..., com.plexapp.agents..., local://...
+    title: str = ""
+    parent_title: str = ""        # the album or season
+    grandparent_title: str = ""   # the album's artist ("Various Artists") or the show
+    original_title: str = ""      # the track's own artist, where it differs
+    parent_index: int | None = None   # season; None: not said
+    index: int | None = None      # episode or track; None: not said
+    duration: int | None = None   # ms; None: not said
+
+    @property
+    def identity(self) -> str:
+        """What tells this item from another on the same server."""
+        return self.rating_key or self.guid or self.title
+
+    @property
+    def artist(self) -> str:
+        """The artist of a track."""
+        return self.original_title or self.grandparent_title
+
+
+def parse_item(attributes: Mapping[str, Any]) -> Item:
+    """The Item of Plex's attributes (JSON Metadata, or an XML element's)."""
+    return Item(type=text(attributes.get("type")), rating_key=text(attributes.get("ratingKey")),
+                guid=text(attributes.get("guid")), title=text(attributes.get("title")),
+                parent_title=text(attributes.get("parentTitle")),
+                grandparent_title=text(attributes.get("grandparentTitle")),
+                original_title=text(attributes.get("originalTitle")),
+                parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
+                duration=number(attributes.get("duration")))
+
+
+# === Webhook: bytes -> Webhook (parse_webhook) ===
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """One webhook of Plex Media Server."""
+    event: str                    # media.play, library.new, ...; unknown ones will come
+    player_uuid: str = ""         # very probably the player's machineIdentifier; "": of no player
+    player_title: str = ""
+    item: Item | None = None      # None: not said
+    view_offset: int | None = None  # ms; None: not said (mostly)
+    thumb: bytes = b""            # JPEG; b"": none
+
+
+def parse_webhook(content_type: str, body: bytes) -> Webhook:
+    """The Webhook in a request's body: multipart/form-data as Plex sends it, or plain JSON.
+
+    Raises WebhookError 400 (not a webhook), 413 (payload too large) or 415 (another type).
+    """
+    header = email.message.Message()
+    header["Content-Type"] = content_type
+    media_type = header.get_content_type()
+    if media_type == "application/json":
+        return parse_payload(body)
+    if media_type != "multipart/form-data":
+        raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
+    parts = parse_multipart(header, body)
+    if "payload" not in parts:
+        raise WebhookError(400, "The part named payload is missing, which holds a webhook's JSON.")
+    return parse_payload(parts["payload"], parts.get("thumb", b""))
+
+
+def parse_multipart(header: email.message.Message, body: bytes) -> dict[str, bytes]:
+    """The parts of a multipart body that are named payload and thumb, the first of each name.
+
+    email.parser reads each part's header.  The body is cut at its delimiters here: as a
+    whole it costs the parser 1.8 ms and 6 times its size for a picture of 100 kB.
+    """
+    boundary = header.get_boundary("")
+    if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
+        raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
+    parts: dict[str, bytes] = {}
+    starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
+    for (_, start), (stop, _) in zip(starts, starts[1:]):
+        blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + 65536))
+        if blank is None:
+            raise WebhookError(400, "A part of the body has no end of its header.")
+        part = email.parser.BytesHeaderParser().parsebytes(body[start:blank.start()])
+        name = part.get_param("name", header="Content-Disposition")
+        if name in ("payload", "thumb"):
+            parts.setdefault(str(name), body[blank.end():stop])
+    return parts
+
+
+def delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int]]:
+    """Where each line `delimiter` of a body begins (its line break included) and what follows begins.
+
+    Raises WebhookError unless the closing delimiter comes, too.
+    """
+    end = 0
+    for _ in range(MAX_PARTS + 1):
+        start = body.find(delimiter, end)
+        if start < 0:
+            raise WebhookError(400, "The body is cut short: its closing boundary is missing.")
+        end = start + len(delimiter)
+        if start and body[start - 1] != 0x0A:                               # only within a line: no delimiter
+            continue
+        yield start - (2 if body[start - 2:start] == b"\r\n" else 1), body.find(b"\n", end) + 1
+        if body.startswith(b"--", end):
+            return
+    raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
+
+
+def parse_payload(payload: bytes, thumb: bytes = b"") -> Webhook:
+    """The Webhook of its JSON, which is UTF-8 whatever its part says, and its picture."""
+    if len(payload) > MAX_PAYLOAD:
+        raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
+    try:
+        fields = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise WebhookError(400, "The payload is not JSON.") from error
+    event = mapping(fields).get("event")
+    if not isinstance(event, str) or not event:
+        raise WebhookError(400, "The payload is not a Plex webhook: it names no event.")
+    player, metadata = mapping(fields.get("Player")), mapping(fields.get("Metadata"))
+    return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
+                   item=parse_item(metadata) if metadata else None,
+                   view_offset=number(metadata.get("viewOffset")), thumb=thumb)
+
+
+# === Sessions: XML -> (Session, ...) (parse_sessions) ===
+
+PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One item that a player has now, from /status/sessions."""
+    session_key: str              # the server's number; it lasts over track changes
+    machine_identifier: str       # of the player
+    state: str                    # PLAYING, PAUSED or BUFFERING; an unknown word counts as BUFFERING
+    item: Item
+    view_offset: int | None       # ms, renewed every 10 to 15 s; None: not said (at the start, live TV)
+    player_title: str
+    product: str                  # Plexamp, Plex Web, Plex for Sonos, ...
+    platform: str                 # Linux, iOS, ...
+    user: str                     # the user's name; "": not said (a local player)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells this play from another of the same player."""
+        return self.session_key, self.item.identity
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE before its entities can grow: Plex never sends one."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
+        raise PlexError("nonsense", "The server's answer has a DOCTYPE, which Plex never sends.")
+
+
+# Forbidden in XML 1.0, and yet in Plex's titles: as characters and as references.
+_CONTROLS = dict.fromkeys((*range(0x00, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
+_REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
+
+
+def parse_sessions(xml: bytes) -> tuple[Session, ...]:
+    """The sessions in an answer of /status/sessions; raises PlexError where it is no such answer."""
+    parser = ElementTree.XMLParser(target=_NoDoctype())
+    try:
+        parser.feed(_REFERENCES.sub("", xml.decode("utf-8", "replace").translate(_CONTROLS)))
+        root = parser.close()
+    except ElementTree.ParseError as error:
+        raise PlexError("nonsense", "The server's answer is not XML, or is cut short. "
+                        "Does -plex-server-url point to Plex Media Server?") from error
+    if root.tag != "MediaContainer":
+        raise PlexError("nonsense", "The server's answer is XML, but no list of sessions. "
+                        "Does -plex-server-url point to Plex Media Server?")
+    return tuple(session for element in root if (session := parse_session(element)))
+
+
+def parse_session(element: ElementTree.Element) -> Session | None:
+    """The Session of a Track, Video, Photo or other element; None where it has no player."""
+    player, user = element.find("Player"), element.find("User")
+    if player is None or not player.get("machineIdentifier"):
+        return None
+    state = player.get("state")
+    return Session(session_key=text(element.get("sessionKey")), machine_identifier=text(player.get("machineIdentifier")),
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING, item=parse_item(element.attrib),
+                   view_offset=number(element.get("viewOffset")), player_title=text(player.get("title")),
+                   product=text(player.get("product")), platform=text(player.get("platform")),
+                   user=text(user.get("title")) if user is not None else "")
+
+
+def find_session(sessions: Sequence[Session]) -> Session | None:
+    """Which of one player's sessions is what it does: the playing one, not the photo, the newest."""
+    def rank(session: Session) -> tuple[bool, bool, int]:
+        return session.state != PAUSED, session.item.type != "photo", number(session.session_key) or 0
+    return max(sessions, key=rank, default=None)
+
+
+# === Player: Observation -> PlayerState, changes (advance) ===
+# All that decides what is reported lives here.  Webhooks are reasons to look, and claims
+# that a look should bear out; the sessions decide.  Where there is no server to ask, the
+# webhooks decide.  Looking costs nothing else: a look that shows what is known changes nothing.
+
+# (what is believed of the item that a witness names, what the witness says) -> what it becomes.
+# An item that is new to us is believed STOPPED.  BUFFERING (a start, a seek, a word that we
+# do not know) starts what was stopped, and leaves alone what plays or is paused.
+TRANSITIONS = {
+    (STOPPED, STOPPED): STOPPED, (STOPPED, PLAYING): PLAYING, (STOPPED, PAUSED): PAUSED, (STOPPED, BUFFERING): PLAYING,
+    (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
+    (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): PAUSED,
+}
+
+# What an event claims of its player's state; all others claim nothing.
+CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
+          "media.pause": PAUSED, "media.stop": STOPPED}
+
+# Products whose view_offset stands still while they play: a capture of Plex for Sonos shows it.
+FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What /status/sessions showed, of all players."""
+    sessions: tuple[Session, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A look that failed."""
+    fault: str                    # as in PlexError
+    sentence: str                 # as in PlexError
+
+
+Observation = Webhook | Look | Outage
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """The server answers again."""
+    after_s: float                # since the first look that failed
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the player, as it is reported."""
+    state: str                    # PLAYING, PAUSED or STOPPED
+    item: Item                    # what it plays; what played last when STOPPED
+    position_ms: int              # as Plex last said it, run on to now when STOPPED; 0: not said
+    player_title: str
+    machine_identifier: str
+    reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a webhook says, until the sessions bear it out or time is up."""
+    state: str                    # PLAYING, PAUSED or STOPPED
+    identity: str                 # Item.identity; "": not said
+
+    def met_by(self, state: str, item: Item | None) -> bool:
+        """Whether this is so, or was so and is over (an item that stopped, and another plays)."""
+        same = item is None or self.identity in ("", item.identity)
+        return state == STOPPED or not same if self.state == STOPPED else state == self.state and same
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What is remembered of a session from look to look."""
+    key: tuple[str, str]          # Session.key
+    state: str                    # Session.state
+    view_offset: int | None       # ms
+    since: float                  # when this state with this view_offset was first seen
+    followed: bool                # it has been what the player does
+    stale: bool                   # it lay there, paused and never followed, beside one that was followed
+
+    def ghost(self, session: Session, at: float) -> bool:
+        """Whether the session is left over from a player that crashed or went on elsewhere."""
+        return self.stale and session.state == PAUSED or self.frozen(session, at)
+
+    def frozen(self, session: Session, at: float) -> bool:
+        """Whether it claims to play, and has stood still for too long."""
+        return self.can_freeze(session) and at - self.since >= FROZEN_S
+
+    def can_freeze(self, session: Session) -> bool:
+        """Whether its view_offset should move."""
+        return session.state == PLAYING and session.view_offset is not None and session.product not in FREEZING_PRODUCTS
+
+
+@dataclass(frozen=True, slots=True)
+class PlayerState:
+    """What is known of one player."""
+    machine_identifier: str
+    has_server: bool              # its sessions can be asked
+    poll_interval_s: float = 0.0  # between slow looks; 0: none
+    state: str = STOPPED          # as reported last
+    item: Item | None = None      # what plays, or played last; None: nothing yet
+    previous: str = ""            # Item.identity of what played before it
+    player_title: str = ""
+    view_offset: int = 0          # ms; 0: not said
+    moved_at: float = 0.0         # when view_offset was first seen
+    claim: Claim | None = None    # what a webhook says, and the sessions do not yet
+    looks: int = 0                # in vain so far: for the claim, or in the outage
+    look_at: float | None = None  # when to look next; None: not before something is heard
+    traces: tuple[Trace, ...] = ()
+    outage: Outage | None = None  # None: the last look went well
+    outage_at: float = 0.0        # when it began
+
+
+Report = Change | Outage | Recovery
+
+
+def advance(player: PlayerState, observation: Observation, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
+    """The player after an observation, and what is to be reported, in order.
+
+    The state's look_at says when to look (again); observations come in the order of `at`.
+    """
+    match observation:
+        case Webhook() if player.has_server:
+            return after_webhook(player, observation, at), ()
+        case Webhook():
+            return after_testimony(player, observation, at)
+        case Look():
+            return after_look(player, observation, at)
+        case Outage():
+            return after_outage(player, observation, at)
+
+
+def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> PlayerState:
+    """A webhook of a player is a reason to look: at once if of ours, soon if of another."""
+    if not webhook.player_uuid:
+        return player
+    ours = webhook.player_uuid == player.machine_identifier
+    if ours and webhook.event in CLAIMS:
+        claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "")
+        player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+    wait = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
+    return replace(player, look_at=earliest(player.look_at, at + wait))
+
+
+def after_testimony(player: PlayerState, webhook: Webhook, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
+    """Where webhooks are the only witness: what they say is so, but for those that come too late."""
+    claimed, item = CLAIMS.get(webhook.event), webhook.item or player.item
+    if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
+        return player, ()
+    same = player.item is not None and player.item.identity == item.identity
+    overtaken = not same and (claimed == STOPPED or webhook.event != "media.play" and item.identity == player.previous)
+    if overtaken:
+        return player, ()
+    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title)
+
+
+def after_look(player: PlayerState, look: Look, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
+    """The sessions decide, but for ghosts among them; a claim that they do not bear out asks for another look."""
+    reports: tuple[Report, ...] = ()
+    if player.outage:
+        reports = (Recovery(at - player.outage_at),)
+        player = replace(player, outage=None, looks=0)
+    sessions = [s for s in look.sessions if s.machine_identifier == player.machine_identifier]
+    known = {trace.key: trace for trace in player.traces}
+    traced = [(session, follow(known.get(session.key), session, at)) for session in sessions]
+    session = find_session([s for s, trace in traced if not trace.ghost(s, at)])
+    traces = tuple(settle(trace, s, session) for s, trace in traced)
+    if session:
+        moved_at = next(trace.since for s, trace in traced if s is session)
+        player, changes = become(player, session.state, session.item, session.view_offset, moved_at, at, session.player_title)
+    else:
+        reason = "frozen" if any(trace.frozen(s, at) for s, trace in traced) else ""
+        player, changes = become(player, STOPPED, player.item, None, at, at, player.player_title, reason)
+    player = replace(player, traces=traces)
+    return schedule(player, traced, at), reports + changes
+
+
+def follow(trace: Trace | None, session: Session, at: float) -> Trace:
+    """A session's trace with what this look shows of it."""
+    if trace is None:
+        return Trace(session.key, session.state, session.view_offset, at, followed=False, stale=False)
+    if (trace.state, trace.view_offset) != (session.state, session.view_offset):
+        return replace(trace, state=session.state, view_offset=session.view_offset, since=at)
+    return trace
+
+
+def settle(trace: Trace, session: Session, chosen: Session | None) -> Trace:
+    """A session's trace after the choice: the chosen one is followed, a paused one beside it is stale."""
+    if session is chosen:
+        return replace(trace, followed=True, stale=False)
+    return replace(trace, stale=trace.stale or chosen is not None and session.state == PAUSED and not trace.followed)
+
+
+def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
+           player_title: str, reason: str = "") -> tuple[PlayerState, tuple[Report, ...]]:
+    """The player after a witness is believed, and the change, if it is one; view_offset None: not said."""
+    if item is None:
+        return player, ()
+    same = player.item is not None and player.item.identity == item.identity
+    state = TRANSITIONS[player.state if same else STOPPED, witnessed]
+    if view_offset is None:
+        view_offset, moved_at = position_ms(player, at) if same else 0, at
+    changed = state != player.state or state != STOPPED and not same
+    player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+                     previous=player.previous if same or not player.item else player.item.identity,
+                     player_title=player_title or player.player_title)
+    if not changed:
+        return player, ()
+    return player, (Change(state, item, player.view_offset, player.player_title, player.machine_identifier, reason),)
+
+
+def schedule(player: PlayerState, traced: Sequence[tuple[Session, Trace]], at: float) -> PlayerState:
+    """When to look again after a look that went well."""
+    claim = player.claim
+    if claim and not claim.met_by(player.state, player.item) and player.looks < len(RELOOK_S):
+        return replace(player, look_at=at + RELOOK_S[player.looks], looks=player.looks + 1)
+    look_at = None
+    if player.poll_interval_s:
+        look_at = at + player.poll_interval_s
+        for session, trace in traced:
+            if trace.since < at < trace.since + FROZEN_S and trace.can_freeze(session):
+                look_at = min(look_at, trace.since + FROZEN_S)
+    if any(session.state == BUFFERING for session, _ in traced):
+        look_at = earliest(look_at, at + BUFFERING_S)
+    return replace(player, claim=None, looks=0, look_at=look_at)
+
+
+def after_outage(player: PlayerState, outage: Outage, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
+    """A look that failed changes nothing that is believed; look again, less and less often."""
+    looks = player.looks + 1 if player.outage else 1
+    wait = min(RETRY_MAX_S, 0.125 * 2 ** min(looks, 10))
+    news = () if player.outage and player.outage.fault == outage.fault else (outage,)
+    return replace(player, outage=outage, outage_at=player.outage_at if player.outage else at, looks=looks, look_at=at + wait), news
+
+
+def position_ms(player: PlayerState, at: float) -> int:
+    """Where the player is in its item now, as far as that is known; ms."""
+    ran_on = int((at - player.moved_at) * 1000) if player.state == PLAYING else 0
+    return clamp(player.view_offset + ran_on, player.item)
+
+
+def clamp(view_offset: int, item: Item | None) -> int:
+    """A position that is not beyond the item's end; ms."""
+    return min(view_offset, item.duration) if item and item.duration else view_offset
+
+
+def earliest(one: float | None, other: float) -> float:
+    """The earlier of two times, the first of which may be never."""
+    return other if one is None else min(one, other)
+
+
+# === Words: values -> log line, JSON, sentence ===
+
+def change_fields(change: Change, name_machine: bool) -> dict[str, object]:
+    """A Change as the log's keys and values, in the contract's order; name_machine adds the player's identifier."""
+    item, fields = change.item, {"state": change.state, "title": change.item.title}
+    if item.type == "episode":
+        fields |= {"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
+    else:
+        fields |= {"artist": item.artist, "album": item.parent_title} if item.type == "track" else {"artist": "", "album": ""}
+    fields |= {"position_ms": change.position_ms, "duration_ms": item.duration or 0, "player": change.player_title}
+    if name_machine:
+        fields["machine_id"] = change.machine_identifier
+    if change.reason:
+        fields["reason"] = change.reason
+    return fields
+
+
+def printable(line: str) -> str:
+    """A line in which no character forges a line, colours a terminal or turns the reading direction."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def quoted(value: object) -> str:
+    """A value of the text log: bare where nothing can be mistaken, else as a JSON string."""
+    bare = "" if value is None else str(value)
+    if re.fullmatch(r"""[^\s"'=\\]+""", bare) and bare.isprintable():
+        return bare
+    return printable(json.dumps(bare, ensure_ascii=False))
+
+
+def text_line(sentence: str, fields: Mapping[str, object]) -> str:
+    """A line of the text log: a sentence, if any, and logfmt."""
+    return " ".join([printable(sentence)] * bool(sentence) + [f"{key}={quoted(value)}" for key, value in fields.items()])
+
+
+def json_line(sentence: str, fields: Mapping[str, object]) -> str:
+    """A line of the JSON log: one object."""
+    return printable(json.dumps({**({"msg": sentence} if sentence else {}), **fields}, ensure_ascii=False))
+
+
+def playing_sentence(state: str, item: Item | None) -> str:
+    """What a player does, in words: 'playing "Karma Police" by Radiohead'."""
+    if item is None:
+        return STOPPED
+    by = item.artist if item.type == "track" else ""
+    of = f" of {quoted(item.grandparent_title)}" if item.type == "episode" else ""
+    return f"{state} {json.dumps(item.title, ensure_ascii=False)}{of}{f' by {by}' if by else ''}"
+
+
+def status_sentence(player: PlayerState | None, webhook_age_s: float | None) -> str:
+    """The daemon in one line, for `systemctl status`."""
+    doing = "no player yet"
+    if player and player.outage:
+        doing = player.outage.sentence.rstrip(".")
+    elif player:
+        where = f" on {player.player_title}" if player.player_title and player.item else ""
+        doing = playing_sentence(player.state, player.item) + where
+    heard = "no webhook yet" if webhook_age_s is None else f"last webhook {webhook_age_s:.0f} s ago"
+    return printable(f"{doing}; {heard}")
+
+
+def session_fields(session: Session, configured: bool) -> dict[str, object]:
+    """A Session as `players -json` prints it, with the log's and Plex's words."""
+    item = session.item
+    return {"machine_id": session.machine_identifier, "player": session.player_title, "product": session.product,
+            "platform": session.platform, "user": session.user, "state": session.state, "type": item.type, "title": item.title,
+            "grandparent_title": item.grandparent_title, "parent_title": item.parent_title, "configured": configured}
+
+
+def session_lines(session: Session, configured: bool) -> str:
+    """A Session as `players` prints it: three short lines, the last one a flag to copy."""
+    made = ", ".join(filter(None, (session.product, session.platform)))
+    return "\n".join(map(printable, (
+        f"{'* ' if configured else '  '}{session.player_title or 'a player without a name'}{f' ({made})' if made else ''}",
+        f"    {playing_sentence(session.state, session.item)}",
+        f"    -plex-machine-id {shlex.quote(session.machine_identifier)}{'   (the configured one)' if configured else ''}")))
+
+
+# =============== below this line the program touches the world, and decides nothing ===============
+
+log = logging.getLogger("streamerbrainz")
+
+
+class DeadlineReader(io.RawIOBase):
+    """A connection's bytes, until `deadline`, however many reads they take.
+
+    A time limit on each read is none: a peer that drips a byte at a time never meets it.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: float = math.inf):
+        self.connection, self.deadline = connection, deadline
+        self.raw = connection.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the time for the whole message is up")
+        self.connection.settimeout(left)
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+# === Plex: HTTP -> bytes (PlexServer) ===
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read whole within a deadline, or not at all."""
+
+    def __init__(self, connection: socket.socket, *args: Any, deadline: float, **kwargs: Any):
+        super().__init__(connection, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(DeadlineReader(connection, deadline))
+
+
+class _WholeAnswer(http.client.HTTPConnection):
+    """A connection whose timeout counts from its making to the last byte of its one answer."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        assert self.timeout is not None
+        self.response_class = functools.partial(_Answer, deadline=time.monotonic() + self.timeout)  # type: ignore[assignment]
+
+
+class _WholeAnswerTLS(_WholeAnswer, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _PlexHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's http and https with whole answers.  Alone in its opener: no proxy, no redirect, no file://."""
+
+    def __init__(self, context: ssl.SSLContext | None):
+        super().__init__()
+        self.context = context
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_WholeAnswer, request)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_WholeAnswerTLS, request, context=self.context)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class PlexServer:
+    """Plex Media Server at a URL.  The token travels in the X-Plex-Token header only, and to that URL only."""
+
+    def __init__(self, url: str, token: Callable[[], str], ca_file: str = ""):
+        """token: gives the token as it is now.  Raises ConfigError for a ca_file that is none."""
+        self.url, self.token = url, token
+        try:
+            context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
+        except OSError as error:                      # ssl.SSLError is one
+            raise ConfigError(f"-plex-ca-file: {ca_file} cannot be read as a CA bundle ({reason(error)}); give a PEM file.") from error
+        self.opener = urllib.request.OpenerDirector()
+        for handler in (_PlexHandler(context), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
+            self.opener.add_handler(handler)
+
+    def sessions(self) -> tuple[Session, ...]:
+        """What plays now, on all players; raises PlexError."""
+        return parse_sessions(self.get("/status/sessions", MAX_SESSIONS))
+
+    def get(self, path: str, limit: int) -> bytes:
+        """The body of a 200 answer, at most `limit` bytes of it, within PLEX_S; raises PlexError."""
+        request = urllib.request.Request(self.url + path, headers={
+            "X-Plex-Token": self.token(), "Accept": "application/xml", "User-Agent": f"StreamerBrainz/{VERSION}"})
+        try:
+            with self.opener.open(request, timeout=PLEX_S) as response:
+                body: bytes = response.read(limit + 1)
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise status_error(error.code, self.url) from None
+        except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+            raise network_error(error, self.url) from None
+        if len(body) > limit:
+            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes, which no list of sessions is.")
+        return body
+
+
+def status_error(status: int, url: str) -> PlexError:
+    """What an HTTP status other than 200 means."""
+    if status == 401:
+        return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner into the -plex-token-file.")
+    if status == 403:
+        return PlexError("forbidden", f"{url} does not show its sessions to this token (403): it must be the server owner's.")
+    if status == 503:
+        return PlexError("starting", f"{url} is still starting, or at maintenance (503).")
+    if 300 <= status < 400:
+        return PlexError("nonsense", f"{url} redirects elsewhere ({status}), where the token must not go: "
+                         "give the final address as -plex-server-url.")
+    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: is -plex-server-url that of Plex Media Server?")
+
+
+def network_error(error: Exception, url: str) -> PlexError:
+    """What went wrong on the way to a server."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
+                         "address in it (...plex.direct), or its CA as -plex-ca-file.")
+    if isinstance(cause, TimeoutError):
+        return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
+    if isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError):
+        return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
+    hint = " Plex may demand https: see Settings > Network > Secure connections." if isinstance(cause, ConnectionResetError) else ""
+    return PlexError("unreachable", f"{url} cannot be reached: {reason(cause)}.{hint}")
+
+
+def reason(error: object) -> str:
+    """Why the system refused, in its own words and without its numbers."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+class TokenFile:
+    """The Plex token in a file, read again when the file has changed.  Only the Watcher's thread reads it."""
+
+    def __init__(self, path: str):
+        """Raises ConfigError where there is no token in it."""
+        self.path = path
+        self.token, self.version = self.read()
+
+    def __call__(self) -> str:
+        """The token as it is now; as it was, while the file is being replaced or cannot be read."""
+        try:
+            if self.version != file_version(os.stat(self.path)):
+                self.token, self.version = self.read()
+                log.info("the Plex token was read again", {"file": self.path})
+        except (ConfigError, OSError) as error:
+            if self.version is not None:
+                log.warning("the Plex token stays as it was: %s" % error)
+            self.version = None
+        return self.token
+
+    def read(self) -> tuple[str, tuple[int, ...] | None]:
+        """The token, and the version of the file that holds it."""
+        return read_secret("-plex-token-file", self.path)
+
+
+def file_version(status: os.stat_result) -> tuple[int, ...] | None:
+    """What differs when a file has been written or replaced; None for what is no regular file."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
+    """The secret that a flag's file holds, and the file's version.  Warns of a file that others can read."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            secret = file.read(MAX_TOKEN_FILE + 1).strip()
+    except OSError as error:
+        raise ConfigError(f"{flag}: {path} cannot be read ({reason(error)}); put the token there, readable by you alone (chmod 600).") from error
+    if not secret:
+        raise ConfigError(f"{flag}: {path} is empty; put the token there.")
+    if len(secret) > MAX_TOKEN_FILE or not re.fullmatch(rb"[!-~]+", secret):
+        raise ConfigError(f"{flag}: {path} holds more than a token; it must be one word of plain characters, and nothing else.")
+    # systemd's credentials are guarded by their folder; their ACLs look like group bits
+    guarded = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
+    if status.st_mode & 0o077 and stat.S_ISREG(status.st_mode) and not guarded:
+        log.warning("others can read %s; mend it with: chmod 600 %s" % (path, shlex.quote(path)))
+    return secret.decode("ascii"), file_version(status)
+
+
+# === Listener: sockets -> inbox ===
+
+@dataclass(frozen=True, slots=True)
+class Misdirected:
+    """A Plex server tried a path that is not ours."""
+    path: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """A bug of ours in a request thread: it ends the process from the main thread."""
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A signal to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A signal to read the token again."""
+
+
+Message = Webhook | Misdirected | Crash | Stop | Reload
+WEBHOOK_PATH = "/webhooks/plex"
+
+
+class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """The HTTP listener.  Owns the listening socket; a thread for each of at most MAX_CONNECTIONS connections.
+
+    serve() runs in a thread of its own until close() is called from another one.
+    """
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
+
+    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_id: str = ""):
+        """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
+        self.inbox, self.machine_id = inbox, machine_id
+        self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.thumb = b""             # the latest picture; the request thread that has one replaces it
+        family, address = listening_address(host, port)
+        self.address_family = family
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self.server_address[1])
+
+    def serve(self) -> None:
+        """Answer until close().  Wakes only for connections."""
+        self.serve_forever(poll_interval=None)  # type: ignore[arg-type]  # select's own "for ever"
+
+    def close(self) -> None:
+        """End serve() and free the port; connections end with the process."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)   # wakes the select() that waits for ever
+        self.shutdown()
+        self.server_close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread; the one too many waits its turn, and at last is told to come again."""
+        if self.connections.acquire(timeout=REQUEST_S):
+            super().process_request(request, client_address)
+        else:
+            with contextlib.suppress(OSError):
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 10\r\n\r\n")
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is its peer's affair; anything else is a bug of ours."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):
+            self.inbox.put(Crash(error))
+
+    def take(self, webhook: Webhook) -> None:
+        """Put a webhook into the inbox, its picture aside; raises WebhookError 503 when too much waits."""
+        if self.inbox.qsize() >= MAX_INBOX:
+            raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
+        if webhook.thumb and self.machine_id in ("", webhook.player_uuid):
+            self.thumb = webhook.thumb
+        self.inbox.put(replace(webhook, thumb=b"") if webhook.thumb else webhook)
+
+
+def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address to bind for a host; "" is every address, of IPv6 too where the machine has it."""
+    if host:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return family, address
+    return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: its requests in turn, each answered at once, never waiting for Plex."""
+    protocol_version = "HTTP/1.1"
+    server_version = f"StreamerBrainz/{VERSION}"
+    sys_version = ""
+    wbufsize = -1                    # head and body of an answer in one packet
+    disable_nagle_algorithm = True
+    error_content_type = "text/plain; charset=utf-8"
+    server: Listener
+    rfile: io.BufferedReader
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        """Wait for a request for KEEP_ALIVE_S, then read the whole of it within REQUEST_S."""
+        self.close_connection = True
+        self.reader.deadline = time.monotonic() + KEEP_ALIVE_S
+        with contextlib.suppress(TimeoutError):
+            if self.rfile.peek(1):
+                self.reader.deadline = time.monotonic() + REQUEST_S
+                super().handle_one_request()
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        """do_GET, do_POST and every other method: the path decides what is allowed."""
+        if name.startswith("do_"):
+            return self.respond
+        raise AttributeError(name)
+
+    def respond(self) -> None:
+        """Answer a request whose head is read."""
+        try:
+            with self.room_for_body():
+                body = self.read_body()
+                path = urllib.parse.urlsplit(self.path).path
+                if path == WEBHOOK_PATH:
+                    self.allow("POST")
+                    self.server.take(parse_webhook(self.headers.get("Content-Type", ""), body))
+                    self.answer(200)
+                elif path == "/healthz":
+                    self.allow("GET", "HEAD")
+                    self.answer(200, json.dumps({"status": "ok", "version": VERSION}) + "\n", "application/json")
+                else:
+                    if self.headers.get("User-Agent", "").startswith("PlexMediaServer/"):
+                        self.server.inbox.put(Misdirected(path, self.client_address[0]))
+                    raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
+        except WebhookError as error:
+            self.answer(error.status, f"{error}\n")
+        except ValueError:                            # urlsplit: "http://[" and the like
+            self.answer(400, "The request's target is no URL.\n")
+
+    def allow(self, *methods: str) -> None:
+        if self.command not in methods:
+            self.allowed = ", ".join(methods)
+            raise WebhookError(405, f"Only {self.allowed} is answered here.")
+
+    def length(self) -> int | None:
+        """Bytes of the body; None: in chunks.  Raises WebhookError for what is ambiguous, missing or too much."""
+        lengths, coding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
+        if coding is not None:
+            if lengths or coding.strip().lower() != "chunked":
+                raise self.broken(400, "A body is either chunked or has a Content-Length.")
+            return None
+        if not lengths:
+            if self.command in ("POST", "PUT", "PATCH"):
+                raise self.broken(411, "The request has no Content-Length.")
+            return 0
+        if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
+            raise self.broken(400, "The Content-Length is not a number.")
+        if int(lengths[0]) > MAX_BODY:
+            raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
+        return int(lengths[0])
+
+    def broken(self, status: int, sentence: str) -> WebhookError:
+        """An error after which the connection cannot go on: where the next request begins is not known."""
+        self.close_connection = True
+        return WebhookError(status, sentence)
+
+    def room_for_body(self) -> contextlib.AbstractContextManager[object]:
+        """A place among the few large bodies that may be in memory at once; small ones need none."""
+        length = self.length()
+        return self.server.large_bodies if length is None or length > LARGE_BODY else contextlib.nullcontext()
+
+    def read_body(self) -> bytes:
+        """The whole body, at most MAX_BODY bytes."""
+        length = self.length()
+        if length is None:
+            return b"".join(self.chunks())
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise self.broken(400, "The body is shorter than its Content-Length.")
+        return body
+
+    def chunks(self) -> Iterator[bytes]:
+        """The chunks of a body with Transfer-Encoding: chunked (RFC 9112, 7.1), trailers passed over."""
+        room = MAX_BODY
+        while size := self.chunk_size():
+            room -= size
+            if room < 0:
+                raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
+            chunk = self.rfile.read(size)
+            if len(chunk) < size or self.rfile.readline(3).strip():
+                raise self.broken(400, "A chunk of the body is cut short.")
+            yield chunk
+        for _ in range(100):
+            if not self.rfile.readline(65537).strip():
+                return
+        raise self.broken(400, "The chunked body has too many trailers.")
+
+    def chunk_size(self) -> int:
+        """The size of the next chunk; 0: the last."""
+        size = self.rfile.readline(1025).partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+            raise self.broken(400, "A chunk of the body has no size.")
+        return int(size, 16)
+
+    def handle_expect_100(self) -> bool:
+        """Invite the body, unless its size alone is refused."""
+        try:
+            self.length()
+        except WebhookError as error:
+            self.answer(error.status, f"{error}\n")
+            return False
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
+
+    def answer(self, status: int, body: str = "", media_type: str = "text/plain; charset=utf-8") -> None:
+        """Send a whole answer."""
+        content = body.encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if content:
+            self.send_header("Content-Type", media_type)
+            self.send_header("X-Content-Type-Options", "nosniff")
+        if status == 405:
+            self.send_header("Allow", self.allowed)
+        if status == 503:
+            self.send_header("Retry-After", "5")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """http.server's own refusals (of a broken head), as plain text; the sender's fault is never a 5xx."""
+        self.close_connection = True
+        self.answer(code if code < 500 else 400, "This is no HTTP request that is understood here.\n")
+
+    def finish(self) -> None:
+        """Close so that a refusal arrives: to close on unread bytes would reset it away."""
+        super().finish()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(0.5)
+            end = time.monotonic() + 1.0
+            while self.connection.recv(65536) and time.monotonic() < end:
+                pass
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: what becomes of a webhook is the Watcher's to say."""
+
+
+# === systemd: READY, STATUS, WATCHDOG, STOPPING ===
+
+class Systemd:
+    """The service manager, where there is one (sd_notify(3)); else nothing happens."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        address = environ.get("NOTIFY_SOCKET", "")
+        self.address = "\0" + address[1:] if address.startswith("@") else address
+        usec = number(environ.get("WATCHDOG_USEC")) or 0
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.ping_s = usec / 2e6 if usec and ours and address else None       # None: no watchdog
+
+    def notify(self, *assignments: str) -> None:
+        """Send READY=1 and the like; a manager that is gone is no error."""
+        if self.address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+                notifier.sendto("\n".join(assignments).encode(), self.address)
+
+
+# === Watcher: the one owner of the players' states ===
+
+class Watcher:
+    """Takes messages from the inbox, looks when a look is due, and reports what advance() says."""
+
+    def __init__(self, config: Config, inbox: queue.SimpleQueue[Message], plex: PlexServer | None, systemd: Systemd):
+        self.config, self.inbox, self.plex, self.systemd = config, inbox, plex, systemd
+        self.players: dict[str, PlayerState] = {}        # by machine_identifier; the one configured, or all that were heard of
+        if plex:
+            self.players[config.plex_machine_id] = PlayerState(
+                config.plex_machine_id, has_server=True, poll_interval_s=config.poll_interval_s, look_at=time.monotonic())
+        self.latest = config.plex_machine_id             # the player that changed last
+        self.webhook_at: float | None = None
+        self.ping_at = time.monotonic()
+        self.warned_at = -math.inf
+        self.stopping = False
+
+    def run(self) -> None:
+        """Until Stop; raises what a request thread crashed with."""
+        while not self.stopping:
+            for message in self.receive():
+                self.handle(message)
+            if (due := self.due()) is not None and due <= time.monotonic() and not self.stopping:
+                self.look()
+            self.tell_systemd()
+
+    def due(self) -> float | None:
+        """When the next look is due; None: not before something is heard."""
+        return min((p.look_at for p in self.players.values() if p.look_at is not None), default=None)
+
+    def receive(self) -> Iterator[Message]:
+        """What is in the inbox, after a wait for something to do."""
+        times = [at for at in (self.due(), self.ping_at if self.systemd.ping_s else None) if at is not None]
+        with contextlib.suppress(queue.Empty):
+            yield self.inbox.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            for _ in range(self.inbox.qsize()):
+                yield self.inbox.get_nowait()
+
+    def handle(self, message: Message) -> None:
+        """One message."""
+        match message:
+            case Webhook():
+                self.hear(message)
+            case Misdirected() if time.monotonic() - self.warned_at >= WARN_AGAIN_S:
+                self.warned_at = time.monotonic()
+                log.warning("a Plex server sends webhooks to a wrong path; the URL in Plex must end in %s" % WEBHOOK_PATH,
+                            {"path": message.path, "address": message.address})
+            case Reload() if self.plex:
+                self.plex.token()
+                self.players = {key: replace(p, look_at=time.monotonic()) for key, p in self.players.items()}
+            case Stop():
+                self.stopping = True
+            case Crash():
+                raise message.error
+
+    def hear(self, webhook: Webhook) -> None:
+        """A webhook: every player it may concern."""
+        self.webhook_at = time.monotonic()
+        if not self.plex and webhook.player_uuid:
+            self.meet(webhook)
+        log.debug("webhook", {"event": webhook.event, "player": webhook.player_title, "machine_id": webhook.player_uuid,
+                              "title": webhook.item.title if webhook.item else "",
+                              "result": "a look" if self.plex and webhook.player_uuid else "taken" if webhook.player_uuid else "of no player"})
+        self.judge(webhook)
+
+    def meet(self, webhook: Webhook) -> None:
+        """Without a server: a player that was not heard of before becomes one of ours, for the newcomer to choose."""
+        if webhook.player_uuid not in self.players:
+            if len(self.players) >= MAX_PLAYERS:
+                del self.players[next(iter(self.players))]
+            self.players[webhook.player_uuid] = PlayerState(webhook.player_uuid, has_server=False)
+            log.info("a player was heard of; to follow it, use: -plex-machine-id %s" % quoted(webhook.player_uuid),
+                     {"player": webhook.player_title})
+
+    def look(self) -> None:
+        """Ask the server, and let the answer be judged."""
+        assert self.plex
+        try:
+            self.judge(Look(self.plex.sessions()))
+        except PlexError as error:
+            self.judge(Outage(error.fault, str(error)))
+
+    def judge(self, observation: Observation) -> None:
+        """Let each player's state advance, and report."""
+        for key, player in self.players.items():
+            self.players[key], reports = advance(player, observation, time.monotonic())
+            for report in reports:
+                self.latest = key
+                self.ping_at = time.monotonic()
+                self.report(report)
+
+    def report(self, report: Report) -> None:
+        """A line of the log."""
+        match report:
+            case Change():
+                log.info("", change_fields(report, name_machine=not self.plex))
+            case Outage():
+                level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
+                log.log(level.get(report.fault, logging.ERROR), "no answer from Plex: %s" % report.sentence)
+            case Recovery():
+                log.info("Plex answers again after %.0f s" % report.after_s)
+
+    def tell_systemd(self) -> None:
+        """STATUS= after each report, and WATCHDOG=1 from the very loop that can hang."""
+        if self.systemd.address and time.monotonic() >= self.ping_at:
+            age = None if self.webhook_at is None else time.monotonic() - self.webhook_at
+            self.systemd.notify("WATCHDOG=1", f"STATUS={status_sentence(self.players.get(self.latest), age)}")
+            self.ping_at = time.monotonic() + (self.systemd.ping_s or math.inf)
+
+
+# === Commands: run, players, demo ===
+
+class LogFormatter(logging.Formatter):
+    """The log's lines.  A record is a sentence and, as its one argument, the fields."""
+
+    def __init__(self, as_json: bool, journal: bool):
+        super().__init__()
+        self.as_json, self.journal = as_json, journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = record.args if isinstance(record.args, dict) else {}
+        level = {logging.ERROR: "error", logging.WARNING: "warn", logging.INFO: "info"}.get(record.levelno, "debug")
+        now = time.localtime(record.created)
+        if self.as_json:
+            stamp = {} if self.journal else {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", now)}
+            line = json_line(record.msg, {**stamp, "level": level, **fields})
+        else:
+            stamp = "" if self.journal else f"{time.strftime('%Y-%m-%d %H:%M:%S', now)} {level.upper():5} "
+            line = stamp + text_line(record.msg, fields)
+        priority = {"error": "<3>", "warn": "<4>", "info": "<6>", "debug": "<7>"}[level] if self.journal else ""
+        return priority + line
+
+
+def in_journal(environ: Mapping[str, str]) -> bool:
+    """Whether stderr is the systemd journal's, which reads a line's priority (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def set_up_log(config: Config) -> None:
+    """Send the log to stderr, as the flags say."""
+    logging.raiseExceptions = False               # a closed stderr must not end the daemon
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.log_format == "json", in_journal(os.environ)))
+    log.handlers[:] = [handler]
+    log.setLevel({"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO}.get(config.log_level, logging.DEBUG))
+    log.propagate = False
+
+
+def run(config: Config) -> int:
+    """The daemon."""
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    try:
+        listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and runs_already(config):
+            log.info("StreamerBrainz already listens there: nothing to do", {"port": config.webhooks_port})
+            return 0
+        raise listening_error(error, config) from error
+    plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file) if config.plex_server_url else None
+    take_signals(inbox)
+    serve(config, inbox, listener, plex)
+    return 0
+
+
+def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
+    """Listen and watch until Stop is in the inbox."""
+    systemd = Systemd(os.environ)
+    threading.Thread(target=listener.serve, name="listener", daemon=True).start()
+    log.info("listening", {"version": VERSION, "port": listener.port,
+                           "webhook_url": f"http://{socket.gethostname()}:{listener.port}{WEBHOOK_PATH}"})
+    if plex is None:
+        log.info("no -plex-server-url: the webhooks alone tell, of every player")
+    systemd.notify("READY=1")
+    try:
+        Watcher(config, inbox, plex, systemd).run()
+    finally:
+        systemd.notify("STOPPING=1")
+        listener.close()
+        log.info("stopped listening")
+
+
+def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
+    """Turn signals into messages; SimpleQueue.put() may be called in a handler (Queue.put() may not)."""
+    for number_, message in ((signal.SIGTERM, Stop()), (signal.SIGINT, Stop()), (signal.SIGHUP, Reload())):
+        signal.signal(number_, functools.partial(lambda message, *_: inbox.put(message), message))
+
+
+def runs_already(config: Config) -> bool:
+    """Whether another StreamerBrainz answers on our port."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
+    connection = http.client.HTTPConnection(host, config.webhooks_port, timeout=2)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().getheader("Server", "").startswith("StreamerBrainz/")
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def listening_error(error: OSError, config: Config) -> ConfigError:
+    """Why we cannot listen, and what to do about it."""
+    port, host = config.webhooks_port, config.webhooks_host
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
+    if error.errno == errno.EACCES:
+        return ConfigError(f"-webhooks-port: {port} is for root alone; give one above 1023.")
+    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({reason(error)}); give an address of this machine.")
+
+
+def port_holder(port: int) -> str:
+    """The program that listens on a TCP port, as far as /proc shows it to us."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
+            for fields in map(str.split, lines):
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:      # 0A: listening
+                    if holder := socket_holder(f"socket:[{fields[9]}]"):
+                        return holder
+    return "another program"
+
+
+def socket_holder(link: str) -> str:
+    """The process that has a socket open; "" for one that we may not look into."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(fd.path) == link for fd in os.scandir(f"/proc/{pid}/fd")):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                    return f"{comm.read().strip()} (process {pid})"
+    return ""
+
+
+def players(config: Config) -> int:
+    """Print every player in the sessions."""
+    url = config.server_address or config.plex_server_url
+    if not url:
+        raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
+    token = TokenFile(config.plex_token_file) if config.plex_token_file else ask_token()
+    try:
+        sessions = PlexServer(url, token, config.plex_ca_file).sessions()
+    except PlexError as error:
+        print(f"streamerbrainz: {error}", file=sys.stderr)
+        return 1
+    chosen = [session.machine_identifier == config.plex_machine_id for session in sessions]
+    if config.json:
+        print(json.dumps([session_fields(session, mine) for session, mine in zip(sessions, chosen)], indent=2))
+    elif sessions:
+        print("\n\n".join(session_lines(session, mine) for session, mine in zip(sessions, chosen)))
+    else:
+        print(f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again.")
+    return 0
+
+
+def ask_token() -> Callable[[], str]:
+    """The token, asked for on the terminal without echo: on a command line, ps would show it."""
+    if not sys.stdin.isatty():
+        raise ConfigError("players: give the token in a file, with -plex-token-file.")
+    token = getpass.getpass("Plex token (it is not shown): ").strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError("players: a token is one word of plain characters.")
+    return lambda: token
+
+
+# === Demo: an evening of a player, without any Plex ===
+
+class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
+    daemon_threads = True
+
+    def __init__(self, token: str = "stand-in-token", machine_id: str = "demo-player"):
+        self.token, self.machine_id = token, machine_id
+        self.now: tuple[str, Mapping[str, str], float, float] | None = None    # state, attributes, ms, since when; None: stopped
+        self.speed = 1.0
+        super().__init__(("127.0.0.1", 0), _StandInHandler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def view_offset(self) -> float:
+        """Where the player is, ms."""
+        if self.now is None:
+            return 0.0
+        state, _, offset, since = self.now
+        return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
+
+    def become(self, state: str, attributes: Mapping[str, str]) -> None:
+        """The player plays, pauses or stops an item; another item starts at its begin."""
+        offset = self.view_offset() if self.now and self.now[1] == attributes else 0.0
+        self.now = None if state == STOPPED else (state, attributes, offset, time.monotonic())
+
+    def sessions(self) -> bytes:
+        """The answer of /status/sessions."""
+        container = ElementTree.Element("MediaContainer", size="0" if self.now is None else "1")
+        if self.now is not None:
+            state, attributes, _, _ = self.now
+            item = ElementTree.SubElement(container, "Track" if attributes["type"] == "track" else "Video", sessionKey="7",
+                                          viewOffset=str(int(self.view_offset())), **attributes)
+            ElementTree.SubElement(item, "User", id="1", title="demo")
+            ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_id, title="Living Room", product="Plexamp",
+                                   platform="Linux", state=state)
+        return ElementTree.tostring(container, encoding="utf-8", xml_declaration=True)
+
+    def send_webhook(self, url: str, event: str, attributes: Mapping[str, str], thumb: bytes = b"") -> int:
+        """POST a webhook as Plex does; -> the status of the answer."""
+        payload = {"event": event, "user": True, "owner": True, "Account": {"id": 1, "title": "demo"},
+                   "Server": {"title": "stand-in", "uuid": "0" * 40},
+                   "Player": {"local": True, "publicAddress": "", "title": "Living Room", "uuid": self.machine_id}, "Metadata": attributes}
+        content_type, body = encode_webhook(json.dumps(payload).encode(), thumb)
+        request = urllib.request.Request(url, body, {"Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+            return int(response.status)
+
+
+def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
+    """Content-Type and body of a webhook in the form in which Plex sends it."""
+    boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
+    part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
+    parts = [(b'"payload"', b"application/json", payload)] + [(b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb)] * bool(thumb)
+    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
+    return f"multipart/form-data; boundary={boundary}", body
+
+
+class _StandInHandler(http.server.BaseHTTPRequestHandler):
+    """GET /status/sessions, with the token in its header."""
+    server: StandIn
+
+    def do_GET(self) -> None:
+        known = self.headers.get("X-Plex-Token") == self.server.token
+        status = 401 if not known else 200 if self.path == "/status/sessions" else 404
+        body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the demo's log is the daemon's."""
+
+
+def _track(key: str, title: str, artist: str, album: str, seconds: int) -> dict[str, str]:
+    return {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album, "duration": f"{seconds}000"}
+
+
+_KARMA_POLICE = _track("101", "Karma Police", "Radiohead", "OK Computer", 264)
+_NO_SURPRISES = _track("102", "No Surprises", "Radiohead", "OK Computer", 229)
+_TEARDROP = _track("103", "Teardrop", "Massive Attack", "Mezzanine", 331)
+_PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks", "parentTitle": "Season 1",
+          "parentIndex": "1", "index": "1", "duration": "5640000"}
+
+# (second, what the viewer reads, state, item, the webhook that Plex sends, its number)
+EVENING: tuple[tuple[float, str, str, Mapping[str, str], str, int], ...] = (
+    (0, "You press play in Plexamp.", PLAYING, _KARMA_POLICE, "media.play", 1),
+    (15, "The telephone rings: you press pause.", PAUSED, _KARMA_POLICE, "media.pause", 1),
+    (25, "You go on. Plex sends the webhook three times, as it does at times.", PLAYING, _KARMA_POLICE, "media.resume", 3),
+    (40, "The next track begins.", PLAYING, _NO_SURPRISES, "media.play", 1),
+    (55, "You skip to a track of the queue. Plex sends no webhook then: a slow look finds it.", PLAYING, _TEARDROP, "", 0),
+    (75, "You press stop: the session is gone, and that is the stop.", STOPPED, _TEARDROP, "media.stop", 1),
+    (85, "You watch something instead.", PLAYING, _PILOT, "media.play", 1),
+    (105, "Enough for tonight.", STOPPED, _PILOT, "media.stop", 1),
+    (115, "That was the evening.", STOPPED, _PILOT, "", 0),
+)
+
+
+def demo(config: Config) -> int:
+    """Play an evening: a stand-in for Plex sends real webhooks to the real listener, which looks at the stand-in."""
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    take_signals(inbox)
+    with StandIn() as plex, tempfile.TemporaryDirectory() as folder:
+        plex.speed = config.speed
+        token_file = os.path.join(folder, "token")
+        with open(os.open(token_file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+            file.write(plex.token)
+        threading.Thread(target=plex.serve_forever, daemon=True).start()
+        config = replace(config, plex_machine_id=plex.machine_id, poll_interval_s=10 / config.speed)
+        listener = Listener("127.0.0.1", 0, inbox, plex.machine_id)
+        print(f"A stand-in for Plex plays an evening of {EVENING[-1][0] / config.speed:.0f} seconds; Ctrl-C ends it.", flush=True)
+        threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
+        serve(config, inbox, listener, PlexServer(plex.url, TokenFile(token_file)))
+        plex.shutdown()
+    return 0
+
+
+def play_evening(plex: StandIn, port: int, speed: float, inbox: queue.SimpleQueue[Message]) -> None:
+    """The evening's events at their times, then Stop."""
+    start = time.monotonic() + 0.5
+    for second, words, state, item, event, count in EVENING:
+        time.sleep(max(0.0, start + second / speed - time.monotonic()))
+        print(f"\n# {words}", flush=True)
+        plex.become(state, item)
+        for _ in range(count):
+            plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
+    inbox.put(Stop())
+
+
+# === main ===
+
+COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "demo": demo}
+
+USAGE = "streamerbrainz.py [COMMAND] [FLAGS] [@FILE]"
+DESCRIPTION = """Tells what your Plex player is doing.
+
+commands:
+  run                  the daemon (this is what happens without a command)
+  players [HOST:PORT]  every player in the sessions, with its machine identifier
+  demo                 an evening of a player, without any Plex"""
+EPILOG = """@FILE reads flags from a file, one a line, with # comments. Two dashes work as well.
+Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (see: streamerbrainz.py -h)")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The arguments in a line of an @FILE, words quoted as in a shell."""
+        try:
+            words = shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise ConfigError(f"a line of the @FILE has a quote without its end: {printable(arg_line)}") from error
+        if any(word.startswith("@") for word in words):
+            raise ConfigError("an @FILE cannot name another @FILE; put all flags into one.")
+        return one_dash(words)
+
+
+def one_dash(words: Sequence[str]) -> list[str]:
+    """Arguments with --flag as -flag."""
+    return [word[1:] if re.match("--[a-z]", word) else word for word in words]
+
+
+def flag_parser() -> FlagParser:
+    """All flags of all commands."""
+    parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, add_help=False, allow_abbrev=False,
+                        argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@",     # the defaults are Config's
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
+    flags = parser.add_argument_group("flags").add_argument
+    flags("-webhooks-port", type=port, metavar="PORT", help="HTTP listener port (default 3001)")
+    flags("-webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
+    flags("-plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
+    flags("-plex-token-file", metavar="FILE", help="file that holds the Plex token")
+    flags("-plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
+    flags("-plex-machine-id", metavar="ID", help="machineIdentifier of the player")
+    flags("-poll-interval", type=seconds, metavar="S", dest="poll_interval_s",
+          help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
+    flags("-log-level", choices=("error", "warn", "info", "debug"), metavar="LEVEL", help="error, warn, info (default) or debug")
+    flags("-log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
+    flags("-json", action="store_true", help="players: print JSON")
+    flags("-speed", type=speed, metavar="N", help="demo: so many times faster (default 1)")
+    flags("-h", action="help", help="this help")
+    flags("-version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
+    return parser
+
+
+def port(word: str) -> int:
+    """A TCP port."""
+    if (value := number(word)) is None or not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is no port; give a number from 1 to 65535")
+    return value
+
+
+def seconds(word: str) -> float:
+    """An interval of 0 (none) or 1 s to a day."""
+    if not re.fullmatch(r"\d+(\.\d+)?", word) or not (float(word) == 0 or 1 <= float(word) <= 86400):
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is no interval; give 0, or seconds from 1 to 86400")
+    return float(word)
+
+
+def speed(word: str) -> float:
+    """A factor from 1 to 100."""
+    if not re.fullmatch(r"\d+(\.\d+)?", word) or not 1 <= float(word) <= 100:
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is no speed; give a number from 1 to 100")
+    return float(word)
+
+
+def server_url(word: str) -> str:
+    """The base URL of a server, without a slash at its end.  The URL itself is in no message: it may hold a token."""
+    try:
+        parts = urllib.parse.urlsplit(word)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", word)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError("this is no URL of a server; give one such as http://192.168.1.5:32400")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError("the URL carries more than an address; the token goes into a -plex-token-file")
+    return word.rstrip("/?#")
+
+
+def parse_config(words: Sequence[str]) -> Config:
+    """The Config in the words of a command line; raises ConfigError."""
+    words = one_dash(words)
+    command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
+    if command not in COMMANDS:
+        raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
+    flags, unknown = flag_parser().parse_known_args(words)
+    if unknown:
+        raise ConfigError(unknown_words(unknown))
+    config = Config(command=command, **vars(flags))
+    if config.server_address and command != "players":
+        raise ConfigError("a word stands where no word belongs; the command comes first, and each value after its flag.")
+    if config.server_address:
+        config = replace(config, server_address=players_url(config.server_address))
+    if command == "run":
+        check_complete(config)
+    return config
+
+
+def players_url(word: str) -> str:
+    """The URL of a server that is given as HOST:PORT or as a URL."""
+    try:
+        return server_url(word if "//" in word else f"http://{word}")
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"players: {error}.") from error
+
+
+def unknown_words(words: Sequence[str]) -> str:
+    """What is said of words that are no flags.  A word may be a token: only flags are repeated."""
+    flag = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    if not flag:
+        return "there is a word too many. A token is never given on the command line, where ps shows it: see -plex-token-file."
+    hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
+    return f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}"
+
+
+def check_complete(config: Config) -> None:
+    """Raise ConfigError for half a configuration."""
+    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file, "-plex-machine-id": config.plex_machine_id}
+    missing = [flag for flag, value in together.items() if not value]
+    if 0 < len(missing) < len(together):
+        hint = " `streamerbrainz.py players` shows the identifiers." if "-plex-machine-id" in missing else ""
+        raise ConfigError(f"{' and '.join(missing)} is missing: to ask the server, give all of {', '.join(together)}; "
+                          f"for webhooks alone, none of them.{hint}")
+    if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
+        raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run a command line; -> the exit status."""
+    try:
+        config = parse_config(words)
+        set_up_log(config)
+        return COMMANDS[config.command](config)
+    except ConfigError as error:
+        print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:                           # streamerbrainz.py players | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
