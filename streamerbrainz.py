@@ -54,6 +54,7 @@ import getpass
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import math
@@ -255,7 +256,7 @@ def parse_multipart(header: email.message.Message, body: bytes) -> dict[str, byt
         raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
     parts: dict[str, bytes] = {}
     starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
-    for (_, start), (stop, _) in zip(starts, starts[1:]):
+    for (_, start), (stop, _) in itertools.pairwise(starts):
         blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + 65536))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
@@ -334,7 +335,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 # Forbidden in XML 1.0, and yet in Plex's titles: as characters and as references.
-_CONTROLS = dict.fromkeys((*range(0x00, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
+_CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
 _REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
 
 
@@ -359,11 +360,12 @@ def parse_session(element: ElementTree.Element) -> Session | None:
     if player is None or not player.get("machineIdentifier"):
         return None
     state = player.get("state")
-    return Session(session_key=text(element.get("sessionKey")), machine_identifier=text(player.get("machineIdentifier")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING, item=parse_item(element.attrib),
-                   view_offset=number(element.get("viewOffset")), player_title=text(player.get("title")),
-                   product=text(player.get("product")), platform=text(player.get("platform")),
-                   user=text(user.get("title")) if user is not None else "")
+    return Session(session_key=text(element.get("sessionKey")),
+                   machine_identifier=text(player.get("machineIdentifier")),
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING,
+                   item=parse_item(element.attrib), view_offset=number(element.get("viewOffset")),
+                   player_title=text(player.get("title")), product=text(player.get("product")),
+                   platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
 
 
 def find_session(sessions: Sequence[Session]) -> Session | None:
@@ -452,7 +454,7 @@ class Trace:
 
     def ghost(self, session: Session, at: float) -> bool:
         """Whether the session is left over from a player that crashed or went on elsewhere."""
-        return self.stale and session.state == PAUSED or self.frozen(session, at)
+        return (self.stale and session.state == PAUSED) or self.frozen(session, at)
 
     def frozen(self, session: Session, at: float) -> bool:
         """Whether it claims to play, and has stood still for too long."""
@@ -520,8 +522,8 @@ def after_testimony(player: PlayerState, webhook: Webhook, at: float) -> tuple[P
     if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
     same = player.item is not None and player.item.identity == item.identity
-    overtaken = not same and (claimed == STOPPED or webhook.event != "media.play" and item.identity == player.previous)
-    if overtaken:
+    late = claimed == STOPPED or (webhook.event != "media.play" and item.identity == player.previous)
+    if late and not same:
         return player, ()
     return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title)
 
@@ -539,7 +541,8 @@ def after_look(player: PlayerState, look: Look, at: float) -> tuple[PlayerState,
     traces = tuple(settle(trace, s, session) for s, trace in traced)
     if session:
         moved_at = next(trace.since for s, trace in traced if s is session)
-        player, changes = become(player, session.state, session.item, session.view_offset, moved_at, at, session.player_title)
+        player, changes = become(player, session.state, session.item, session.view_offset, moved_at, at,
+                                 session.player_title)
     else:
         reason = "frozen" if any(trace.frozen(s, at) for s, trace in traced) else ""
         player, changes = become(player, STOPPED, player.item, None, at, at, player.player_title, reason)
@@ -560,7 +563,7 @@ def settle(trace: Trace, session: Session, chosen: Session | None) -> Trace:
     """A session's trace after the choice: the chosen one is followed, a paused one beside it is stale."""
     if session is chosen:
         return replace(trace, followed=True, stale=False)
-    return replace(trace, stale=trace.stale or chosen is not None and session.state == PAUSED and not trace.followed)
+    return replace(trace, stale=trace.stale or (chosen is not None and session.state == PAUSED and not trace.followed))
 
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
@@ -572,7 +575,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
     state = TRANSITIONS[player.state if same else STOPPED, witnessed]
     if view_offset is None:
         view_offset, moved_at = position_ms(player, at) if same else 0, at
-    changed = state != player.state or state != STOPPED and not same
+    changed = state != player.state or (state != STOPPED and not same)
     player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
                      previous=player.previous if same or not player.item else player.item.identity,
                      player_title=player_title or player.player_title)
@@ -600,9 +603,10 @@ def schedule(player: PlayerState, traced: Sequence[tuple[Session, Trace]], at: f
 def after_outage(player: PlayerState, outage: Outage, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
     """A look that failed changes nothing that is believed; look again, less and less often."""
     looks = player.looks + 1 if player.outage else 1
-    wait = min(RETRY_MAX_S, 0.125 * 2 ** min(looks, 10))
+    wait_s = min(RETRY_MAX_S, 0.125 * 2 ** min(looks, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
-    return replace(player, outage=outage, outage_at=player.outage_at if player.outage else at, looks=looks, look_at=at + wait), news
+    since = player.outage_at if player.outage else at
+    return replace(player, outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
 
 
 def position_ms(player: PlayerState, at: float) -> int:
@@ -625,11 +629,14 @@ def earliest(one: float | None, other: float) -> float:
 
 def change_fields(change: Change, name_machine: bool) -> dict[str, object]:
     """A Change as the log's keys and values, in the contract's order; name_machine adds the player's identifier."""
-    item, fields = change.item, {"state": change.state, "title": change.item.title}
+    item = change.item
+    fields: dict[str, object] = {"state": change.state, "title": item.title}
     if item.type == "episode":
         fields |= {"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
+    elif item.type == "track":
+        fields |= {"artist": item.artist, "album": item.parent_title}
     else:
-        fields |= {"artist": item.artist, "album": item.parent_title} if item.type == "track" else {"artist": "", "album": ""}
+        fields |= {"artist": "", "album": ""}
     fields |= {"position_ms": change.position_ms, "duration_ms": item.duration or 0, "player": change.player_title}
     if name_machine:
         fields["machine_id"] = change.machine_identifier
@@ -653,7 +660,8 @@ def quoted(value: object) -> str:
 
 def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     """A line of the text log: a sentence, if any, and logfmt."""
-    return " ".join([printable(sentence)] * bool(sentence) + [f"{key}={quoted(value)}" for key, value in fields.items()])
+    pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
+    return " ".join([printable(sentence), *pairs] if sentence else pairs)
 
 
 def json_line(sentence: str, fields: Mapping[str, object]) -> str:
@@ -686,22 +694,28 @@ def session_fields(session: Session, configured: bool) -> dict[str, object]:
     """A Session as `players -json` prints it, with the log's and Plex's words."""
     item = session.item
     return {"machine_id": session.machine_identifier, "player": session.player_title, "product": session.product,
-            "platform": session.platform, "user": session.user, "state": session.state, "type": item.type, "title": item.title,
-            "grandparent_title": item.grandparent_title, "parent_title": item.parent_title, "configured": configured}
+            "platform": session.platform, "user": session.user, "state": session.state, "type": item.type,
+            "title": item.title, "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
+            "configured": configured}
 
 
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines, the last one a flag to copy."""
     made = ", ".join(filter(None, (session.product, session.platform)))
-    return "\n".join(map(printable, (
-        f"{'* ' if configured else '  '}{session.player_title or 'a player without a name'}{f' ({made})' if made else ''}",
-        f"    {playing_sentence(session.state, session.item)}",
-        f"    -plex-machine-id {shlex.quote(session.machine_identifier)}{'   (the configured one)' if configured else ''}")))
+    lines = (f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
+             f"    {playing_sentence(session.state, session.item)}",
+             f"    -plex-machine-id {shlex.quote(session.machine_identifier)}{'  (configured)' if configured else ''}")
+    return "\n".join(map(printable, lines))
 
 
 # =============== below this line the program touches the world, and decides nothing ===============
 
 log = logging.getLogger("streamerbrainz")
+
+
+def say(level: int, sentence: str, **fields: object) -> None:
+    """Log a fact: a sentence, if any, and its keys and values."""
+    log.log(level, "%s", sentence, extra={"fields": fields})
 
 
 class DeadlineReader(io.RawIOBase):
@@ -745,8 +759,8 @@ class _WholeAnswer(http.client.HTTPConnection):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        assert self.timeout is not None
-        self.response_class = functools.partial(_Answer, deadline=time.monotonic() + self.timeout)  # type: ignore[assignment]
+        deadline = time.monotonic() + (self.timeout or 0)
+        self.response_class = functools.partial(_Answer, deadline=deadline)  # type: ignore[assignment]
 
 
 class _WholeAnswerTLS(_WholeAnswer, http.client.HTTPSConnection):
@@ -778,10 +792,11 @@ class PlexServer:
         try:
             context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
         except OSError as error:                      # ssl.SSLError is one
-            raise ConfigError(f"-plex-ca-file: {ca_file} cannot be read as a CA bundle ({reason(error)}); give a PEM file.") from error
+            raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({reason(error)}); give a PEM file.") from error
         self.opener = urllib.request.OpenerDirector()
-        for handler in (_PlexHandler(context), urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
-            self.opener.add_handler(handler)
+        self.opener.add_handler(_PlexHandler(context))
+        self.opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+        self.opener.add_handler(urllib.request.HTTPErrorProcessor())
 
     def sessions(self) -> tuple[Session, ...]:
         """What plays now, on all players; raises PlexError."""
@@ -800,22 +815,25 @@ class PlexServer:
         except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
             raise network_error(error, self.url) from None
         if len(body) > limit:
-            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes, which no list of sessions is.")
+            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes: no list of sessions is.")
         return body
 
 
 def status_error(status: int, url: str) -> PlexError:
     """What an HTTP status other than 200 means."""
     if status == 401:
-        return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner into the -plex-token-file.")
+        return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner "
+                         "into the -plex-token-file.")
     if status == 403:
-        return PlexError("forbidden", f"{url} does not show its sessions to this token (403): it must be the server owner's.")
+        return PlexError("forbidden", f"{url} does not show its sessions to this token (403): "
+                         "it must be the server owner's.")
     if status == 503:
         return PlexError("starting", f"{url} is still starting, or at maintenance (503).")
     if 300 <= status < 400:
         return PlexError("nonsense", f"{url} redirects elsewhere ({status}), where the token must not go: "
                          "give the final address as -plex-server-url.")
-    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: is -plex-server-url that of Plex Media Server?")
+    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: "
+                     "is -plex-server-url that of Plex Media Server?")
 
 
 def network_error(error: Exception, url: str) -> PlexError:
@@ -828,8 +846,10 @@ def network_error(error: Exception, url: str) -> PlexError:
         return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
     if isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError):
         return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
-    hint = " Plex may demand https: see Settings > Network > Secure connections." if isinstance(cause, ConnectionResetError) else ""
-    return PlexError("unreachable", f"{url} cannot be reached: {reason(cause)}.{hint}")
+    if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
+        return PlexError("unreachable", f"{url} drops the connection: "
+                         "does Plex demand https (Settings > Network > Secure connections)?")
+    return PlexError("unreachable", f"{url} cannot be reached: {reason(cause)}.")
 
 
 def reason(error: object) -> str:
@@ -850,10 +870,10 @@ class TokenFile:
         try:
             if self.version != file_version(os.stat(self.path)):
                 self.token, self.version = self.read()
-                log.info("the Plex token was read again", {"file": self.path})
+                say(logging.INFO, "the Plex token was read again", file=self.path)
         except (ConfigError, OSError) as error:
             if self.version is not None:
-                log.warning("the Plex token stays as it was: %s" % error)
+                say(logging.WARNING, f"the Plex token stays as it was: {error}")
             self.version = None
         return self.token
 
@@ -874,15 +894,16 @@ def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
             status = os.fstat(file.fileno())
             secret = file.read(MAX_TOKEN_FILE + 1).strip()
     except OSError as error:
-        raise ConfigError(f"{flag}: {path} cannot be read ({reason(error)}); put the token there, readable by you alone (chmod 600).") from error
+        raise ConfigError(f"{flag}: {path} cannot be read ({reason(error)}); "
+                          "put the token there, readable by you alone (chmod 600).") from error
     if not secret:
         raise ConfigError(f"{flag}: {path} is empty; put the token there.")
     if len(secret) > MAX_TOKEN_FILE or not re.fullmatch(rb"[!-~]+", secret):
-        raise ConfigError(f"{flag}: {path} holds more than a token; it must be one word of plain characters, and nothing else.")
+        raise ConfigError(f"{flag}: {path} holds more than a token; put one word of plain characters there.")
     # systemd's credentials are guarded by their folder; their ACLs look like group bits
     guarded = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
     if status.st_mode & 0o077 and stat.S_ISREG(status.st_mode) and not guarded:
-        log.warning("others can read %s; mend it with: chmod 600 %s" % (path, shlex.quote(path)))
+        say(logging.WARNING, f"others can read the file of {flag}; mend it with: chmod 600 {shlex.quote(path)}")
     return secret.decode("ascii"), file_version(status)
 
 
@@ -961,7 +982,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request(request, client_address)
         else:
             with contextlib.suppress(OSError):
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 10\r\n\r\n")
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\n"
+                                b"Content-Length: 0\r\nConnection: close\r\n\r\n")
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -1187,11 +1209,12 @@ class Watcher:
 
     def __init__(self, config: Config, inbox: queue.SimpleQueue[Message], plex: PlexServer | None, systemd: Systemd):
         self.config, self.inbox, self.plex, self.systemd = config, inbox, plex, systemd
-        self.players: dict[str, PlayerState] = {}        # by machine_identifier; the one configured, or all that were heard of
+        self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
         if plex:
             self.players[config.plex_machine_id] = PlayerState(
-                config.plex_machine_id, has_server=True, poll_interval_s=config.poll_interval_s, look_at=time.monotonic())
-        self.latest = config.plex_machine_id             # the player that changed last
+                config.plex_machine_id, has_server=True, poll_interval_s=config.poll_interval_s,
+                look_at=time.monotonic())
+        self.latest = config.plex_machine_id         # the player that changed last
         self.webhook_at: float | None = None
         self.ping_at = time.monotonic()
         self.warned_at = -math.inf
@@ -1225,8 +1248,8 @@ class Watcher:
                 self.hear(message)
             case Misdirected() if time.monotonic() - self.warned_at >= WARN_AGAIN_S:
                 self.warned_at = time.monotonic()
-                log.warning("a Plex server sends webhooks to a wrong path; the URL in Plex must end in %s" % WEBHOOK_PATH,
-                            {"path": message.path, "address": message.address})
+                say(logging.WARNING, "a Plex server sends webhooks to a wrong path; "
+                    f"the URL in Plex must end in {WEBHOOK_PATH}", path=message.path, address=message.address)
             case Reload() if self.plex:
                 self.plex.token()
                 self.players = {key: replace(p, look_at=time.monotonic()) for key, p in self.players.items()}
@@ -1240,9 +1263,10 @@ class Watcher:
         self.webhook_at = time.monotonic()
         if not self.plex and webhook.player_uuid:
             self.meet(webhook)
-        log.debug("webhook", {"event": webhook.event, "player": webhook.player_title, "machine_id": webhook.player_uuid,
-                              "title": webhook.item.title if webhook.item else "",
-                              "result": "a look" if self.plex and webhook.player_uuid else "taken" if webhook.player_uuid else "of no player"})
+        if log.isEnabledFor(logging.DEBUG):
+            result = "of no player" if not webhook.player_uuid else "a look" if self.plex else "believed"
+            say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title,
+                machine_id=webhook.player_uuid, title=webhook.item.title if webhook.item else "", result=result)
         self.judge(webhook)
 
     def meet(self, webhook: Webhook) -> None:
@@ -1251,8 +1275,8 @@ class Watcher:
             if len(self.players) >= MAX_PLAYERS:
                 del self.players[next(iter(self.players))]
             self.players[webhook.player_uuid] = PlayerState(webhook.player_uuid, has_server=False)
-            log.info("a player was heard of; to follow it, use: -plex-machine-id %s" % quoted(webhook.player_uuid),
-                     {"player": webhook.player_title})
+            say(logging.INFO, "a player was heard of; the flag that chooses it: "
+                f"-plex-machine-id {quoted(webhook.player_uuid)}", player=webhook.player_title)
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1275,12 +1299,12 @@ class Watcher:
         """A line of the log."""
         match report:
             case Change():
-                log.info("", change_fields(report, name_machine=not self.plex))
+                say(logging.INFO, "", **change_fields(report, name_machine=not self.plex))
             case Outage():
                 level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
-                log.log(level.get(report.fault, logging.ERROR), "no answer from Plex: %s" % report.sentence)
+                say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
             case Recovery():
-                log.info("Plex answers again after %.0f s" % report.after_s)
+                say(logging.INFO, f"Plex answers again after {report.after_s:.0f} s")
 
     def tell_systemd(self) -> None:
         """STATUS= after each report, and WATCHDOG=1 from the very loop that can hang."""
@@ -1292,25 +1316,29 @@ class Watcher:
 
 # === Commands: run, players, demo ===
 
+LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and the journal's priorities
+          "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
+
+
 class LogFormatter(logging.Formatter):
-    """The log's lines.  A record is a sentence and, as its one argument, the fields."""
+    """The log's lines, from records that say() made."""
 
     def __init__(self, as_json: bool, journal: bool):
         super().__init__()
         self.as_json, self.journal = as_json, journal
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = record.args if isinstance(record.args, dict) else {}
-        level = {logging.ERROR: "error", logging.WARNING: "warn", logging.INFO: "info"}.get(record.levelno, "debug")
+        sentence, fields = record.getMessage(), getattr(record, "fields", {})
+        level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
         now = time.localtime(record.created)
         if self.as_json:
-            stamp = {} if self.journal else {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", now)}
-            line = json_line(record.msg, {**stamp, "level": level, **fields})
+            stamps = {} if self.journal else {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", now)}
+            line = json_line(sentence, {**stamps, "level": level, **fields})
         else:
-            stamp = "" if self.journal else f"{time.strftime('%Y-%m-%d %H:%M:%S', now)} {level.upper():5} "
-            line = stamp + text_line(record.msg, fields)
-        priority = {"error": "<3>", "warn": "<4>", "info": "<6>", "debug": "<7>"}[level] if self.journal else ""
-        return priority + line
+            line = text_line(sentence, fields)
+            if not self.journal:
+                line = f"{time.strftime('%Y-%m-%d %H:%M:%S', now)} {level.upper():5} {line}"
+        return f"<{priority}>{line}" if self.journal else line
 
 
 def in_journal(environ: Mapping[str, str]) -> bool:
@@ -1328,7 +1356,7 @@ def set_up_log(config: Config) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.log_format == "json", in_journal(os.environ)))
     log.handlers[:] = [handler]
-    log.setLevel({"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO}.get(config.log_level, logging.DEBUG))
+    log.setLevel(LEVELS[config.log_level][0])
     log.propagate = False
 
 
@@ -1339,10 +1367,12 @@ def run(config: Config) -> int:
         listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and runs_already(config):
-            log.info("StreamerBrainz already listens there: nothing to do", {"port": config.webhooks_port})
+            say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
             return 0
         raise listening_error(error, config) from error
-    plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file) if config.plex_server_url else None
+    plex = None
+    if config.plex_server_url:
+        plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file)
     take_signals(inbox)
     serve(config, inbox, listener, plex)
     return 0
@@ -1352,17 +1382,17 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
-    log.info("listening", {"version": VERSION, "port": listener.port,
-                           "webhook_url": f"http://{socket.gethostname()}:{listener.port}{WEBHOOK_PATH}"})
+    say(logging.INFO, "listening", version=VERSION,
+        webhook_url=f"http://{socket.gethostname()}:{listener.port}{WEBHOOK_PATH}")
     if plex is None:
-        log.info("no -plex-server-url: the webhooks alone tell, of every player")
+        say(logging.INFO, "no -plex-server-url: the webhooks alone tell, of every player")
     systemd.notify("READY=1")
     try:
         Watcher(config, inbox, plex, systemd).run()
     finally:
         systemd.notify("STOPPING=1")
         listener.close()
-        log.info("stopped listening")
+        say(logging.INFO, "stopped listening")
 
 
 def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
@@ -1391,7 +1421,8 @@ def listening_error(error: OSError, config: Config) -> ConfigError:
         return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
     if error.errno == errno.EACCES:
         return ConfigError(f"-webhooks-port: {port} is for root alone; give one above 1023.")
-    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({reason(error)}); give an address of this machine.")
+    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({reason(error)}); "
+                       "give an address of this machine.")
 
 
 def port_holder(port: int) -> str:
@@ -1399,9 +1430,9 @@ def port_holder(port: int) -> str:
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
             for fields in map(str.split, lines):
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:      # 0A: listening
-                    if holder := socket_holder(f"socket:[{fields[9]}]"):
-                        return holder
+                listens = fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port
+                if listens and (holder := socket_holder(f"socket:[{fields[9]}]")):
+                    return holder
     return "another program"
 
 
@@ -1426,11 +1457,11 @@ def players(config: Config) -> int:
     except PlexError as error:
         print(f"streamerbrainz: {error}", file=sys.stderr)
         return 1
-    chosen = [session.machine_identifier == config.plex_machine_id for session in sessions]
+    rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
     if config.json:
-        print(json.dumps([session_fields(session, mine) for session, mine in zip(sessions, chosen)], indent=2))
-    elif sessions:
-        print("\n\n".join(session_lines(session, mine) for session, mine in zip(sessions, chosen)))
+        print(json.dumps([session_fields(*row) for row in rows], indent=2))
+    elif rows:
+        print("\n\n".join(session_lines(*row) for row in rows))
     else:
         print(f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again.")
     return 0
@@ -1454,7 +1485,8 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def __init__(self, token: str = "stand-in-token", machine_id: str = "demo-player"):
         self.token, self.machine_id = token, machine_id
-        self.now: tuple[str, Mapping[str, str], float, float] | None = None    # state, attributes, ms, since when; None: stopped
+        # state, attributes, view_offset in ms, since when; None: stopped
+        self.now: tuple[str, dict[str, str], float, float] | None = None
         self.speed = 1.0
         super().__init__(("127.0.0.1", 0), _StandInHandler)
 
@@ -1469,7 +1501,7 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         state, _, offset, since = self.now
         return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
-    def become(self, state: str, attributes: Mapping[str, str]) -> None:
+    def become(self, state: str, attributes: dict[str, str]) -> None:
         """The player plays, pauses or stops an item; another item starts at its begin."""
         offset = self.view_offset() if self.now and self.now[1] == attributes else 0.0
         self.now = None if state == STOPPED else (state, attributes, offset, time.monotonic())
@@ -1479,20 +1511,22 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         container = ElementTree.Element("MediaContainer", size="0" if self.now is None else "1")
         if self.now is not None:
             state, attributes, _, _ = self.now
-            item = ElementTree.SubElement(container, "Track" if attributes["type"] == "track" else "Video", sessionKey="7",
-                                          viewOffset=str(int(self.view_offset())), **attributes)
+            item = ElementTree.SubElement(
+                container, "Track" if attributes["type"] == "track" else "Video",
+                attributes | {"sessionKey": "7", "viewOffset": str(int(self.view_offset()))})
             ElementTree.SubElement(item, "User", id="1", title="demo")
-            ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_id, title="Living Room", product="Plexamp",
-                                   platform="Linux", state=state)
-        return ElementTree.tostring(container, encoding="utf-8", xml_declaration=True)
+            ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_id, title="Living Room",
+                                   product="Plexamp", platform="Linux", state=state)
+        return bytes(ElementTree.tostring(container, encoding="utf-8", xml_declaration=True))
 
     def send_webhook(self, url: str, event: str, attributes: Mapping[str, str], thumb: bytes = b"") -> int:
         """POST a webhook as Plex does; -> the status of the answer."""
         payload = {"event": event, "user": True, "owner": True, "Account": {"id": 1, "title": "demo"},
-                   "Server": {"title": "stand-in", "uuid": "0" * 40},
-                   "Player": {"local": True, "publicAddress": "", "title": "Living Room", "uuid": self.machine_id}, "Metadata": attributes}
+                   "Server": {"title": "stand-in", "uuid": "0" * 40}, "Metadata": attributes,
+                   "Player": {"local": True, "publicAddress": "", "title": "Living Room", "uuid": self.machine_id}}
         content_type, body = encode_webhook(json.dumps(payload).encode(), thumb)
-        request = urllib.request.Request(url, body, {"Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"})
+        request = urllib.request.Request(url, body, {
+            "Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
             return int(response.status)
 
@@ -1501,7 +1535,9 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     """Content-Type and body of a webhook in the form in which Plex sends it."""
     boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
     part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
-    parts = [(b'"payload"', b"application/json", payload)] + [(b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb)] * bool(thumb)
+    parts = [(b'"payload"', b"application/json", payload)]
+    if thumb:
+        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
     body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
     return f"multipart/form-data; boundary={boundary}", body
 
@@ -1524,22 +1560,23 @@ class _StandInHandler(http.server.BaseHTTPRequestHandler):
 
 
 def _track(key: str, title: str, artist: str, album: str, seconds: int) -> dict[str, str]:
-    return {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album, "duration": f"{seconds}000"}
+    return {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
+            "duration": f"{seconds}000"}
 
 
 _KARMA_POLICE = _track("101", "Karma Police", "Radiohead", "OK Computer", 264)
 _NO_SURPRISES = _track("102", "No Surprises", "Radiohead", "OK Computer", 229)
 _TEARDROP = _track("103", "Teardrop", "Massive Attack", "Mezzanine", 331)
-_PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks", "parentTitle": "Season 1",
-          "parentIndex": "1", "index": "1", "duration": "5640000"}
+_PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
+          "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
 
 # (second, what the viewer reads, state, item, the webhook that Plex sends, its number)
-EVENING: tuple[tuple[float, str, str, Mapping[str, str], str, int], ...] = (
+EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (0, "You press play in Plexamp.", PLAYING, _KARMA_POLICE, "media.play", 1),
     (15, "The telephone rings: you press pause.", PAUSED, _KARMA_POLICE, "media.pause", 1),
-    (25, "You go on. Plex sends the webhook three times, as it does at times.", PLAYING, _KARMA_POLICE, "media.resume", 3),
+    (25, "You go on. Plex sends the webhook three times.", PLAYING, _KARMA_POLICE, "media.resume", 3),
     (40, "The next track begins.", PLAYING, _NO_SURPRISES, "media.play", 1),
-    (55, "You skip to a track of the queue. Plex sends no webhook then: a slow look finds it.", PLAYING, _TEARDROP, "", 0),
+    (55, "You skip within the queue: no webhook is sent, a slow look finds it.", PLAYING, _TEARDROP, "", 0),
     (75, "You press stop: the session is gone, and that is the stop.", STOPPED, _TEARDROP, "media.stop", 1),
     (85, "You watch something instead.", PLAYING, _PILOT, "media.play", 1),
     (105, "Enough for tonight.", STOPPED, _PILOT, "media.stop", 1),
@@ -1559,7 +1596,8 @@ def demo(config: Config) -> int:
         threading.Thread(target=plex.serve_forever, daemon=True).start()
         config = replace(config, plex_machine_id=plex.machine_id, poll_interval_s=10 / config.speed)
         listener = Listener("127.0.0.1", 0, inbox, plex.machine_id)
-        print(f"A stand-in for Plex plays an evening of {EVENING[-1][0] / config.speed:.0f} seconds; Ctrl-C ends it.", flush=True)
+        length_s = EVENING[-1][0] / config.speed
+        print(f"A stand-in for Plex plays an evening of {length_s:.0f} seconds; Ctrl-C ends it.", flush=True)
         threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
         serve(config, inbox, listener, PlexServer(plex.url, TokenFile(token_file)))
         plex.shutdown()
@@ -1617,9 +1655,9 @@ def one_dash(words: Sequence[str]) -> list[str]:
 
 def flag_parser() -> FlagParser:
     """All flags of all commands."""
-    parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, add_help=False, allow_abbrev=False,
-                        argument_default=argparse.SUPPRESS, fromfile_prefix_chars="@",     # the defaults are Config's
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
+                        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False,
+                        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
     parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
     flags = parser.add_argument_group("flags").add_argument
     flags("-webhooks-port", type=port, metavar="PORT", help="HTTP listener port (default 3001)")
@@ -1630,7 +1668,7 @@ def flag_parser() -> FlagParser:
     flags("-plex-machine-id", metavar="ID", help="machineIdentifier of the player")
     flags("-poll-interval", type=seconds, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
-    flags("-log-level", choices=("error", "warn", "info", "debug"), metavar="LEVEL", help="error, warn, info (default) or debug")
+    flags("-log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
     flags("-log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
     flags("-json", action="store_true", help="players: print JSON")
     flags("-speed", type=speed, metavar="N", help="demo: so many times faster (default 1)")
@@ -1664,7 +1702,8 @@ def server_url(word: str) -> str:
     """The base URL of a server, without a slash at its end.  The URL itself is in no message: it may hold a token."""
     try:
         parts = urllib.parse.urlsplit(word)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", word)
+        valid = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                 and re.fullmatch("[!-~]+", word))
     except ValueError:
         valid = False
     if not valid:
@@ -1685,7 +1724,7 @@ def parse_config(words: Sequence[str]) -> Config:
         raise ConfigError(unknown_words(unknown))
     config = Config(command=command, **vars(flags))
     if config.server_address and command != "players":
-        raise ConfigError("a word stands where no word belongs; the command comes first, and each value after its flag.")
+        raise ConfigError("there is a word where none belongs; the command comes first, each value after its flag.")
     if config.server_address:
         config = replace(config, server_address=players_url(config.server_address))
     if command == "run":
@@ -1705,14 +1744,15 @@ def unknown_words(words: Sequence[str]) -> str:
     """What is said of words that are no flags.  A word may be a token: only flags are repeated."""
     flag = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
     if not flag:
-        return "there is a word too many. A token is never given on the command line, where ps shows it: see -plex-token-file."
+        return "there is a word too many. (No token goes on the command line, where ps shows it: see -plex-token-file.)"
     hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
     return f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}"
 
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError for half a configuration."""
-    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file, "-plex-machine-id": config.plex_machine_id}
+    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file,
+                "-plex-machine-id": config.plex_machine_id}
     missing = [flag for flag, value in together.items() if not value]
     if 0 < len(missing) < len(together):
         hint = " `streamerbrainz.py players` shows the identifiers." if "-plex-machine-id" in missing else ""
