@@ -58,6 +58,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import re
@@ -86,20 +87,24 @@ VERSION = "0.1.0"
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_PAYLOAD = 2**20           # bytes of its JSON; 10 kB is usual, and JSON grows 25-fold as objects
 MAX_PARTS = 16                # of a multipart body; Plex sends 2
+MAX_PART_HEADER = 4096        # bytes; Plex's have under 100
 MAX_SESSIONS = 2 * 2**20      # bytes of /status/sessions; a session takes 3 to 30 kB
 MAX_TEXT = 1000               # characters kept of a title or a name
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
 MAX_INBOX = 5000              # webhooks that may wait; a minute of the worst library scan seen
 MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of stack, mostly untouched
-MAX_LARGE_BODIES = 8          # bodies over LARGE_BODY in memory at once
+MAX_LARGE_BODIES = 4          # bodies over LARGE_BODY in memory at once
 LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger
 MAX_PLAYERS = 50              # remembered when webhooks alone tell of every player
 
 REQUEST_S = 10.0              # to read one whole request; Plex sends a webhook in milliseconds
 KEEP_ALIVE_S = 5.0            # that an idle connection may hold its thread; as Apache and Node do
+LINGER_S = 2.0                # that a refused sender may go on sending unread; nginx gives 5
+REAP_S = 1.0                  # between two checks of both, while there are connections
 PLEX_S = 5.0                  # for one whole answer of the server, on a LAN; also the longest way out
 RETRY_MAX_S = 30.0            # longest wait between looks while the server cannot be reached
 RETRY_HEARD_S = 1.0           # ... and when a webhook shows that it lives
+REST_S = 0.01                 # after a look: the webhooks of one moment (stop and play, doubles) share one
 FOREIGN_S = 1.0               # from another player's webhook to a look (its uuid is but a hint)
 # Sessions lag behind the webhook by a second or two.  Looks after a webhook that they do
 # not bear out: a user who waits 0.25 s longer sees no difference, a server no load.
@@ -224,11 +229,13 @@ class Webhook:
     player_title: str = ""
     item: Item | None = None      # None: not said
     view_offset: int | None = None  # ms; None: not said (mostly)
-    thumb: bytes = b""            # JPEG; b"": none
 
 
-def parse_webhook(content_type: str, body: bytes) -> Webhook:
-    """The Webhook in a request's body: multipart/form-data as Plex sends it, or plain JSON.
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+
+
+def parse_webhook(content_type: str, body: bytes | mmap.mmap) -> tuple[Webhook, memoryview]:
+    """The Webhook in a request's body (multipart/form-data as Plex sends it, or plain JSON), and its JPEG, a view.
 
     Raises WebhookError 400 (not a webhook), 413 (payload too large) or 415 (another type).
     """
@@ -236,16 +243,16 @@ def parse_webhook(content_type: str, body: bytes) -> Webhook:
     header["Content-Type"] = content_type
     media_type = header.get_content_type()
     if media_type == "application/json":
-        return parse_payload(body)
+        return parse_payload(body[:]), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
     parts = parse_multipart(header, body)
     if "payload" not in parts:
         raise WebhookError(400, "The part named payload is missing, which holds a webhook's JSON.")
-    return parse_payload(parts["payload"], parts.get("thumb", b""))
+    return parse_payload(bytes(parts["payload"])), parts.get("thumb", memoryview(b""))
 
 
-def parse_multipart(header: email.message.Message, body: bytes) -> dict[str, bytes]:
+def parse_multipart(header: email.message.Message, body: bytes | mmap.mmap) -> dict[str, memoryview]:
     """The parts of a multipart body that are named payload and thumb, the first of each name.
 
     email.parser reads each part's header.  The body is cut at its delimiters here: as a
@@ -254,20 +261,26 @@ def parse_multipart(header: email.message.Message, body: bytes) -> dict[str, byt
     boundary = header.get_boundary("")
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
-    parts: dict[str, bytes] = {}
+    parts: dict[str, memoryview] = {}
     starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
     for (_, start), (stop, _) in itertools.pairwise(starts):
-        blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + 65536))
+        blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        part = email.parser.BytesHeaderParser().parsebytes(body[start:blank.start()])
-        name = part.get_param("name", header="Content-Disposition")
+        name = part_name(body[start:blank.start()])
         if name in ("payload", "thumb"):
-            parts.setdefault(str(name), body[blank.end():stop])
+            parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
 
 
-def delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int]]:
+@functools.lru_cache(maxsize=16)        # Plex sends the same two headers for ever
+def part_name(header: bytes) -> str:
+    """The name that a part's header gives it; "": none."""
+    part = email.parser.BytesHeaderParser().parsebytes(header)
+    return str(part.get_param("name", "", header="Content-Disposition"))
+
+
+def delimiters(body: bytes | mmap.mmap, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each line `delimiter` of a body begins (its line break included) and what follows begins.
 
     Raises WebhookError unless the closing delimiter comes, too.
@@ -281,13 +294,13 @@ def delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int]]:
         if start and body[start - 1] != 0x0A:                               # only within a line: no delimiter
             continue
         yield start - (2 if body[start - 2:start] == b"\r\n" else 1), body.find(b"\n", end) + 1
-        if body.startswith(b"--", end):
+        if body[end:end + 2] == b"--":
             return
     raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
 
 
-def parse_payload(payload: bytes, thumb: bytes = b"") -> Webhook:
-    """The Webhook of its JSON, which is UTF-8 whatever its part says, and its picture."""
+def parse_payload(payload: bytes) -> Webhook:
+    """The Webhook of its JSON, which is UTF-8 whatever its part says."""
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
     try:
@@ -300,7 +313,7 @@ def parse_payload(payload: bytes, thumb: bytes = b"") -> Webhook:
     player, metadata = mapping(fields.get("Player")), mapping(fields.get("Metadata"))
     return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
                    item=parse_item(metadata) if metadata else None,
-                   view_offset=number(metadata.get("viewOffset")), thumb=thumb)
+                   view_offset=number(metadata.get("viewOffset")))
 
 
 # === Sessions: XML -> (Session, ...) (parse_sessions) ===
@@ -718,13 +731,15 @@ def say(level: int, sentence: str, **fields: object) -> None:
     log.log(level, "%s", sentence, extra={"fields": fields})
 
 
+# === Plex: HTTP -> bytes (PlexServer) ===
+
 class DeadlineReader(io.RawIOBase):
     """A connection's bytes, until `deadline`, however many reads they take.
 
     A time limit on each read is none: a peer that drips a byte at a time never meets it.
     """
 
-    def __init__(self, connection: socket.socket, deadline: float = math.inf):
+    def __init__(self, connection: socket.socket, deadline: float):
         self.connection, self.deadline = connection, deadline
         self.raw = connection.makefile("rb", buffering=0)
 
@@ -742,8 +757,6 @@ class DeadlineReader(io.RawIOBase):
         self.raw.close()
         super().close()
 
-
-# === Plex: HTTP -> bytes (PlexServer) ===
 
 class _Answer(http.client.HTTPResponse):
     """An answer that is read whole within a deadline, or not at all."""
@@ -792,7 +805,8 @@ class PlexServer:
         try:
             context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
         except OSError as error:                      # ssl.SSLError is one
-            raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({reason(error)}); give a PEM file.") from error
+            raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({reason(error)}); "
+                              "give a PEM file.") from error
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(_PlexHandler(context))
         self.opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
@@ -815,7 +829,7 @@ class PlexServer:
         except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
             raise network_error(error, self.url) from None
         if len(body) > limit:
-            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes: no list of sessions is.")
+            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes: no list of sessions.")
         return body
 
 
@@ -939,7 +953,8 @@ WEBHOOK_PATH = "/webhooks/plex"
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  Owns the listening socket; a thread for each of at most MAX_CONNECTIONS connections.
 
-    serve() runs in a thread of its own until close() is called from another one.
+    serve() runs in a thread of its own until close() is called from another one.  Time limits
+    hold for whole requests: one on each read is none, a peer that drips bytes never meets it.
     """
     allow_reuse_address = True
     daemon_threads = True
@@ -948,11 +963,12 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_id: str = ""):
         """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
         self.inbox, self.machine_id = inbox, machine_id
-        self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
-        self.thumb = b""             # the latest picture; the request thread that has one replaces it
-        family, address = listening_address(host, port)
-        self.address_family = family
+        self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
+        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.room_for_large = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.picture = ("", b"")     # Item.identity and JPEG, the latest; replaced by the thread that has a new one
+        self.closing = threading.Event()
+        self.address_family, address = listening_address(host, port)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -966,31 +982,36 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return int(self.server_address[1])
 
     def serve(self) -> None:
-        """Answer until close().  Wakes only for connections."""
-        self.serve_forever(poll_interval=None)  # type: ignore[arg-type]  # select's own "for ever"
+        """Accept connections and end those whose time is up, until close().  Sleeps while there are none."""
+        while not self.closing.is_set():
+            if self.room.acquire(timeout=REAP_S):    # the connection one too many waits in the kernel
+                self.room.release()                  # (none but process_request, called below, takes it for good)
+                self.timeout = REAP_S if self.deadlines else None
+                self.handle_request()
+            for connection, deadline in list(self.deadlines.items()):
+                if time.monotonic() > deadline:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)     # its thread reads the end, however it waits
 
     def close(self) -> None:
-        """End serve() and free the port; connections end with the process."""
+        """End serve() and free the port; open connections end with the process."""
+        self.closing.set()
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)   # wakes the select() that waits for ever
-        self.shutdown()
+            self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread; the one too many waits its turn, and at last is told to come again."""
-        if self.connections.acquire(timeout=REQUEST_S):
-            super().process_request(request, client_address)
-        else:
-            with contextlib.suppress(OSError):
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\n"
-                                b"Content-Length: 0\r\nConnection: close\r\n\r\n")
-            self.shutdown_request(request)
+        """Start the connection's thread."""
+        self.room.acquire()
+        self.deadlines[request] = time.monotonic() + KEEP_ALIVE_S
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.connections.release()
+            self.deadlines.pop(request, None)
+            self.room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is its peer's affair; anything else is a bug of ours."""
@@ -998,13 +1019,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if error and not isinstance(error, OSError):
             self.inbox.put(Crash(error))
 
-    def take(self, webhook: Webhook) -> None:
+    def take(self, webhook: Webhook, thumb: memoryview) -> None:
         """Put a webhook into the inbox, its picture aside; raises WebhookError 503 when too much waits."""
         if self.inbox.qsize() >= MAX_INBOX:
             raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
-        if webhook.thumb and self.machine_id in ("", webhook.player_uuid):
-            self.thumb = webhook.thumb
-        self.inbox.put(replace(webhook, thumb=b"") if webhook.thumb else webhook)
+        self.inbox.put(webhook)
+        ours = self.machine_id in ("", webhook.player_uuid)
+        if thumb and ours and webhook.item and webhook.item.identity != self.picture[0]:
+            self.picture = webhook.item.identity, bytes(thumb)
 
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -1026,20 +1048,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Listener
     rfile: io.BufferedReader
 
-    def setup(self) -> None:
-        super().setup()
-        self.rfile.close()
-        self.reader = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self.reader)
-
     def handle_one_request(self) -> None:
-        """Wait for a request for KEEP_ALIVE_S, then read the whole of it within REQUEST_S."""
+        """Wait for a request for KEEP_ALIVE_S, then read and answer it within REQUEST_S."""
         self.close_connection = True
-        self.reader.deadline = time.monotonic() + KEEP_ALIVE_S
-        with contextlib.suppress(TimeoutError):
-            if self.rfile.peek(1):
-                self.reader.deadline = time.monotonic() + REQUEST_S
-                super().handle_one_request()
+        self.server.deadlines[self.connection] = time.monotonic() + KEEP_ALIVE_S
+        if self.rfile.peek(1):
+            self.server.deadlines[self.connection] = time.monotonic() + REQUEST_S
+            super().handle_one_request()
 
     def __getattr__(self, name: str) -> Callable[[], None]:
         """do_GET, do_POST and every other method: the path decides what is allowed."""
@@ -1050,24 +1065,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         """Answer a request whose head is read."""
         try:
-            with self.room_for_body():
-                body = self.read_body()
-                path = urllib.parse.urlsplit(self.path).path
-                if path == WEBHOOK_PATH:
-                    self.allow("POST")
-                    self.server.take(parse_webhook(self.headers.get("Content-Type", ""), body))
-                    self.answer(200)
-                elif path == "/healthz":
-                    self.allow("GET", "HEAD")
-                    self.answer(200, json.dumps({"status": "ok", "version": VERSION}) + "\n", "application/json")
-                else:
-                    if self.headers.get("User-Agent", "").startswith("PlexMediaServer/"):
-                        self.server.inbox.put(Misdirected(path, self.client_address[0]))
-                    raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
+            length = self.length()
+            large = length is None or length > LARGE_BODY
+            with self.server.room_for_large if large else contextlib.nullcontext():
+                self.route(self.read_chunks() if length is None else self.read_exactly(length))
         except WebhookError as error:
             self.answer(error.status, f"{error}\n")
-        except ValueError:                            # urlsplit: "http://[" and the like
-            self.answer(400, "The request's target is no URL.\n")
+
+    def route(self, body: bytes | mmap.mmap) -> None:
+        """Answer a request that is read whole; raises WebhookError."""
+        path = self.path.partition("?")[0]
+        if path == WEBHOOK_PATH:
+            self.allow("POST")
+            self.server.take(*parse_webhook(self.headers.get("Content-Type", ""), body))
+            self.answer(200)
+        elif path == "/healthz":
+            self.allow("GET", "HEAD")
+            self.answer(200, json.dumps({"status": "ok", "version": VERSION}) + "\n", "application/json")
+        else:
+            if self.headers.get("User-Agent", "").startswith("PlexMediaServer/"):
+                self.server.inbox.put(Misdirected(path, self.client_address[0]))
+            raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
 
     def allow(self, *methods: str) -> None:
         if self.command not in methods:
@@ -1096,35 +1114,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         return WebhookError(status, sentence)
 
-    def room_for_body(self) -> contextlib.AbstractContextManager[object]:
-        """A place among the few large bodies that may be in memory at once; small ones need none."""
-        length = self.length()
-        return self.server.large_bodies if length is None or length > LARGE_BODY else contextlib.nullcontext()
-
-    def read_body(self) -> bytes:
-        """The whole body, at most MAX_BODY bytes."""
-        length = self.length()
-        if length is None:
-            return b"".join(self.chunks())
-        body = self.rfile.read(length)
-        if len(body) < length:
+    def read_exactly(self, length: int) -> bytes | mmap.mmap:
+        """A body of so many bytes.  A large one gets pages of its own: malloc would keep them, for each thread."""
+        if length <= LARGE_BODY:
+            body: bytes | mmap.mmap = self.rfile.read(length)
+            got = len(body)
+        else:
+            body = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            got = self.rfile.readinto(body)
+        if got < length:
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
 
-    def chunks(self) -> Iterator[bytes]:
-        """The chunks of a body with Transfer-Encoding: chunked (RFC 9112, 7.1), trailers passed over."""
-        room = MAX_BODY
+    def read_chunks(self) -> bytes:
+        """A body with Transfer-Encoding: chunked (RFC 9112, 7.1), of at most MAX_BODY; trailers are passed over."""
+        chunks, room = [], MAX_BODY
         while size := self.chunk_size():
             room -= size
             if room < 0:
                 raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
-            chunk = self.rfile.read(size)
-            if len(chunk) < size or self.rfile.readline(3).strip():
+            chunks.append(self.rfile.read(size))
+            if len(chunks[-1]) < size:
                 raise self.broken(400, "A chunk of the body is cut short.")
-            yield chunk
+            if self.rfile.readline(3).strip():
+                raise self.broken(400, "A chunk of the body is longer than its size.")
         for _ in range(100):
             if not self.rfile.readline(65537).strip():
-                return
+                return b"".join(chunks)
         raise self.broken(400, "The chunked body has too many trailers.")
 
     def chunk_size(self) -> int:
@@ -1172,11 +1188,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Close so that a refusal arrives: to close on unread bytes would reset it away."""
         super().finish()
+        self.server.deadlines[self.connection] = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(0.5)
-            end = time.monotonic() + 1.0
-            while self.connection.recv(65536) and time.monotonic() < end:
+            while self.connection.recv(65536):
                 pass
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -1285,6 +1300,7 @@ class Watcher:
             self.judge(Look(self.plex.sessions()))
         except PlexError as error:
             self.judge(Outage(error.fault, str(error)))
+        time.sleep(REST_S)
 
     def judge(self, observation: Observation) -> None:
         """Let each player's state advance, and report."""
