@@ -1643,53 +1643,64 @@ commands:
   run                  the daemon (this is what happens without a command)
   players [HOST:PORT]  every player in the sessions, with its machine identifier
   demo                 an evening of a player, without any Plex"""
-EPILOG = """@FILE reads flags from a file, one a line, with # comments. Two dashes work as well.
+EPILOG = """@FILE reads flags from a file, one a line, with # comments.  Two dashes work, too.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
 
 
+HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
+
+
 class FlagParser(argparse.ArgumentParser):
-    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors."""
+    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors.
+
+    Inside, each flag has two dashes: with one, argparse would take -plex-token for -plex-token-file.
+    """
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message.removeprefix('argument ')} (see: streamerbrainz.py -h)")
+        message = re.sub(r"^argument --?", "-", message)
+        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2 cannot be read (\1); name a file of flags, one a line", message)
+        raise ConfigError(f"{message} (see: streamerbrainz.py -h)")
+
+    def format_help(self) -> str:
+        return super().format_help().replace(" --", " -")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments in a line of an @FILE, words quoted as in a shell."""
         try:
             words = shlex.split(arg_line, comments=True)
         except ValueError as error:
-            raise ConfigError(f"a line of the @FILE has a quote without its end: {printable(arg_line)}") from error
+            raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
         if any(word.startswith("@") for word in words):
             raise ConfigError("an @FILE cannot name another @FILE; put all flags into one.")
-        return one_dash(words)
+        return two_dashes(words)
 
 
-def one_dash(words: Sequence[str]) -> list[str]:
-    """Arguments with --flag as -flag."""
-    return [word[1:] if re.match("--[a-z]", word) else word for word in words]
+def two_dashes(words: Sequence[str]) -> list[str]:
+    """Arguments with -flag as --flag."""
+    return [f"-{word}" if re.match("-[a-z]{2}", word) else word for word in words]
 
 
 def flag_parser() -> FlagParser:
     """All flags of all commands."""
     parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
-                        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False,
+                        formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
                         fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
     parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
     flags = parser.add_argument_group("flags").add_argument
-    flags("-webhooks-port", type=port, metavar="PORT", help="HTTP listener port (default 3001)")
-    flags("-webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
-    flags("-plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
-    flags("-plex-token-file", metavar="FILE", help="file that holds the Plex token")
-    flags("-plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
-    flags("-plex-machine-id", metavar="ID", help="machineIdentifier of the player")
-    flags("-poll-interval", type=seconds, metavar="S", dest="poll_interval_s",
+    flags("--webhooks-port", type=port, metavar="PORT", help="HTTP listener port (default 3001)")
+    flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
+    flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
+    flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
+    flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
+    flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
+    flags("--poll-interval", type=seconds, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
-    flags("-log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
-    flags("-log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
-    flags("-json", action="store_true", help="players: print JSON")
-    flags("-speed", type=speed, metavar="N", help="demo: so many times faster (default 1)")
-    flags("-h", action="help", help="this help")
-    flags("-version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
+    flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
+    flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
+    flags("--json", action="store_true", help="players: print JSON")
+    flags("--speed", type=speed, metavar="N", help="demo: so many times faster (default 1)")
+    flags("-h", "--help", action="help", help="this help")
+    flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
     return parser
 
 
@@ -1731,7 +1742,7 @@ def server_url(word: str) -> str:
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
-    words = one_dash(words)
+    words = two_dashes(words)
     command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
     if command not in COMMANDS:
         raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
@@ -1758,7 +1769,7 @@ def players_url(word: str) -> str:
 
 def unknown_words(words: Sequence[str]) -> str:
     """What is said of words that are no flags.  A word may be a token: only flags are repeated."""
-    flag = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    flag = next((re.sub("^--?|=.*", "-", word).rstrip("-") for word in words if word.startswith("-")), "")
     if not flag:
         return "there is a word too many. (No token goes on the command line, where ps shows it: see -plex-token-file.)"
     hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
@@ -1771,9 +1782,9 @@ def check_complete(config: Config) -> None:
                 "-plex-machine-id": config.plex_machine_id}
     missing = [flag for flag, value in together.items() if not value]
     if 0 < len(missing) < len(together):
-        hint = " `streamerbrainz.py players` shows the identifiers." if "-plex-machine-id" in missing else ""
-        raise ConfigError(f"{' and '.join(missing)} is missing: to ask the server, give all of {', '.join(together)}; "
-                          f"for webhooks alone, none of them.{hint}")
+        hint = " (`streamerbrainz.py players` shows the identifiers.)" if "-plex-machine-id" in missing else ""
+        raise ConfigError(f"half a configuration: give {' and '.join(missing)}, too, to ask the server; "
+                          f"or none of {', '.join(together)}, for webhooks alone.{hint}")
     if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
         raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
 
