@@ -12,13 +12,13 @@ keep a crashed player for minutes.  So they are witnesses, and one pure function
 advance(), is the judge.  Its promise: each true change is reported once, in order and
 soon, nothing is reported that was not true, and every playing ends in one stopped.
 
-    Plex Media Server                          (another program: curl, cron, systemd)
-      |  POST /webhooks/plex           GET /healthz  |
-      v                                              v
+    Plex Media Server          (curl, a second start by cron)
+      |  POST /webhooks/plex     |  GET /healthz
+      v                          v
     Listener ---- bytes -> Webhook -----> inbox <--- signal handler
-      ^  a thread for each connection       |
-      |                                     v
-      +---- Status <------------------- Watcher ---- "look" ---> PlexServer
+      a thread for each connection          |
+                                            v
+                                         Watcher ---- "look" ----> PlexServer
                                           |  ^                  GET /status/sessions
               advance(player, ..., at) ---+  +------ bytes -> (Session, ...)
                                           |
