@@ -677,9 +677,9 @@ def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     return " ".join([printable(sentence), *pairs] if sentence else pairs)
 
 
-def json_line(sentence: str, fields: Mapping[str, object]) -> str:
+def json_line(fields: Mapping[str, object]) -> str:
     """A line of the JSON log: one object."""
-    return printable(json.dumps({**({"msg": sentence} if sentence else {}), **fields}, ensure_ascii=False))
+    return printable(json.dumps(fields, ensure_ascii=False))
 
 
 def playing_sentence(state: str, item: Item | None) -> str:
@@ -829,7 +829,7 @@ class PlexServer:
         except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
             raise network_error(error, self.url) from None
         if len(body) > limit:
-            raise PlexError("nonsense", f"The answer of {self.url} is larger than {limit} bytes: no list of sessions.")
+            raise PlexError("nonsense", f"{self.url} answered more than {limit} bytes, which no list of sessions has.")
         return body
 
 
@@ -881,14 +881,13 @@ class TokenFile:
 
     def __call__(self) -> str:
         """The token as it is now; as it was, while the file is being replaced or cannot be read."""
-        try:
-            if self.version != file_version(os.stat(self.path)):
+        if self.version != (version := file_version(self.path)):
+            try:
                 self.token, self.version = self.read()
                 say(logging.INFO, "the Plex token was read again", file=self.path)
-        except (ConfigError, OSError) as error:
-            if self.version is not None:
+            except ConfigError as error:
+                self.version = version                # said once, and tried again when the file changes
                 say(logging.WARNING, f"the Plex token stays as it was: {error}")
-            self.version = None
         return self.token
 
     def read(self) -> tuple[str, tuple[int, ...] | None]:
@@ -896,16 +895,20 @@ class TokenFile:
         return read_secret("-plex-token-file", self.path)
 
 
-def file_version(status: os.stat_result) -> tuple[int, ...] | None:
-    """What differs when a file has been written or replaced; None for what is no regular file."""
-    return (status.st_ino, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+def file_version(file: str | int) -> tuple[int, ...] | None:
+    """What differs when a file (its path or descriptor) was written or replaced; None for what is no regular file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(file)
+        if stat.S_ISREG(status.st_mode):
+            return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
 
 
 def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
     """The secret that a flag's file holds, and the file's version.  Warns of a file that others can read."""
     try:
         with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
+            mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
             secret = file.read(MAX_TOKEN_FILE + 1).strip()
     except OSError as error:
         raise ConfigError(f"{flag}: {path} cannot be read ({reason(error)}); "
@@ -916,9 +919,9 @@ def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
         raise ConfigError(f"{flag}: {path} holds more than a token; put one word of plain characters there.")
     # systemd's credentials are guarded by their folder; their ACLs look like group bits
     guarded = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
-    if status.st_mode & 0o077 and stat.S_ISREG(status.st_mode) and not guarded:
+    if mode & 0o077 and version and not guarded:
         say(logging.WARNING, f"others can read the file of {flag}; mend it with: chmod 600 {shlex.quote(path)}")
-    return secret.decode("ascii"), file_version(status)
+    return secret.decode("ascii"), version
 
 
 # === Listener: sockets -> inbox ===
@@ -1040,8 +1043,6 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: its requests in turn, each answered at once, never waiting for Plex."""
     protocol_version = "HTTP/1.1"
-    server_version = f"StreamerBrainz/{VERSION}"
-    sys_version = ""
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
     error_content_type = "text/plain; charset=utf-8"
@@ -1182,7 +1183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's own refusals (of a broken head), as plain text; the sender's fault is never a 5xx."""
-        self.close_connection = True
+        self.close_connection, self.request_version = True, self.protocol_version
         self.answer(code if code < 500 else 400, "This is no HTTP request that is understood here.\n")
 
     def finish(self) -> None:
@@ -1193,6 +1194,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_WR)
             while self.connection.recv(65536):
                 pass
+
+    def version_string(self) -> str:
+        """The Server header, by which another start of ours knows this one."""
+        return f"StreamerBrainz/{VERSION}"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what becomes of a webhook is the Watcher's to say."""
@@ -1348,8 +1353,9 @@ class LogFormatter(logging.Formatter):
         level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
         now = time.localtime(record.created)
         if self.as_json:
-            stamps = {} if self.journal else {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", now)}
-            line = json_line(sentence, {**stamps, "level": level, **fields})
+            stamp = {} if self.journal else {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z", now)}
+            message = {"msg": sentence} if sentence else {}
+            line = json_line({**stamp, "level": level, **message, **fields})
         else:
             line = text_line(sentence, fields)
             if not self.journal:
@@ -1643,7 +1649,7 @@ commands:
   run                  the daemon (this is what happens without a command)
   players [HOST:PORT]  every player in the sessions, with its machine identifier
   demo                 an evening of a player, without any Plex"""
-EPILOG = """@FILE reads flags from a file, one a line, with # comments.  Two dashes work, too.
+EPILOG = """@FILE reads flags from a file, one a line, with # comments.  -flag is --flag.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
 
 
@@ -1658,7 +1664,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument --?", "-", message)
-        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2 cannot be read (\1); name a file of flags, one a line", message)
+        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2 cannot be read (\1); name a file of flags", message)
         raise ConfigError(f"{message} (see: streamerbrainz.py -h)")
 
     def format_help(self) -> str:

@@ -30,7 +30,7 @@ from xml.sax.saxutils import quoteattr
 import pytest
 
 import streamerbrainz as sb
-from streamerbrainz import BUFFERING, PAUSED, PLAYING, STOPPED, Change, Look, Outage, Recovery
+from streamerbrainz import BUFFERING, PAUSED, PLAYING, STOPPED, Change, Look, Outage
 
 HERE = pathlib.Path(__file__).parent
 PROGRAM = HERE / "streamerbrainz.py"
@@ -737,7 +737,7 @@ def test_a_line_adds_the_machine_where_asked_and_the_reason_where_there_is_one()
 
 def test_json_lines_have_the_same_keys_and_are_ascii_safe():
     fields = sb.change_fields(change(title="\x1b\n\u202e日本"), name_machine=False)
-    line = sb.json_line("", fields)
+    line = sb.json_line(fields)
     assert line.isprintable() and json.loads(line) == fields and list(json.loads(line)) == list(fields)
 
 
@@ -755,3 +755,966 @@ def test_the_upper_half_touches_nothing():
     upper = PROGRAM.read_text(encoding="utf-8").partition("below this line")[0].partition("VERSION =")[2]
     for world in ("time.", "open(", "socket", "threading", "os.", "sys.", "log.", "print(", "queue", "environ"):
         assert not re.search(rf"(?<![\w./]){re.escape(world)}", re.sub(r'""".*?"""|#.*', "", upper, flags=re.S)), world
+
+
+# ============ below the line: real sockets, real files, real processes ============
+
+def eventually(condition, timeout=8.0):
+    """Wait until a condition holds; -> its value.  For what another thread or process does, and only for that."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+    return value
+
+
+@pytest.fixture
+def lines():
+    """What is logged, as text lines at DEBUG."""
+    heard = []
+
+    class Ear(sb.logging.Handler):
+        def emit(self, record):
+            heard.append(self.format(record))
+    ear = Ear()
+    ear.setFormatter(sb.LogFormatter(as_json=False, journal=True))
+    before = sb.log.handlers[:], sb.log.level
+    sb.log.handlers[:] = [ear]
+    sb.log.setLevel(sb.logging.DEBUG)
+    yield heard
+    sb.log.handlers[:], sb.log.level = before
+
+
+@contextlib.contextmanager
+def serving(server):
+    """Run a socketserver in a thread."""
+    thread = threading.Thread(target=functools.partial(server.serve_forever, 0.01), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def plex():
+    """The demo's stand-in for Plex, with our token."""
+    with serving(sb.StandIn(TOKEN, "m1")) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    file.chmod(0o600)
+    return file
+
+
+class RawServer:
+    """Accepts connections and hands each, after its request's head, to a function of the test."""
+
+    def __init__(self, answer):
+        self.answer, self.requests = answer, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    head = b""
+                    while b"\r\n\r\n" not in head and (data := connection.recv(65536)):
+                        head += data
+                    self.requests.append(head)
+                    self.answer(connection)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def http_answer(body, status="200 OK", head="", length=None):
+    """An answer for RawServer."""
+    content = f"HTTP/1.1 {status}\r\nContent-Length: {len(body) if length is None else length}\r\n{head}\r\n".encode() + body
+    return lambda connection: connection.sendall(content)
+
+
+# === Plex ===
+
+def look_at(url, token=TOKEN, **more):
+    return sb.PlexServer(url, lambda: token, **more).sessions()
+
+
+def test_a_look_asks_for_the_sessions_with_the_token_in_its_header_alone():
+    with RawServer(http_answer(sessions_xml(session_xml()))) as server:
+        assert look_at(server.url + "/base/path") == sessions(session_xml())
+        head = server.requests[0].decode()
+    assert head.startswith("GET /base/path/status/sessions HTTP/1.1\r\n")
+    assert head.lower().count(TOKEN) == 1 and f"x-plex-token: {TOKEN}\r\n" in head.lower()
+
+
+def drip(data, interval=0.02):
+    def answer(connection):
+        for byte in data:
+            connection.sendall(bytes([byte]))
+            time.sleep(interval)
+    return answer
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def hang(connection):
+    connection.recv(1)
+
+
+def huge(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 200000000\r\n\r\n<MediaContainer>")
+    for _ in range(3000):
+        connection.sendall(b"<Track/>" * 8192)
+
+
+WELL = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000
+NO_PLEX = "is -plex-server-url that of Plex Media Server?"
+
+
+@pytest.mark.parametrize("answer, fault, sentence", [
+    (http_answer(b"<html>401</html>", "401 Unauthorized"), "refused",
+     "{} refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
+    (http_answer(b"", "403 Forbidden"), "forbidden",
+     "{} does not show its sessions to this token (403): it must be the server owner's."),
+    (http_answer(b'<Response code="503" title="Maintenance"/>', "503 Service Unavailable"), "starting",
+     "{} is still starting, or at maintenance (503)."),
+    (http_answer(b"", "404 Not Found"), "nonsense", "{} answers 404 to /status/sessions: " + NO_PLEX),
+    (http_answer(b"", "500 Oh"), "nonsense", "{} answers 500 to /status/sessions: " + NO_PLEX),
+    (http_answer(b"", "302 Found", "Location: http://127.0.0.1:1/elsewhere\r\n"), "nonsense",
+     "{} redirects elsewhere (302), where the token must not go: give the final address as -plex-server-url."),
+    (http_answer(b"<html></html>"), "nonsense", NO_LIST),
+    (http_answer(sessions_xml(session_xml())[:150]), "nonsense", NOT_XML),
+    (http_answer(sessions_xml(session_xml())[:150], length=9999), "nonsense", NOT_XML),
+    (http_answer(b"<!DOCTYPE a><a/>"), "nonsense", DOCTYPE),
+    (huge, "nonsense", "{} answered more than 2097152 bytes, which no list of sessions has."),
+    (hang, "unreachable", "{} did not answer within 0.3 s."),
+    (drip(WELL), "unreachable", "{} did not answer within 0.3 s."),
+    (drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 20), "unreachable", "{} did not answer within 0.3 s."),
+    *((answer, "unreachable", "{} drops the connection: does Plex demand https (Settings > Network > Secure connections)?")
+      for answer in (reset, lambda connection: None)),
+    (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "nonsense", "{} does not speak HTTP as Plex does (BadStatusLine)."),
+    (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n"), "nonsense",
+     "{} does not speak HTTP as Plex does (HTTPException)."),
+])
+def test_each_fault_of_the_server_has_a_sentence_of_its_own_in_time(answer, fault, sentence, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.3)
+    with RawServer(answer) as server:
+        start = time.monotonic()
+        with pytest.raises(sb.PlexError) as error:
+            look_at(server.url)
+        assert time.monotonic() - start < 2.0
+        assert (error.value.fault, str(error.value)) == (fault, sentence.format(server.url))
+        assert TOKEN not in repr(error.value)
+
+
+def test_a_server_that_is_not_there_is_unreachable():
+    with socket.create_server(("127.0.0.1", 0)) as placeholder:
+        address = placeholder.getsockname()
+    with pytest.raises(sb.PlexError, match=r"^http://127\.0\.0\.1:\d+ cannot be reached: Connection refused\.$"):
+        look_at(f"http://127.0.0.1:{address[1]}")
+    with pytest.raises(sb.PlexError, match=r"^http://no\.such\.host\.invalid:1 cannot be reached: .+\.$"):
+        look_at("http://no.such.host.invalid:1")
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with RawServer(http_answer(sessions_xml())) as server:
+        assert look_at(server.url) == ()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A certificate for plex.test and its key, of our own making."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", folder / "key", "-out", folder / "cert",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    return folder / "cert", folder / "key"
+
+
+@contextlib.contextmanager
+def tls_server(certificate, answer):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+
+    def wrapped(connection):
+        with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as secured:
+            secured.recv(65536)
+            answer(secured)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run():
+        with contextlib.suppress(OSError):
+            while True:
+                wrapped(listener.accept()[0])
+    threading.Thread(target=run, daemon=True).start()
+    yield f"https://{{}}:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def test_https_is_verified_and_a_ca_of_ones_own_can_be_given(certificate):
+    with tls_server(certificate, http_answer(sessions_xml(session_xml()))) as url:
+        assert look_at(url.format("localhost"), ca_file=str(certificate[0])) == sessions(session_xml())
+        with pytest.raises(sb.PlexError, match=r"certificate that does not fit \(self.signed certificate\)"):
+            look_at(url.format("localhost"))
+        with pytest.raises(sb.PlexError, match=r"certificate that does not fit \(IP address mismatch"):
+            look_at(url.format("127.0.0.1"), ca_file=str(certificate[0]))
+
+
+def test_a_whole_answer_over_tls_has_the_same_time_limit(certificate, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.3)
+    match = r"did not answer within 0.3 s"
+    with tls_server(certificate, drip(WELL)) as url, pytest.raises(sb.PlexError, match=match):
+        look_at(url.format("localhost"), ca_file=str(certificate[0]))
+
+
+@pytest.mark.parametrize("ca_file", ["nothing/there.pem", "LICENSE"])
+def test_a_ca_file_that_is_none_is_the_operators_fault(ca_file):
+    with pytest.raises(sb.ConfigError, match=r"^-plex-ca-file: .* is no CA bundle \(.+\); give a PEM file\.$"):
+        look_at("https://127.0.0.1:1", ca_file=str(HERE / ca_file))
+
+
+def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_file, lines):
+    token = sb.TokenFile(str(token_file))
+    assert token() == TOKEN
+    token_file.write_text("")
+    assert [token(), token()] == [TOKEN, TOKEN]
+    replacement = token_file.with_name("new")
+    replacement.write_text("another-token")
+    replacement.chmod(0o600)
+    replacement.rename(token_file)
+    assert token() == "another-token"
+    token_file.unlink()
+    assert [token(), token()] == ["another-token", "another-token"]
+    assert lines == [
+        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} is empty; put the token there.",
+        f"<6>the Plex token was read again file={token_file}",
+        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} cannot be read (No such file or directory); "
+        "put the token there, readable by you alone (chmod 600)."]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", "is empty; put the token there."), (b" \n", "is empty; put the token there."),
+    (b"a b", "holds more than a token; put one word of plain characters there."),
+    (b"a\nb", "holds more than a token; put one word of plain characters there."),
+    (b"\xff\xfe", "holds more than a token; put one word of plain characters there."),
+    (b"x" * 9999, "holds more than a token; put one word of plain characters there."),
+    (b"a\r\nX-Evil: 1", "holds more than a token; put one word of plain characters there."),
+    (None, "cannot be read (No such file or directory); put the token there, readable by you alone (chmod 600).")])
+def test_a_token_file_without_a_token_is_the_operators_fault(content, sentence, tmp_path):
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(sb.ConfigError) as error:
+        sb.TokenFile(str(file))
+    assert str(error.value) == f"-plex-token-file: {file} {sentence}"
+
+
+def test_a_token_file_that_others_can_read_is_a_warning(token_file, lines, monkeypatch):
+    sb.TokenFile(str(token_file))
+    assert lines == []
+    token_file.chmod(0o644)
+    sb.TokenFile(str(token_file))
+    assert lines == [f"<4>others can read the file of -plex-token-file; mend it with: chmod 600 {token_file}"]
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(token_file.parent))       # systemd guards the folder
+    sb.TokenFile(str(token_file))
+    assert len(lines) == 1
+
+
+# === Listener ===
+
+@pytest.fixture
+def listener():
+    inbox = queue.SimpleQueue()
+    listener = sb.Listener("127.0.0.1", 0, inbox, "m1")
+    thread = threading.Thread(target=listener.serve, daemon=True)
+    thread.start()
+    yield listener
+    listener.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def connect(listener):
+    return socket.create_connection(("127.0.0.1", listener.port), timeout=10)
+
+
+def exchange(listener, request):
+    """Send bytes, end, and read all that comes back."""
+    with connect(listener) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(65536):
+                answer += data
+    return answer
+
+
+def post(body=BODY, content_type=MULTIPART, path="/webhooks/plex", head="", length=None, method="POST"):
+    """The bytes of a request."""
+    return (f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
+            f"Content-Length: {len(body) if length is None else length}\r\n{head}\r\n").encode("latin-1") + body
+
+
+def status(answer):
+    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else None
+
+
+def test_a_webhook_is_answered_and_in_the_inbox(listener):
+    answer = exchange(listener, post())
+    assert status(answer) == 200 and b"\r\nServer: StreamerBrainz/" + sb.VERSION.encode() + b"\r\n" in answer
+    assert listener.inbox.get(timeout=5) == sb.parse_webhook(MULTIPART, BODY)[0]
+    assert listener.picture == ("101", THUMB)
+
+
+def test_only_the_latest_picture_of_our_player_is_kept(listener):
+    for metadata, uuid, thumb in ((SONG, "m1", b"one"), (OTHER, "m1", b"two"), (SONG, "m2", b"three"), (OTHER, "m1", b"")):
+        content_type, body = sb.encode_webhook(payload(uuid=uuid, metadata=metadata), thumb)
+        assert status(exchange(listener, post(body, content_type))) == 200
+    assert listener.picture == ("102", b"two")
+
+
+CHUNKED = "Transfer-Encoding: chunked\r\n"
+
+
+def chunked(body, size, extension=b"", trailer=b""):
+    pieces = [body[i:i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(piece), extension, piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
+
+
+def raw(head, body=b""):
+    return head.replace("\n", "\r\n").encode("latin-1") + b"\r\n" + body
+
+
+HELP = b"Nothing is here. Plex sends its webhooks to /webhooks/plex.\n"
+POST = f"POST /webhooks/plex HTTP/1.1\nHost: x\nContent-Type: {MULTIPART}\n"
+
+
+@pytest.mark.parametrize("request_, expected, body", [
+    pytest.param(post(), 200, b"", id="a webhook"),
+    pytest.param(post(path="/webhooks/plex?token=x"), 200, b"", id="a query"),
+    pytest.param(post(payload(), "application/json"), 200, b"", id="JSON"),
+    pytest.param(raw(POST + CHUNKED, chunked(BODY, 100)), 200, b"", id="chunked"),
+    pytest.param(raw(POST + CHUNKED, chunked(BODY, 7, b";x=y", b"A: b\r\n")), 200, b"", id="chunk extensions and trailers"),
+    pytest.param(raw("GET /healthz HTTP/1.1\nHost: x\n"), 200, b'{"status": "ok", "version": "%s"}\n' % sb.VERSION.encode(), id="healthz"),
+    pytest.param(raw("HEAD /healthz HTTP/1.1\nHost: x\n"), 200, b"", id="HEAD"),
+    pytest.param(raw("GET /healthz HTTP/1.0\n"), 200, None, id="HTTP/1.0"),
+    pytest.param(post(b"{}", "application/json"), 400, b"The payload is not a Plex webhook: it names no event.\n", id="no webhook"),
+    pytest.param(post(length=len(BODY) + 1), 400, b"The body is shorter than its Content-Length.\n", id="cut short"),
+    pytest.param(post(length="x"), 400, b"The Content-Length is not a number.\n", id="no number"),
+    pytest.param(post(length="-5"), 400, b"The Content-Length is not a number.\n", id="negative"),
+    pytest.param(post(head="Content-Length: 7\r\n"), 400, b"The Content-Length is not a number.\n", id="two lengths"),
+    pytest.param(post(head=CHUNKED), 400, b"A body is either chunked or has a Content-Length.\n", id="smuggling"),
+    pytest.param(raw(POST + "Transfer-Encoding: gzip\n"), 400, b"A body is either chunked or has a Content-Length.\n", id="a coding"),
+    pytest.param(raw(POST + CHUNKED, b"5\r\nab"), 400, b"A chunk of the body is cut short.\n", id="a chunk cut short"),
+    pytest.param(raw(POST + CHUNKED, b"2\r\nabc\r\n"), 400, b"A chunk of the body is longer than its size.\n", id="a chunk too long"),
+    pytest.param(raw(POST + CHUNKED, b"-1\r\n"), 400, b"A chunk of the body has no size.\n", id="a chunk without size"),
+    pytest.param(raw(POST + CHUNKED, b"0\r\n" + b"A: b\r\n" * 101), 400, b"The chunked body has too many trailers.\n", id="trailers"),
+    pytest.param(raw(POST + CHUNKED, b"fffffff\r\n"), 413, b"The body is larger than 8388608 bytes.\n", id="chunks too large"),
+    pytest.param(post(path="/"), 404, HELP, id="/"),
+    pytest.param(post(path="/webhooks/plex/"), 404, HELP, id="a slash too many"),
+    pytest.param(raw("GET /metrics HTTP/1.1\nHost: x\n"), 404, HELP, id="not yet"),
+    pytest.param(raw("GET /webhooks/plex HTTP/1.1\nHost: x\n"), 405, b"Only POST is answered here.\n", id="GET"),
+    pytest.param(post(method="PUT"), 405, b"Only POST is answered here.\n", id="PUT"),
+    pytest.param(post(method="FROB"), 405, b"Only POST is answered here.\n", id="a method unheard of"),
+    pytest.param(post(path="/healthz"), 405, b"Only GET, HEAD is answered here.\n", id="POST healthz"),
+    pytest.param(raw(POST), 411, b"The request has no Content-Length.\n", id="no length"),
+    pytest.param(post(length=8 * 2 ** 20 + 1), 413, b"The body is larger than 8388608 bytes.\n", id="too large"),
+    pytest.param(post(b"x" * 2_000_000, "application/json"), 413, b"The payload is larger than 1048576 bytes.\n", id="a large payload"),
+    pytest.param(post(b"a=b", "application/x-www-form-urlencoded"), 415,
+                 b"A Plex webhook is multipart/form-data; this is something else.\n", id="a form"),
+    pytest.param(raw("GET / HTTP/3.0\n"), 400, b"This is no HTTP request that is understood here.\n", id="HTTP/3.0"),
+    pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, id="TLS"),
+    pytest.param(raw("GET /" + "a" * 70000 + " HTTP/1.1\n"), 414, None, id="a long path"),
+    pytest.param(raw("GET / HTTP/1.1\n" + "A: b\n" * 200), 431, None, id="many headers"),
+    pytest.param(b"", None, b"", id="nothing"),
+])
+def test_each_request_has_its_status_and_a_sentence_that_helps(listener, request_, expected, body):
+    answer = exchange(listener, request_)
+    assert status(answer) == expected
+    if body is not None and answer:
+        assert answer.partition(b"\r\n\r\n")[2] == body
+    if expected == 405:
+        assert b"\r\nAllow: " in answer
+
+
+def test_requests_in_one_connection_are_answered_in_turn(listener):
+    both = post() + raw("GET /nowhere HTTP/1.1\nHost: x\n") + post() + raw("GET /healthz HTTP/1.1\nHost: x\nConnection: close\n")
+    answer = exchange(listener, both)
+    assert [int(each) for each in re.findall(rb"HTTP/1\.1 (\d+)", answer)] == [200, 404, 200, 200]
+
+
+def test_a_body_is_asked_for_when_the_sender_waits_for_it(listener):
+    with connect(listener) as connection:
+        connection.sendall(post(b"", length=len(BODY), head="Expect: 100-continue\r\n"))
+        assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(BODY)
+        assert status(connection.recv(4096)) == 200
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_sent(listener):
+    with connect(listener) as connection:
+        connection.sendall(post(b"", length=10 ** 9, head="Expect: 100-continue\r\n"))
+        assert status(connection.recv(4096)) == 413
+
+
+def test_a_refusal_arrives_although_the_sender_is_still_sending(listener):
+    with connect(listener) as connection:
+        connection.sendall(post(b"x" * 3_000_000, length=10 ** 9))
+        assert status(connection.recv(65536)) == 413
+
+
+def test_a_large_body_is_read_whole(listener):
+    thumb = random.Random(1).randbytes(3_000_000)
+    content_type, body = sb.encode_webhook(payload(), thumb)
+    for request_ in (post(body, content_type), raw(f"POST /webhooks/plex HTTP/1.1\nContent-Type: {content_type}\n{CHUNKED}", chunked(body, 65536))):
+        listener.picture = ("", b"")
+        assert status(exchange(listener, request_)) == 200
+        assert eventually(lambda: listener.picture[1]) == thumb
+
+
+def test_a_plex_server_on_a_wrong_path_is_told_of(listener):
+    exchange(listener, post(path="/plex?token=x", head="User-Agent: PlexMediaServer/1.41.3\r\n"))
+    exchange(listener, post(path="/plex", head="User-Agent: curl\r\n"))
+    assert listener.inbox.get(timeout=5) == sb.Misdirected("/plex", "127.0.0.1")
+    assert listener.inbox.empty()
+
+
+def test_too_much_that_waits_is_the_only_503(listener, monkeypatch):
+    monkeypatch.setattr(sb, "MAX_INBOX", 2)
+    answers = [exchange(listener, post()) for _ in range(3)]
+    assert [status(answer) for answer in answers] == [200, 200, 503]
+    assert b"\r\nRetry-After: 5\r\n" in answers[2]
+
+
+def test_a_sender_that_drips_is_dropped_and_the_others_keep_their_answers(listener, monkeypatch):
+    monkeypatch.setattr(sb, "REQUEST_S", 0.3)
+    monkeypatch.setattr(sb, "REAP_S", 0.05)
+    with connect(listener) as slow:
+        slow.sendall(post()[:100])
+        start = time.monotonic()
+        assert status(exchange(listener, post())) == 200
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                slow.sendall(b"x")
+                time.sleep(0.02)
+        assert time.monotonic() - start < 3.0
+    eventually(lambda: not listener.deadlines)
+
+
+def test_an_idle_connection_is_closed(listener, monkeypatch):
+    monkeypatch.setattr(sb, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(sb, "REAP_S", 0.05)
+    with connect(listener) as connection:
+        assert connection.recv(1) == b""
+
+
+def test_threads_are_bounded_and_the_connection_one_too_many_waits(listener, monkeypatch):
+    monkeypatch.setattr(sb, "KEEP_ALIVE_S", 1.0)
+    monkeypatch.setattr(sb, "REAP_S", 0.05)
+    idle = [connect(listener) for _ in range(sb.MAX_CONNECTIONS + 20)]
+    eventually(lambda: len(listener.deadlines) == sb.MAX_CONNECTIONS)
+    assert threading.active_count() < sb.MAX_CONNECTIONS + 10
+    assert status(exchange(listener, post())) == 200
+    for connection in idle:
+        connection.close()
+
+
+def test_a_bug_in_a_request_thread_ends_the_process_and_a_broken_connection_does_not(listener, monkeypatch):
+    def bug(*_):
+        raise ZeroDivisionError("ours")
+    with connect(listener) as connection:
+        connection.sendall(post()[:50])
+        reset(connection)
+    assert listener.inbox.empty()
+    monkeypatch.setattr(sb, "parse_webhook", bug)
+    exchange(listener, post())
+    assert repr(listener.inbox.get(timeout=5)) == "Crash(error=ZeroDivisionError('ours'))"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_requests_over_a_socket_are_the_senders_fault(listener, seed):
+    rng, whole = random.Random(seed), post(sb.encode_webhook(payload(), THUMB[:30])[1])
+    with connect(listener) as alive:
+        for _ in range(150):
+            request_ = bytearray(whole)
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(request_))
+                request_[at:at + rng.randrange(5)] = rng.choice([b"", b"\0", b"\r\n", b"\xff", b":", b" ", b"chunked", b"9" * 30])
+            got = status(exchange(listener, bytes(request_)))
+            assert got is None or got < 500, bytes(request_)
+        alive.sendall(post())
+        assert status(alive.recv(4096)) == 200
+    while not listener.inbox.empty():
+        assert isinstance(listener.inbox.get(), sb.Webhook | sb.Misdirected)
+
+
+@pytest.mark.parametrize("host, addresses", [("", ["127.0.0.1", "::1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1", ["::1"]), ("localhost", ["localhost"])])
+def test_it_listens_on_ipv4_and_ipv6(host, addresses):
+    if "::1" in addresses and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    listener = sb.Listener(host, 0, queue.SimpleQueue())
+    thread = threading.Thread(target=listener.serve, daemon=True)
+    thread.start()
+    for address in addresses:
+        connection = http.client.HTTPConnection(address, listener.port, timeout=5)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
+        connection.close()
+    listener.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+# === systemd ===
+
+def test_systemd_is_told_and_a_manager_that_is_gone_is_no_error(tmp_path):
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        systemd = sb.Systemd({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "4000000"})
+        assert systemd.ping_s == 2.0
+        systemd.notify("READY=1", "STATUS=well")
+        assert manager.recv(100) == b"READY=1\nSTATUS=well"
+    os.unlink(address)
+    systemd.notify("READY=1")
+
+
+@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "4000000"}, {"NOTIFY_SOCKET": "/x"}, {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "-1"},
+                                     {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "4000000", "WATCHDOG_PID": "1"}])
+def test_without_a_watchdog_nothing_is_pinged(environ):
+    assert sb.Systemd(environ).ping_s is None
+
+
+# === Watcher ===
+
+class Running:
+    """A whole daemon in this process: listener, watcher, stand-in."""
+
+    def __init__(self, plex, token_file, poll=30.0, environ=None, machine_id="m1"):
+        self.inbox, self.plex = queue.SimpleQueue(), plex
+        config = sb.Config(plex_machine_id=machine_id, poll_interval_s=poll)
+        self.listener = sb.Listener("127.0.0.1", 0, self.inbox, machine_id)
+        server = sb.PlexServer(plex.url, sb.TokenFile(str(token_file))) if token_file else None
+        self.watcher = sb.Watcher(config, self.inbox, server, sb.Systemd(environ or {}))
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.listener.serve, self.watcher.run)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.inbox.put(sb.Stop())
+        self.listener.close()
+        for thread in self.threads:
+            thread.join(5)
+            assert not thread.is_alive()
+
+    def send(self, event, item=SONG, **more):
+        return self.plex.send_webhook(f"http://127.0.0.1:{self.listener.port}/webhooks/plex", event, item, **more)
+
+
+def changes(lines):
+    return [re.sub(r" position_ms=\d+", "", line) for line in lines if "state=" in line]
+
+
+TRACK = {key: str(value) for key, value in SONG.items()}
+
+
+def state_line(state, title="Karma Police"):
+    return f'<6>state={state} title="{title}" artist=Radiohead album="OK Computer" duration_ms=264000 player="Living Room"'
+
+
+def test_from_a_real_webhook_to_a_true_line(plex, token_file, lines):
+    with Running(plex, token_file) as daemon:
+        for event, state in (("media.play", PLAYING), ("media.pause", PAUSED), ("media.resume", PLAYING), ("media.stop", STOPPED)):
+            plex.become(state, TRACK)
+            daemon.send(event, thumb=THUMB)
+            eventually(lambda state=state: changes(lines)[-1:] == [state_line(state)])
+    assert changes(lines) == [state_line(state) for state in (PLAYING, PAUSED, PLAYING, STOPPED)]
+    assert any('webhook event=media.play player="Living Room" machine_id=m1 title="Karma Police" result="a look"' in line for line in lines)
+
+
+def test_a_burst_of_webhooks_costs_a_handful_of_looks(plex, token_file, lines):
+    looks = []
+    sessions_before = plex.sessions
+    plex.sessions = lambda: looks.append(time.sleep(0.2)) or sessions_before()
+    plex.become(PLAYING, TRACK)
+    with Running(plex, token_file) as daemon:
+        eventually(lambda: changes(lines))
+        looks.clear()
+        with connect(daemon.listener) as connection:
+            for _ in range(1000):
+                connection.sendall(post())
+            answers = b""
+            while answers.count(b"HTTP/1.1 200 OK") < 1000:
+                answers += connection.recv(65536)
+        eventually(lambda: daemon.inbox.empty() and daemon.watcher.players["m1"].claim is None)
+    assert len(looks) <= 10
+
+
+def test_webhooks_are_answered_while_the_server_hangs(token_file, lines):
+    with RawServer(hang) as server, serving(sb.StandIn(TOKEN, "m1")) as sender:
+        sender_url, server.send_webhook = server.url, sender.send_webhook
+        with Running(server, token_file) as daemon:
+            eventually(lambda: server.requests)
+            start = time.monotonic()
+            assert [daemon.send("media.play") for _ in range(20)] == [200] * 20
+            assert time.monotonic() - start < 2.0 and server.url == sender_url
+
+
+def test_a_refused_token_is_said_once_as_an_error_and_a_new_one_mends_it_at_once(plex, token_file, lines):
+    plex.become(PLAYING, TRACK)
+    token_file.write_text("wrong")
+    with Running(plex, token_file) as daemon:
+        eventually(lambda: any("refuses the token" in line for line in lines))
+        token_file.write_text(TOKEN)
+        daemon.inbox.put(sb.Reload())
+        eventually(lambda: changes(lines))
+    assert [line[:40] for line in lines if line.startswith("<3>")] == ["<3>no answer from Plex: http://127.0.0.1"]
+    assert any(line.startswith("<6>Plex answers again after") for line in lines)
+    assert not any(TOKEN in line for line in lines)
+
+
+def test_without_a_server_each_new_player_is_named_with_its_flag(plex, lines):
+    with Running(plex, None, machine_id="") as daemon:
+        for uuid in ("m1", "m2 \x1b[31m", "m1"):
+            exchange(daemon.listener, post(*reversed(sb.encode_webhook(payload(uuid=uuid)))))
+        exchange(daemon.listener, post(*reversed(sb.encode_webhook(payload("library.new", metadata=SONG, Player=None)))))
+        eventually(lambda: any("library.new" in line for line in lines))
+    heard = '<6>a player was heard of; the flag that chooses it: -plex-machine-id {} player="Living Room"'
+    assert [line for line in lines if "heard of" in line] == [heard.format("m1"), heard.format(r'"m2 \u001b[31m"')]
+    assert changes(lines) == [state_line(PLAYING) + " machine_id=m1", state_line(PLAYING) + r' machine_id="m2 \u001b[31m"']
+
+
+def test_players_that_are_remembered_are_bounded(plex, lines):
+    watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
+    for number in range(sb.MAX_PLAYERS * 3):
+        watcher.hear(sb.Webhook("media.play", f"m{number}", item=sb.parse_item(SONG)))
+    assert len(watcher.players) == sb.MAX_PLAYERS and len(changes(lines)) == sb.MAX_PLAYERS * 3
+
+
+def test_a_wrong_path_is_one_warning_a_minute(lines, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(sb.time, "monotonic", lambda: now[0])
+    watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
+    for now[0] in (100.0, 101.0, 159.0, 161.0):
+        watcher.handle(sb.Misdirected("/plex\n<3>", "192.168.1.5"))
+    assert lines == [r'<4>a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex path="/plex\n<3>" '
+                     "address=192.168.1.5"] * 2
+
+
+def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_path):
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(5)
+        plex.become(PLAYING, TRACK)
+        with Running(plex, token_file, environ={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"}):
+            eventually(lambda: manager.recv(500).startswith(b'WATCHDOG=1\nSTATUS=playing "Karma Police" by Radiohead on Living Room; no'))
+            assert manager.recv(500).startswith(b"WATCHDOG=1\n")
+
+
+def test_a_crash_of_a_request_thread_is_raised_in_the_main_thread():
+    inbox = queue.SimpleQueue()
+    inbox.put(sb.Crash(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        sb.Watcher(sb.Config(), inbox, None, sb.Systemd({})).run()
+
+
+# === Commands ===
+
+def config(*words):
+    return sb.parse_config(words)
+
+
+ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex-machine-id", "m1")
+
+
+def test_the_defaults_are_those_of_the_contract():
+    assert config() == sb.Config("run", "", "", 3001, "", "", "", "", 30.0, "info", "text", False, 1.0)
+
+
+def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
+    one = config(*ALL, "-webhooks-port", "8080", "-poll-interval=0", "-log-format", "json")
+    assert one == config(*(f"-{word}" if word.startswith("-") else word for word in ALL), "--webhooks-port=8080",
+                         "--poll-interval", "0", "--log-format=json")
+    assert (one.plex_server_url, one.webhooks_port, one.poll_interval_s, one.log_format) == ("http://plex:32400", 8080, 0.0, "json")
+
+
+def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text('# StreamerBrainz\n\n-plex-server-url http://plex:32400   # the NAS\r\n--plex-token-file "/a b/token"\n-plex-machine-id=m1\n')
+    assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1")
+    assert config("players", f"@{file}").command == "players"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("frob", "there is no command frob; the commands are run, players, demo."),
+    ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
+    ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
+    ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
+    ("players host SECRET", "there is a word too many. (No token goes on the command line, where ps shows it: see -plex-token-file.)"),
+    ("run SECRET", "there is a word where none belongs; the command comes first, each value after its flag."),
+    ("-webhooks-port 70000", "-webhooks-port: 70000 is no port; give a number from 1 to 65535 (see: streamerbrainz.py -h)"),
+    ("-webhooks-port", "-webhooks-port: expected one argument (see: streamerbrainz.py -h)"),
+    ("-poll-interval 0.5", "-poll-interval: 0.5 is no interval; give 0, or seconds from 1 to 86400 (see: streamerbrainz.py -h)"),
+    ("-poll-interval nan", "-poll-interval: nan is no interval; give 0, or seconds from 1 to 86400 (see: streamerbrainz.py -h)"),
+    ("demo -speed 0", "-speed: 0 is no speed; give a number from 1 to 100 (see: streamerbrainz.py -h)"),
+    ("-plex-server-url plex:32400", "-plex-server-url: this is no URL of a server; give one such as http://192.168.1.5:32400 "
+     "(see: streamerbrainz.py -h)"),
+    ("-plex-server-url http://h/?X-Plex-Token=SECRET", "-plex-server-url: the URL carries more than an address; "
+     "the token goes into a -plex-token-file (see: streamerbrainz.py -h)"),
+    ("-plex-server-url http://u:SECRET@h", "-plex-server-url: the URL carries more than an address; "
+     "the token goes into a -plex-token-file (see: streamerbrainz.py -h)"),
+    ("-plex-server-url http://[", "-plex-server-url: this is no URL of a server; give one such as http://192.168.1.5:32400 "
+     "(see: streamerbrainz.py -h)"),
+    ("-plex-server-url http://h", "half a configuration: give -plex-token-file and -plex-machine-id, too, to ask the server; or none of "
+     "-plex-server-url, -plex-token-file, -plex-machine-id, for webhooks alone. (`streamerbrainz.py players` shows the identifiers.)"),
+    ("-plex-server-url http://h -plex-machine-id m", "half a configuration: give -plex-token-file, too, to ask the server; or none of "
+     "-plex-server-url, -plex-token-file, -plex-machine-id, for webhooks alone."),
+    ("-plex-ca-file c", "-plex-ca-file is given, but no -plex-server-url that begins with https://."),
+    ("players", "players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400"),
+    ("players host", "players: give the token in a file, with -plex-token-file."),
+    ("players http://[", "players: this is no URL of a server; give one such as http://192.168.1.5:32400."),
+    ("@/no/such", "@/no/such cannot be read (No such file or directory); name a file of flags (see: streamerbrainz.py -h)"),
+])
+def test_a_wrong_call_is_one_sentence_and_status_2(words, sentence):
+    done = subprocess.run([sys.executable, PROGRAM, *words.split()], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"streamerbrainz: {sentence}\n")
+    assert "SECRET" not in done.stderr
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("-plex-machine-id 'x", "a line of the @FILE has a quote without its end; put both or none."),
+    ("@{}", "an @FILE cannot name another @FILE; put all flags into one.")])
+def test_a_file_of_flags_with_a_mistake_is_told(content, sentence, tmp_path):
+    file = tmp_path / "flags"
+    file.write_text(content.format(file))
+    with pytest.raises(sb.ConfigError, match=f"^{re.escape(sentence)}$"):
+        config(f"@{file}")
+
+
+def test_the_help_fits_80_columns_and_names_each_flag():
+    done = subprocess.run([sys.executable, PROGRAM, "-h"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80
+    assert set(re.findall(r"^\| `(-[a-z-]+)", (HERE / "README.md").read_text(), re.M)) == set(re.findall(r"^  (-[a-z-]+)", done.stdout, re.M))
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+class Process:
+    """The daemon as a user starts it."""
+
+    def __init__(self, *words, env=None):
+        self.port = free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", PROGRAM, "-webhooks-port", str(self.port), "-webhooks-host", "127.0.0.1", *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env={**os.environ, **(env or {})})
+        self.lines = []
+        threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True).start()
+
+    def __enter__(self):
+        eventually(lambda: any("listening" in line for line in self.lines) or self.process.poll() is not None)
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+    def text(self):
+        return "".join(self.lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_a_second_with_status_0(number):
+    with Process() as daemon:
+        start = time.monotonic()
+        daemon.process.send_signal(number)
+        assert daemon.process.wait(10) == 0
+        assert time.monotonic() - start < 1.0
+        eventually(lambda: daemon.text().endswith("stopped listening\n"))
+    assert "Traceback" not in daemon.text()
+
+
+def test_started_twice_it_says_so_and_exits_0_for_cron():
+    with Process() as daemon:
+        again = subprocess.run([sys.executable, PROGRAM, "-webhooks-port", str(daemon.port), "-webhooks-host", "127.0.0.1"],
+                               capture_output=True, text=True, timeout=20)
+        assert again.returncode == 0
+        assert again.stderr.endswith(f" INFO  StreamerBrainz already listens there: nothing to do port={daemon.port}\n")
+        assert len(again.stderr.splitlines()) == 1
+
+
+def test_a_port_that_another_program_holds_is_an_error_that_names_it():
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        done = subprocess.run([sys.executable, PROGRAM, "-webhooks-port", str(port), "-webhooks-host", "127.0.0.1"],
+                              capture_output=True, text=True, timeout=20)
+    name = pathlib.Path("/proc/self/comm").read_text().strip()
+    assert (done.returncode, done.stderr) == (2, f"streamerbrainz: -webhooks-port: {port} is held by {name} (process {os.getpid()}); "
+                                              "end that, or give another port.\n")
+
+
+def test_a_whole_run_shows_the_token_nowhere(plex, token_file):
+    plex.become(PLAYING, TRACK)
+    words = ("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-log-level", "debug", "-poll-interval", "1")
+    with Process(*words) as daemon:
+        eventually(lambda: "state=playing" in daemon.text())
+        url = f"http://127.0.0.1:{daemon.port}/webhooks/plex"
+        plex.send_webhook(url, "media.play", TRACK)
+        token_file.write_text(TOKEN[::-1])
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "refuses the token" in daemon.text())
+        token_file.write_text("two words")
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "stays as it was" in daemon.text())
+        token_file.write_text(TOKEN)
+        daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "answers again" in daemon.text())
+        proc = pathlib.Path(f"/proc/{daemon.process.pid}")
+        seen = daemon.text().encode() + (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
+        daemon.process.terminate()
+        assert daemon.process.wait(10) == 0
+    seen += daemon.text().encode()
+    assert TOKEN.encode() not in seen and TOKEN[::-1].encode() not in seen and b"Traceback" not in seen
+
+
+def test_json_lines_of_a_whole_run_can_be_parsed(plex, token_file):
+    plex.become(PLAYING, {**TRACK, "title": 'T\x85 "\\ \u2028 日本'})
+    with Process("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-log-format", "json") as daemon:
+        eventually(lambda: "playing" in daemon.text())
+    assert json.loads(daemon.lines[-1])["title"] == 'T\x85 "\\ \u2028 日本'
+    assert [list(json.loads(line))[:2] for line in daemon.lines] == [["time", "level"]] * len(daemon.lines)
+
+
+def test_under_systemd_each_line_has_its_priority_and_no_time():
+    with open("/dev/null", "w") as elsewhere:
+        assert not sb.in_journal({"JOURNAL_STREAM": f"{os.fstat(elsewhere.fileno()).st_dev}:1"})
+    status_ = os.fstat(2)
+    assert sb.in_journal({"JOURNAL_STREAM": f"{status_.st_dev}:{status_.st_ino}"})
+    record = sb.logging.makeLogRecord({"msg": "%s", "args": ("a\nb",), "levelno": sb.logging.WARNING, "fields": {"a": "x y"}})
+    assert sb.LogFormatter(as_json=False, journal=True).format(record) == r'<4>a\nb a="x y"'
+
+
+def run_main(capsys, *words):
+    code = sb.main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def test_players_shows_each_with_its_flag_and_marks_the_configured_one(capsys, token_file):
+    film = session_xml(PAUSED, player="m 2", tag="Video", product="", item={"type": "movie", "title": "October Sky"})
+    episode = session_xml(player="m3", tag="Video", item={"type": "episode", "title": "Pilot", "grandparentTitle": "Twin Peaks"})
+    with RawServer(http_answer(sessions_xml(session_xml(), film, episode))) as server:
+        words = ("players", server.url.removeprefix("http://"), "-plex-token-file", token_file, "-plex-machine-id", "m1")
+        assert run_main(capsys, *words) == (0, """\
+* Living Room (Plexamp, Linux)
+    playing "Karma Police" by Radiohead
+    -plex-machine-id m1  (configured)
+
+  Living Room (Linux)
+    paused "October Sky"
+    -plex-machine-id 'm 2'
+
+  Living Room (Plexamp, Linux)
+    playing "Pilot" of "Twin Peaks"
+    -plex-machine-id m3
+""", "")
+        code, out, _ = run_main(capsys, *words, "-json")
+    assert code == 0 and [(row["machine_id"], row["state"], row["configured"]) for row in json.loads(out)] == [
+        ("m1", "playing", True), ("m 2", "paused", False), ("m3", "playing", False)]
+
+
+def test_players_helps_when_nothing_plays_and_when_the_server_does_not_answer(capsys, plex, token_file):
+    words = ("players", plex.url, "-plex-token-file", token_file)
+    assert run_main(capsys, *words) == (
+        0, f"Nothing plays on {plex.url} now. A player shows up only while it plays: press play on it, then try again.\n", "")
+    assert run_main(capsys, *words, "-json") == (0, "[]\n", "")
+    token_file.write_text("wrong")
+    assert run_main(capsys, *words) == (
+        1, "", f"streamerbrainz: {plex.url} refuses the token (401): put a valid one of the server's owner into the -plex-token-file.\n")
+
+
+def test_players_asks_for_the_token_on_a_terminal(capsys, plex, monkeypatch):
+    monkeypatch.setattr(sb.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sb.getpass, "getpass", lambda prompt: TOKEN)
+    assert run_main(capsys, "players", plex.url)[0] == 0
+    monkeypatch.setattr(sb.getpass, "getpass", lambda prompt: "")
+    assert run_main(capsys, "players", plex.url) == (2, "", "streamerbrainz: players: a token is one word of plain characters.\n")
+
+
+# === Demo ===
+
+def test_the_demo_plays_an_evening_in_which_every_line_is_true():
+    done = subprocess.run([sys.executable, "-W", "error", PROGRAM, "demo", "-speed", "40"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    said = [re.search(r"state=(\w+) title=(\"[^\"]*\"|\S+)", line).groups() for line in done.stderr.splitlines() if "state=" in line]
+    assert said == [("playing", '"Karma Police"'), ("paused", '"Karma Police"'), ("playing", '"Karma Police"'), ("playing", '"No Surprises"'),
+                    ("playing", "Teardrop"), ("stopped", "Teardrop"), ("playing", "Pilot"), ("stopped", "Pilot")]
+    assert "# You press play in Plexamp." in done.stdout
+
+
+def test_control_c_ends_the_demo_cleanly():
+    demo = subprocess.Popen([sys.executable, PROGRAM, "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in demo.stderr:
+        if "state=playing" in line:
+            break
+    demo.send_signal(signal.SIGINT)
+    _, err = demo.communicate(timeout=10)
+    assert demo.returncode == 0 and err.endswith("stopped listening\n") and "Traceback" not in err
+
+
+# === README and the unit ===
+
+def test_readme_names_each_default_as_the_program_has_it():
+    readme, defaults = (HERE / "README.md").read_text(), sb.Config()
+    rows = dict(re.findall(r"^\| `-([a-z-]+) \w+` \| `([^`]+)` \|", readme, re.M))
+    assert rows == {"webhooks-port": str(defaults.webhooks_port), "poll-interval": f"{defaults.poll_interval_s:g}",
+                    "log-level": defaults.log_level, "log-format": defaults.log_format, "speed": f"{defaults.speed:g}"}
+
+
+def test_readme_shows_the_picture_of_the_docstring():
+    picture = re.search(r"^    Plex Media Server .*?STATUS=$", sb.__doc__, re.M | re.S)[0]
+    assert picture in (HERE / "README.md").read_text()
+
+
+def test_the_unit_calls_the_program_with_flags_that_it_knows():
+    unit = (HERE / "streamerbrainz.service").read_text()
+    command = shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.M)[1])
+    words = command[command.index("%h/.local/bin/streamerbrainz.py") + 1:]
+    assert words == ["-plex-token-file", "%d/plex-token", "@%h/.config/streamerbrainz/flags"]
+    assert f"RestartPreventExitStatus={sb.main(['-frob'])}\n" in unit
+
+
+def test_the_top_of_the_repository_has_five_files():
+    if not (HERE / ".git").exists():
+        pytest.skip("no repository")
+    tracked = subprocess.run(["git", "-C", HERE, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(name for name in tracked if not name.startswith(".")) == [
+        "LICENSE", "README.md", "streamerbrainz.py", "streamerbrainz.service", "test_streamerbrainz.py"]
+    assert stat.S_ISREG((HERE / "streamerbrainz.py").stat().st_mode)
