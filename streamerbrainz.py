@@ -25,19 +25,20 @@ soon, nothing is reported that was not true, and every playing ends in one stopp
                                           +--> Change -> log line, systemd's STATUS=
 
 thread              owns                               never
-main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S
-listener            the listening socket               reads from a connection
+main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the resolver)
+listener            the listening socket, deadlines    reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex, decides
 signal handler      nothing: it puts into the inbox    (runs in main)
-One thing crosses threads: values that never change, through the inbox (a SimpleQueue,
-whose put() is safe in a signal handler, too) or by replacing one reference.
+What crosses threads are values that never change, through the inbox (a SimpleQueue, whose
+put() is safe in a signal handler, too) or by replacing one reference.  The one exception is
+Listener.deadlines, a dict with one entry for each connection, which its thread moves on.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
   session  an item that a player has now    item     a track, episode, movie, clip, photo
   look     one query of /status/sessions    listener our own HTTP side
 Units: Plex's times are integer milliseconds; our own end in _s; `at` is monotonic seconds.
-Exit status: 0 well; 1 the daemon could not go on; 2 wrong use or wrong configuration.
+Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration.
 
 The upper half of this file computes and touches nothing; the lower half touches the
 world and decides nothing.  `grep '^# ===' streamerbrainz.py` is the table of contents.
@@ -93,23 +94,27 @@ MAX_TEXT = 1000               # characters kept of a title or a name
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
 MAX_INBOX = 5000              # webhooks that may wait; a minute of the worst library scan seen
 MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of stack, mostly untouched
-MAX_LARGE_BODIES = 4          # bodies over LARGE_BODY in memory at once
-LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger
+LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger.  What is more is read by so many at once:
+MAX_LARGE_BODIES = 8          # ... with thumbs of 1 MB they take no more memory than the interpreter
 MAX_PLAYERS = 50              # remembered when webhooks alone tell of every player
 
 REQUEST_S = 10.0              # to read one whole request; Plex sends a webhook in milliseconds
 KEEP_ALIVE_S = 5.0            # that an idle connection may hold its thread; as Apache and Node do
+LARGE_S = 3.0                 # ... to read what is over LARGE_BODY; 1 MB in it is slow Wi-Fi
 LINGER_S = 2.0                # that a refused sender may go on sending unread; nginx gives 5
 REAP_S = 1.0                  # between two checks of both, while there are connections
 PLEX_S = 5.0                  # for one whole answer of the server, on a LAN; also the longest way out
-RETRY_MAX_S = 30.0            # longest wait between looks while the server cannot be reached
-RETRY_HEARD_S = 1.0           # ... and when a webhook shows that it lives
-REST_S = 0.01                 # after a look: the webhooks of one moment (stop and play, doubles) share one
+RETRY_MIN_S = 0.25            # from a look that failed to the next; it doubles ...
+RETRY_MAX_S = 30.0            # ... up to this: as a slow look
+RETRY_HEARD_S = 1.0           # ... and is no more than this when a webhook shows that the server lives
+REST_S = 0.01                 # after a look: the webhooks of one moment (stop and play, doubles) share the next
 FOREIGN_S = 1.0               # from another player's webhook to a look (its uuid is but a hint)
-# Sessions lag behind the webhook by a second or two.  Looks after a webhook that they do
-# not bear out: a user who waits 0.25 s longer sees no difference, a server no load.
+# From a look that does not bear a webhook out to the next.  Sessions lag by up to 2 s: steps of
+# 0.25 s find a change that holds for 2 s only (0.25, 0.5, 1, 2 s: 1 in 50 was missed).
 RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
-BUFFERING_S = 2.0             # to the next look while a player buffers
+CONFIRM_S = 2.0               # from a look that bears it out to one more: sessions that lag may bear out an old one
+LATE_S = 10.0                 # that a webhook may come late; 5 s were seen
+BUFFERING_S = 2.0             # to the next look while a player buffers, for FROZEN_S
 FROZEN_S = 40.0               # a playing view_offset that stands still for three renewals of 10 to 15 s
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
@@ -320,6 +325,9 @@ def parse_payload(payload: bytes) -> Webhook:
 
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
 
+# Products whose view_offset stands still while they play: a capture of Plex for Sonos shows it.
+FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -338,6 +346,11 @@ class Session:
     def key(self) -> tuple[str, str]:
         """What tells this play from another of the same player."""
         return self.session_key, self.item.identity
+
+    @property
+    def can_freeze(self) -> bool:
+        """Whether it claims to play, and so its view_offset should move."""
+        return self.state == PLAYING and self.view_offset is not None and self.product not in FREEZING_PRODUCTS
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -368,9 +381,9 @@ def parse_sessions(xml: bytes) -> tuple[Session, ...]:
 
 
 def parse_session(element: ElementTree.Element) -> Session | None:
-    """The Session of a Track, Video, Photo or other element; None where it has no player."""
+    """The Session of a Track, Video, Photo or other element; None where no player has it."""
     player, user = element.find("Player"), element.find("User")
-    if player is None or not player.get("machineIdentifier"):
+    if player is None or not player.get("machineIdentifier") or player.get("state") == STOPPED:
         return None
     state = player.get("state")
     return Session(session_key=text(element.get("sessionKey")),
@@ -388,7 +401,7 @@ def find_session(sessions: Sequence[Session]) -> Session | None:
     return max(sessions, key=rank, default=None)
 
 
-# === Player: Observation -> PlayerState, changes (advance) ===
+# === Player: Observation -> PlayerState, reports (advance) ===
 # All that decides what is reported lives here.  Webhooks are reasons to look, and claims
 # that a look should bear out; the sessions decide.  Where there is no server to ask, the
 # webhooks decide.  Looking costs nothing else: a look that shows what is known changes nothing.
@@ -405,9 +418,6 @@ TRANSITIONS = {
 # What an event claims of its player's state; all others claim nothing.
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
-
-# Products whose view_offset stands still while they play: a capture of Plex for Sonos shows it.
-FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,6 +453,9 @@ class Change:
     reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
 
 
+Report = Change | Outage | Recovery
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What a webhook says, until the sessions bear it out or time is up."""
@@ -458,24 +471,9 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What is remembered of a session from look to look."""
-    key: tuple[str, str]          # Session.key
-    state: str                    # Session.state
-    view_offset: int | None       # ms
-    since: float                  # when this state with this view_offset was first seen
-    followed: bool                # it has been what the player does
-    stale: bool                   # it lay there, paused and never followed, beside one that was followed
-
-    def ghost(self, session: Session, at: float) -> bool:
-        """Whether the session is left over from a player that crashed or went on elsewhere."""
-        return (self.stale and session.state == PAUSED) or self.frozen(session, at)
-
-    def frozen(self, session: Session, at: float) -> bool:
-        """Whether it claims to play, and has stood still for too long."""
-        return self.can_freeze(session) and at - self.since >= FROZEN_S
-
-    def can_freeze(self, session: Session) -> bool:
-        """Whether its view_offset should move."""
-        return session.state == PLAYING and session.view_offset is not None and session.product not in FREEZING_PRODUCTS
+    session: Session              # as the last look showed it
+    since: float                  # when this state at this view_offset was first seen
+    stale: bool = False           # it stood still beside the one that was chosen: left over, until it moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,6 +488,8 @@ class PlayerState:
     player_title: str = ""
     view_offset: int = 0          # ms; 0: not said
     moved_at: float = 0.0         # when view_offset was first seen
+    changed_at: float = -math.inf  # when state or item changed last
+    heard_at: float = -math.inf   # when the player gave a sign of life, but for its sessions
     claim: Claim | None = None    # what a webhook says, and the sessions do not yet
     looks: int = 0                # in vain so far: for the claim, or in the outage
     look_at: float | None = None  # when to look next; None: not before something is heard
@@ -498,128 +498,17 @@ class PlayerState:
     outage_at: float = 0.0        # when it began
 
 
-Report = Change | Outage | Recovery
+Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what is to be reported
 
 
-def advance(player: PlayerState, observation: Observation, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
-    """The player after an observation, and what is to be reported, in order.
-
-    The state's look_at says when to look (again); observations come in the order of `at`.
-    """
-    match observation:
-        case Webhook() if player.has_server:
-            return after_webhook(player, observation, at), ()
-        case Webhook():
-            return after_testimony(player, observation, at)
-        case Look():
-            return after_look(player, observation, at)
-        case Outage():
-            return after_outage(player, observation, at)
+def earliest(one: float | None, other: float) -> float:
+    """The earlier of two times, the first of which may be never."""
+    return other if one is None else min(one, other)
 
 
-def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> PlayerState:
-    """A webhook of a player is a reason to look: at once if of ours, soon if of another."""
-    if not webhook.player_uuid:
-        return player
-    ours = webhook.player_uuid == player.machine_identifier
-    if ours and webhook.event in CLAIMS:
-        claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "")
-        player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
-    wait = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
-    return replace(player, look_at=earliest(player.look_at, at + wait))
-
-
-def after_testimony(player: PlayerState, webhook: Webhook, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
-    """Where webhooks are the only witness: what they say is so, but for those that come too late."""
-    claimed, item = CLAIMS.get(webhook.event), webhook.item or player.item
-    if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
-        return player, ()
-    same = player.item is not None and player.item.identity == item.identity
-    late = claimed == STOPPED or (webhook.event != "media.play" and item.identity == player.previous)
-    if late and not same:
-        return player, ()
-    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title)
-
-
-def after_look(player: PlayerState, look: Look, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
-    """The sessions decide, but for ghosts among them; a claim that they do not bear out asks for another look."""
-    reports: tuple[Report, ...] = ()
-    if player.outage:
-        reports = (Recovery(at - player.outage_at),)
-        player = replace(player, outage=None, looks=0)
-    sessions = [s for s in look.sessions if s.machine_identifier == player.machine_identifier]
-    known = {trace.key: trace for trace in player.traces}
-    traced = [(session, follow(known.get(session.key), session, at)) for session in sessions]
-    session = find_session([s for s, trace in traced if not trace.ghost(s, at)])
-    traces = tuple(settle(trace, s, session) for s, trace in traced)
-    if session:
-        moved_at = next(trace.since for s, trace in traced if s is session)
-        player, changes = become(player, session.state, session.item, session.view_offset, moved_at, at,
-                                 session.player_title)
-    else:
-        reason = "frozen" if any(trace.frozen(s, at) for s, trace in traced) else ""
-        player, changes = become(player, STOPPED, player.item, None, at, at, player.player_title, reason)
-    player = replace(player, traces=traces)
-    return schedule(player, traced, at), reports + changes
-
-
-def follow(trace: Trace | None, session: Session, at: float) -> Trace:
-    """A session's trace with what this look shows of it."""
-    if trace is None:
-        return Trace(session.key, session.state, session.view_offset, at, followed=False, stale=False)
-    if (trace.state, trace.view_offset) != (session.state, session.view_offset):
-        return replace(trace, state=session.state, view_offset=session.view_offset, since=at)
-    return trace
-
-
-def settle(trace: Trace, session: Session, chosen: Session | None) -> Trace:
-    """A session's trace after the choice: the chosen one is followed, a paused one beside it is stale."""
-    if session is chosen:
-        return replace(trace, followed=True, stale=False)
-    return replace(trace, stale=trace.stale or (chosen is not None and session.state == PAUSED and not trace.followed))
-
-
-def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
-           player_title: str, reason: str = "") -> tuple[PlayerState, tuple[Report, ...]]:
-    """The player after a witness is believed, and the change, if it is one; view_offset None: not said."""
-    if item is None:
-        return player, ()
-    same = player.item is not None and player.item.identity == item.identity
-    state = TRANSITIONS[player.state if same else STOPPED, witnessed]
-    if view_offset is None:
-        view_offset, moved_at = position_ms(player, at) if same else 0, at
-    changed = state != player.state or (state != STOPPED and not same)
-    player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
-                     previous=player.previous if same or not player.item else player.item.identity,
-                     player_title=player_title or player.player_title)
-    if not changed:
-        return player, ()
-    return player, (Change(state, item, player.view_offset, player.player_title, player.machine_identifier, reason),)
-
-
-def schedule(player: PlayerState, traced: Sequence[tuple[Session, Trace]], at: float) -> PlayerState:
-    """When to look again after a look that went well."""
-    claim = player.claim
-    if claim and not claim.met_by(player.state, player.item) and player.looks < len(RELOOK_S):
-        return replace(player, look_at=at + RELOOK_S[player.looks], looks=player.looks + 1)
-    look_at = None
-    if player.poll_interval_s:
-        look_at = at + player.poll_interval_s
-        for session, trace in traced:
-            if trace.since < at < trace.since + FROZEN_S and trace.can_freeze(session):
-                look_at = min(look_at, trace.since + FROZEN_S)
-    if any(session.state == BUFFERING for session, _ in traced):
-        look_at = earliest(look_at, at + BUFFERING_S)
-    return replace(player, claim=None, looks=0, look_at=look_at)
-
-
-def after_outage(player: PlayerState, outage: Outage, at: float) -> tuple[PlayerState, tuple[Report, ...]]:
-    """A look that failed changes nothing that is believed; look again, less and less often."""
-    looks = player.looks + 1 if player.outage else 1
-    wait_s = min(RETRY_MAX_S, 0.125 * 2 ** min(looks, 10))
-    news = () if player.outage and player.outage.fault == outage.fault else (outage,)
-    since = player.outage_at if player.outage else at
-    return replace(player, outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
+def clamp(view_offset: int, item: Item | None) -> int:
+    """A position that is not beyond the item's end; ms."""
+    return min(view_offset, item.duration) if item and item.duration else view_offset
 
 
 def position_ms(player: PlayerState, at: float) -> int:
@@ -628,14 +517,133 @@ def position_ms(player: PlayerState, at: float) -> int:
     return clamp(player.view_offset + ran_on, player.item)
 
 
-def clamp(view_offset: int, item: Item | None) -> int:
-    """A position that is not beyond the item's end; ms."""
-    return min(view_offset, item.duration) if item and item.duration else view_offset
+def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
+           player_title: str, reason: str = "") -> Verdict:
+    """A witness is believed: the change, if it is one.  view_offset None: not said."""
+    if item is None:
+        return player, ()
+    same = player.item is not None and player.item.identity == item.identity
+    state = TRANSITIONS[player.state if same else STOPPED, witnessed]
+    changed = state != player.state or (state != STOPPED and not same)
+    if view_offset is None:
+        view_offset, moved_at = position_ms(player, at) if same else 0, at
+    player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+                     changed_at=at if changed else player.changed_at,
+                     previous=player.previous if same or not player.item else player.item.identity,
+                     player_title=player_title or player.player_title)
+    change = Change(state, item, player.view_offset, player.player_title, player.machine_identifier, reason)
+    return player, (change,) if changed else ()
 
 
-def earliest(one: float | None, other: float) -> float:
-    """The earlier of two times, the first of which may be never."""
-    return other if one is None else min(one, other)
+def after_testimony(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
+    """Where webhooks are the only witness: what they say is so, unless they are of what has just been left."""
+    claimed, item = CLAIMS.get(webhook.event), webhook.item or player.item
+    if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
+        return player, ()
+    left = item.identity == player.previous and at < player.changed_at + LATE_S
+    if left and webhook.event != "media.play":
+        return player, ()
+    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title)
+
+
+def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
+    """A webhook of a player is a reason to look: at once if of ours, soon if of another."""
+    if not webhook.player_uuid:
+        return player, ()
+    ours = webhook.player_uuid == player.machine_identifier
+    if ours:
+        player = replace(player, heard_at=at)
+    if ours and webhook.event in CLAIMS:
+        claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "")
+        player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+    wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
+    return replace(player, look_at=earliest(player.look_at, at + wait_s)), ()
+
+
+def follow(trace: Trace | None, session: Session, at: float) -> Trace:
+    """A session's trace with what this look shows of it."""
+    before = trace and (trace.session.state, trace.session.view_offset)
+    if trace and before == (session.state, session.view_offset):
+        return replace(trace, session=session)
+    return Trace(session, at)
+
+
+def frozen(trace: Trace, heard_at: float, at: float) -> bool:
+    """Whether a session claims to play, and nothing has moved for too long."""
+    return trace.session.can_freeze and at - max(trace.since, heard_at) >= FROZEN_S
+
+
+def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
+    """A session's trace after the choice: one that stands still beside the chosen one is stale.
+
+    It was left by a player that crashed or was restarted, and must not come back when the
+    chosen one ends.  A photo is no such rival: it plays over a paused track.
+    """
+    if chosen is None or trace.session is chosen or chosen.item.type == "photo":
+        return trace
+    still = trace.session.state == PAUSED or (trace.session.can_freeze and trace.since < at)
+    return replace(trace, stale=True) if still else trace
+
+
+def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerState:
+    """When to look again after a look that went well."""
+    claim, met = player.claim, player.claim is None or player.claim.met_by(player.state, player.item)
+    if not met and player.looks < len(RELOOK_S):
+        return replace(player, look_at=at + RELOOK_S[player.looks], looks=player.looks + 1)
+    look_at = at + player.poll_interval_s if player.poll_interval_s else None
+    if claim and met:
+        look_at = earliest(look_at, at + CONFIRM_S)
+    if look_at and chosen and chosen.session.can_freeze and chosen.since < at:
+        look_at = min(look_at, max(chosen.since, player.heard_at) + FROZEN_S)
+    if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
+        look_at = earliest(look_at, at + BUFFERING_S)
+    return replace(player, claim=None, looks=0, look_at=look_at)
+
+
+def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
+    """The sessions decide, but for ghosts among them; a claim that they do not bear out asks for another look."""
+    reports: tuple[Report, ...] = ()
+    if player.outage:
+        reports = (Recovery(at - player.outage_at),)
+        player = replace(player, outage=None, looks=0)
+    known = {trace.session.key: trace for trace in player.traces}
+    traces = [follow(known.get(session.key), session, at)
+              for session in look.sessions if session.machine_identifier == player.machine_identifier]
+    dead = [trace for trace in traces if frozen(trace, player.heard_at, at)]
+    session = find_session([trace.session for trace in traces if not trace.stale and trace not in dead])
+    chosen = next((trace for trace in traces if trace.session is session), None)
+    if chosen and session:
+        player, changes = become(player, session.state, session.item, session.view_offset, chosen.since, at,
+                                 session.player_title)
+    elif player.item and any(trace.session.item.identity == player.item.identity for trace in dead):
+        player, changes = become(player, STOPPED, player.item, player.view_offset, at, at, "", "frozen")
+    else:
+        player, changes = become(player, STOPPED, player.item, None, at, at, "")
+    player = replace(player, traces=tuple(outlast(trace, session, at) for trace in traces))
+    return schedule(player, chosen, at), reports + changes
+
+
+def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
+    """A look that failed changes nothing that is believed; look again, less and less often."""
+    looks = player.looks + 1 if player.outage else 1
+    wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(looks - 1, 10))
+    news = () if player.outage and player.outage.fault == outage.fault else (outage,)
+    since = player.outage_at if player.outage else at
+    return replace(player, outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
+
+
+def advance(player: PlayerState, observation: Observation, at: float) -> Verdict:
+    """The judge: the player after an observation, and what is to be reported, in order.
+
+    The state's look_at says when to look (again); observations come in the order of `at`.
+    """
+    match observation:
+        case Webhook():
+            return (after_webhook if player.has_server else after_testimony)(player, observation, at)
+        case Look():
+            return after_look(player, observation, at)
+        case Outage():
+            return after_outage(player, observation, at)
 
 
 # === Words: values -> log line, JSON, sentence ===
@@ -687,8 +695,8 @@ def playing_sentence(state: str, item: Item | None) -> str:
     if item is None:
         return STOPPED
     by = item.artist if item.type == "track" else ""
-    of = f" of {quoted(item.grandparent_title)}" if item.type == "episode" else ""
-    return f"{state} {json.dumps(item.title, ensure_ascii=False)}{of}{f' by {by}' if by else ''}"
+    of = item.grandparent_title if item.type == "episode" else ""
+    return f'{state} "{item.title}"{f" of {of}" if of else ""}{f" by {by}" if by else ""}'
 
 
 def status_sentence(player: PlayerState | None, webhook_age_s: float | None) -> str:
@@ -772,8 +780,24 @@ class _WholeAnswer(http.client.HTTPConnection):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        deadline = time.monotonic() + (self.timeout or 0)
-        self.response_class = functools.partial(_Answer, deadline=deadline)  # type: ignore[assignment]
+        self.deadline = time.monotonic() + (self.timeout or 0)
+        self.response_class = functools.partial(_Answer, deadline=self.deadline)  # type: ignore[assignment]
+        self._create_connection = self.connect_in_time       # by which connect() connects
+
+    def connect_in_time(self, address: tuple[str, int], *args: object) -> socket.socket:
+        """A connection to the first address of a name that answers before the deadline; OSError: none does."""
+        failure: OSError = TimeoutError()
+        for family, kind, protocol, _, sockaddr in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+                connection.connect(sockaddr)
+                connection.settimeout(max(0.001, self.deadline - time.monotonic()))     # for TLS, too
+                return connection
+            except OSError as error:
+                connection.close()
+                failure = error
+        raise failure
 
 
 class _WholeAnswerTLS(_WholeAnswer, http.client.HTTPSConnection):
@@ -805,7 +829,7 @@ class PlexServer:
         try:
             context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
         except OSError as error:                      # ssl.SSLError is one
-            raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({reason(error)}); "
+            raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({why(error)}); "
                               "give a PEM file.") from error
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(_PlexHandler(context))
@@ -863,10 +887,10 @@ def network_error(error: Exception, url: str) -> PlexError:
     if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
         return PlexError("unreachable", f"{url} drops the connection: "
                          "does Plex demand https (Settings > Network > Secure connections)?")
-    return PlexError("unreachable", f"{url} cannot be reached: {reason(cause)}.")
+    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.")
 
 
-def reason(error: object) -> str:
+def why(error: object) -> str:
     """Why the system refused, in its own words and without its numbers."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
@@ -911,7 +935,7 @@ def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
             mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
             secret = file.read(MAX_TOKEN_FILE + 1).strip()
     except OSError as error:
-        raise ConfigError(f"{flag}: {path} cannot be read ({reason(error)}); "
+        raise ConfigError(f"{flag}: {path} cannot be read ({why(error)}); "
                           "put the token there, readable by you alone (chmod 600).") from error
     if not secret:
         raise ConfigError(f"{flag}: {path} is empty; put the token there.")
@@ -927,10 +951,13 @@ def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
 # === Listener: sockets -> inbox ===
 
 @dataclass(frozen=True, slots=True)
-class Misdirected:
-    """A Plex server tried a path that is not ours."""
+class Refused:
+    """A request that was refused."""
+    status: int                   # of the answer
+    sentence: str                 # and its body
     path: str
-    address: str
+    address: str                  # who sent it
+    from_plex: bool               # by its User-Agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -949,7 +976,7 @@ class Reload:
     """A signal to read the token again."""
 
 
-Message = Webhook | Misdirected | Crash | Stop | Reload
+Message = Webhook | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
 
 
@@ -963,13 +990,13 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
 
-    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_id: str = ""):
+    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = ""):
         """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
-        self.inbox, self.machine_id = inbox, machine_id
+        self.inbox, self.machine_identifier = inbox, machine_identifier
         self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
         self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.room_for_large = threading.BoundedSemaphore(MAX_LARGE_BODIES)
-        self.picture = ("", b"")     # Item.identity and JPEG, the latest; replaced by the thread that has a new one
+        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.thumb = ("", b"")       # Item.identity and JPEG, the latest; replaced by the thread that has a new one
         self.closing = threading.Event()
         self.address_family, address = listening_address(host, port)
         super().__init__(address, Handler)
@@ -985,7 +1012,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return int(self.server_address[1])
 
     def serve(self) -> None:
-        """Accept connections and end those whose time is up, until close().  Sleeps while there are none."""
+        """Accept connections and end those whose time is up, until close(); then free the port.  Sleeps in between."""
         while not self.closing.is_set():
             if self.room.acquire(timeout=REAP_S):    # the connection one too many waits in the kernel
                 self.room.release()                  # (none but process_request, called below, takes it for good)
@@ -995,13 +1022,13 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 if time.monotonic() > deadline:
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)     # its thread reads the end, however it waits
+        self.server_close()
 
     def close(self) -> None:
-        """End serve() and free the port; open connections end with the process."""
+        """End serve(), from another thread; open connections end with the process."""
         self.closing.set()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
-        self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread."""
@@ -1022,14 +1049,20 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if error and not isinstance(error, OSError):
             self.inbox.put(Crash(error))
 
+    def tell(self, message: Message) -> bool:
+        """Put a message into the inbox; -> whether there was room for it."""
+        room = self.inbox.qsize() < MAX_INBOX
+        if room:
+            self.inbox.put(message)
+        return room
+
     def take(self, webhook: Webhook, thumb: memoryview) -> None:
-        """Put a webhook into the inbox, its picture aside; raises WebhookError 503 when too much waits."""
-        if self.inbox.qsize() >= MAX_INBOX:
+        """Put a webhook into the inbox, its thumb aside; raises WebhookError 503 when too much waits."""
+        if not self.tell(webhook):
             raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
-        self.inbox.put(webhook)
-        ours = self.machine_id in ("", webhook.player_uuid)
-        if thumb and ours and webhook.item and webhook.item.identity != self.picture[0]:
-            self.picture = webhook.item.identity, bytes(thumb)
+        ours = self.machine_identifier in ("", webhook.player_uuid)
+        if thumb and ours and webhook.item and webhook.item.identity != self.thumb[0]:
+            self.thumb = webhook.item.identity, bytes(thumb)
 
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -1066,12 +1099,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         """Answer a request whose head is read."""
         try:
-            length = self.length()
-            large = length is None or length > LARGE_BODY
-            with self.server.room_for_large if large else contextlib.nullcontext():
-                self.route(self.read_chunks() if length is None else self.read_exactly(length))
+            with contextlib.ExitStack() as held:
+                length = self.length()
+                self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
         except WebhookError as error:
             self.answer(error.status, f"{error}\n")
+            self.server.tell(Refused(error.status, str(error), self.path.partition("?")[0], self.client_address[0],
+                                     self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
 
     def route(self, body: bytes | mmap.mmap) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -1084,8 +1118,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.allow("GET", "HEAD")
             self.answer(200, json.dumps({"status": "ok", "version": VERSION}) + "\n", "application/json")
         else:
-            if self.headers.get("User-Agent", "").startswith("PlexMediaServer/"):
-                self.server.inbox.put(Misdirected(path, self.client_address[0]))
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
 
     def allow(self, *methods: str) -> None:
@@ -1115,31 +1147,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         return WebhookError(status, sentence)
 
-    def read_exactly(self, length: int) -> bytes | mmap.mmap:
+    def enter_large(self, held: contextlib.ExitStack) -> None:
+        """Wait for a place among the large bodies, until `held` is closed; then be quick."""
+        held.enter_context(self.server.large_bodies)
+        self.server.deadlines[self.connection] = time.monotonic() + LARGE_S
+
+    def read_exactly(self, length: int, held: contextlib.ExitStack) -> bytes | mmap.mmap:
         """A body of so many bytes.  A large one gets pages of its own: malloc would keep them, for each thread."""
         if length <= LARGE_BODY:
             body: bytes | mmap.mmap = self.rfile.read(length)
             got = len(body)
         else:
             body = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            got = self.rfile.readinto(body)
+            with memoryview(body) as view:
+                got = self.rfile.readinto(view[:LARGE_BODY])
+                if got == LARGE_BODY:
+                    self.enter_large(held)
+                    got += self.rfile.readinto(view[LARGE_BODY:])
         if got < length:
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
 
-    def read_chunks(self) -> bytes:
+    def read_chunks(self, held: contextlib.ExitStack) -> bytes:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1), of at most MAX_BODY; trailers are passed over."""
-        chunks, room = [], MAX_BODY
+        chunks: list[bytes] = []
+        total = 0
         while size := self.chunk_size():
-            room -= size
-            if room < 0:
+            if total <= LARGE_BODY < total + size:
+                self.enter_large(held)
+            total += size
+            if total > MAX_BODY:
                 raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
             chunks.append(self.rfile.read(size))
             if len(chunks[-1]) < size:
                 raise self.broken(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
                 raise self.broken(400, "A chunk of the body is longer than its size.")
-        for _ in range(100):
+        for _ in range(100):                          # trailers, as many as http.server takes headers
             if not self.rfile.readline(65537).strip():
                 return b"".join(chunks)
         raise self.broken(400, "The chunked body has too many trailers.")
@@ -1266,10 +1310,8 @@ class Watcher:
         match message:
             case Webhook():
                 self.hear(message)
-            case Misdirected() if time.monotonic() - self.warned_at >= WARN_AGAIN_S:
-                self.warned_at = time.monotonic()
-                say(logging.WARNING, "a Plex server sends webhooks to a wrong path; "
-                    f"the URL in Plex must end in {WEBHOOK_PATH}", path=message.path, address=message.address)
+            case Refused():
+                self.refuse(message)
             case Reload() if self.plex:
                 self.plex.token()
                 self.players = {key: replace(p, look_at=time.monotonic()) for key, p in self.players.items()}
@@ -1278,25 +1320,36 @@ class Watcher:
             case Crash():
                 raise message.error
 
+    def refuse(self, refused: Refused) -> None:
+        """A line for a request that was refused; a Plex server on a wrong path is a person's to mend."""
+        misdirected = refused.status == 404 and refused.from_plex
+        if misdirected and time.monotonic() - self.warned_at >= WARN_AGAIN_S:
+            self.warned_at = time.monotonic()
+            say(logging.WARNING, "a Plex server sends webhooks to a wrong path; "
+                f"the URL in Plex must end in {WEBHOOK_PATH}", path=refused.path, address=refused.address)
+        say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
+            result=refused.sentence)
+
     def hear(self, webhook: Webhook) -> None:
         """A webhook: every player it may concern."""
         self.webhook_at = time.monotonic()
-        if not self.plex and webhook.player_uuid:
+        if not self.plex and webhook.player_uuid and self.config.plex_machine_id in ("", webhook.player_uuid):
             self.meet(webhook)
-        if log.isEnabledFor(logging.DEBUG):
-            result = "of no player" if not webhook.player_uuid else "a look" if self.plex else "believed"
-            say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title,
-                machine_id=webhook.player_uuid, title=webhook.item.title if webhook.item else "", result=result)
-        self.judge(webhook)
+        reported = self.judge(webhook)
+        result = "reported" if reported else "look" if self.plex and webhook.player_uuid else "nothing new"
+        say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
+            title=webhook.item.title if webhook.item else "", result=result)
 
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a player that was not heard of before becomes one of ours, for the newcomer to choose."""
-        if webhook.player_uuid not in self.players:
+        player = self.players.pop(webhook.player_uuid, None)
+        if player is None:
             if len(self.players) >= MAX_PLAYERS:
-                del self.players[next(iter(self.players))]
-            self.players[webhook.player_uuid] = PlayerState(webhook.player_uuid, has_server=False)
+                del self.players[next(iter(self.players))]           # the one that was silent longest
+            player = PlayerState(webhook.player_uuid, has_server=False)
             say(logging.INFO, "a player was heard of; the flag that chooses it: "
                 f"-plex-machine-id {quoted(webhook.player_uuid)}", player=webhook.player_title)
+        self.players[webhook.player_uuid] = player
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1307,14 +1360,15 @@ class Watcher:
             self.judge(Outage(error.fault, str(error)))
         time.sleep(REST_S)
 
-    def judge(self, observation: Observation) -> None:
-        """Let each player's state advance, and report."""
+    def judge(self, observation: Observation) -> int:
+        """Let each player's state advance, and report; -> how many reports there were."""
+        count = 0
         for key, player in self.players.items():
             self.players[key], reports = advance(player, observation, time.monotonic())
             for report in reports:
-                self.latest = key
-                self.ping_at = time.monotonic()
+                self.latest, self.ping_at, count = key, time.monotonic(), count + 1
                 self.report(report)
+        return count
 
     def report(self, report: Report) -> None:
         """A line of the log."""
@@ -1404,10 +1458,11 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
-    say(logging.INFO, "listening", version=VERSION,
-        webhook_url=f"http://{socket.gethostname()}:{listener.port}{WEBHOOK_PATH}")
+    host = config.webhooks_host or socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
+    say(logging.INFO, "listening", version=VERSION, webhook_url=f"http://{host}:{listener.port}{WEBHOOK_PATH}")
     if plex is None:
-        say(logging.INFO, "no -plex-server-url: the webhooks alone tell, of every player")
+        say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     systemd.notify("READY=1")
     try:
         Watcher(config, inbox, plex, systemd).run()
@@ -1419,8 +1474,8 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
 
 def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
     """Turn signals into messages; SimpleQueue.put() may be called in a handler (Queue.put() may not)."""
-    for number_, message in ((signal.SIGTERM, Stop()), (signal.SIGINT, Stop()), (signal.SIGHUP, Reload())):
-        signal.signal(number_, functools.partial(lambda message, *_: inbox.put(message), message))
+    for signum, message in ((signal.SIGTERM, Stop()), (signal.SIGINT, Stop()), (signal.SIGHUP, Reload())):
+        signal.signal(signum, functools.partial(lambda message, *_: inbox.put(message), message))
 
 
 def runs_already(config: Config) -> bool:
@@ -1443,7 +1498,7 @@ def listening_error(error: OSError, config: Config) -> ConfigError:
         return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
     if error.errno == errno.EACCES:
         return ConfigError(f"-webhooks-port: {port} is for root alone; give one above 1023.")
-    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({reason(error)}); "
+    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
                        "give an address of this machine.")
 
 
@@ -1505,8 +1560,8 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
     daemon_threads = True
 
-    def __init__(self, token: str = "stand-in-token", machine_id: str = "demo-player"):
-        self.token, self.machine_id = token, machine_id
+    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player"):
+        self.token, self.machine_identifier = token, machine_identifier
         # state, attributes, view_offset in ms, since when; None: stopped
         self.now: tuple[str, dict[str, str], float, float] | None = None
         self.speed = 1.0
@@ -1523,7 +1578,7 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         state, _, offset, since = self.now
         return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
-    def become(self, state: str, attributes: dict[str, str]) -> None:
+    def turn(self, state: str, attributes: dict[str, str]) -> None:
         """The player plays, pauses or stops an item; another item starts at its begin."""
         offset = self.view_offset() if self.now and self.now[1] == attributes else 0.0
         self.now = None if state == STOPPED else (state, attributes, offset, time.monotonic())
@@ -1537,7 +1592,7 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 container, "Track" if attributes["type"] == "track" else "Video",
                 attributes | {"sessionKey": "7", "viewOffset": str(int(self.view_offset()))})
             ElementTree.SubElement(item, "User", id="1", title="demo")
-            ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_id, title="Living Room",
+            ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_identifier, title="Living Room",
                                    product="Plexamp", platform="Linux", state=state)
         return bytes(ElementTree.tostring(container, encoding="utf-8", xml_declaration=True))
 
@@ -1545,7 +1600,7 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """POST a webhook as Plex does; -> the status of the answer."""
         payload = {"event": event, "user": True, "owner": True, "Account": {"id": 1, "title": "demo"},
                    "Server": {"title": "stand-in", "uuid": "0" * 40}, "Metadata": attributes,
-                   "Player": {"local": True, "publicAddress": "", "title": "Living Room", "uuid": self.machine_id}}
+                   "Player": {"local": True, "title": "Living Room", "uuid": self.machine_identifier}}
         content_type, body = encode_webhook(json.dumps(payload).encode(), thumb)
         request = urllib.request.Request(url, body, {
             "Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"})
@@ -1616,8 +1671,9 @@ def demo(config: Config) -> int:
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
             file.write(plex.token)
         threading.Thread(target=plex.serve_forever, daemon=True).start()
-        config = replace(config, plex_machine_id=plex.machine_id, poll_interval_s=10 / config.speed)
-        listener = Listener("127.0.0.1", 0, inbox, plex.machine_id)
+        config = replace(config, webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
+                         poll_interval_s=10 / config.speed)
+        listener = Listener(config.webhooks_host, 0, inbox, config.plex_machine_id)
         length_s = EVENING[-1][0] / config.speed
         print(f"A stand-in for Plex plays an evening of {length_s:.0f} seconds; Ctrl-C ends it.", flush=True)
         threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
@@ -1632,7 +1688,7 @@ def play_evening(plex: StandIn, port: int, speed: float, inbox: queue.SimpleQueu
     for second, words, state, item, event, count in EVENING:
         time.sleep(max(0.0, start + second / speed - time.monotonic()))
         print(f"\n# {words}", flush=True)
-        plex.become(state, item)
+        plex.turn(state, item)
         for _ in range(count):
             plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
     inbox.put(Stop())
@@ -1693,38 +1749,38 @@ def flag_parser() -> FlagParser:
                         fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
     parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
     flags = parser.add_argument_group("flags").add_argument
-    flags("--webhooks-port", type=port, metavar="PORT", help="HTTP listener port (default 3001)")
+    flags("--webhooks-port", type=port_number, metavar="PORT", help="HTTP listener port (default 3001)")
     flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
     flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
     flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
     flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
     flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
-    flags("--poll-interval", type=seconds, metavar="S", dest="poll_interval_s",
+    flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
     flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
     flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
     flags("--json", action="store_true", help="players: print JSON")
-    flags("--speed", type=speed, metavar="N", help="demo: so many times faster (default 1)")
+    flags("--speed", type=speed_factor, metavar="N", help="demo: so many times faster (default 1)")
     flags("-h", "--help", action="help", help="this help")
     flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
     return parser
 
 
-def port(word: str) -> int:
+def port_number(word: str) -> int:
     """A TCP port."""
     if (value := number(word)) is None or not 1 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{quoted(word)} is no port; give a number from 1 to 65535")
     return value
 
 
-def seconds(word: str) -> float:
+def interval_s(word: str) -> float:
     """An interval of 0 (none) or 1 s to a day."""
     if not re.fullmatch(r"\d+(\.\d+)?", word) or not (float(word) == 0 or 1 <= float(word) <= 86400):
         raise argparse.ArgumentTypeError(f"{quoted(word)} is no interval; give 0, or seconds from 1 to 86400")
     return float(word)
 
 
-def speed(word: str) -> float:
+def speed_factor(word: str) -> float:
     """A factor from 1 to 100."""
     if not re.fullmatch(r"\d+(\.\d+)?", word) or not 1 <= float(word) <= 100:
         raise argparse.ArgumentTypeError(f"{quoted(word)} is no speed; give a number from 1 to 100")
@@ -1735,8 +1791,8 @@ def server_url(word: str) -> str:
     """The base URL of a server, without a slash at its end.  The URL itself is in no message: it may hold a token."""
     try:
         parts = urllib.parse.urlsplit(word)
-        valid = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                 and re.fullmatch("[!-~]+", word))
+        valid = (parts.scheme in ("http", "https") and parts.hostname and parts.hostname.encode("idna")
+                 and parts.port != 0 and re.fullmatch("[!-~]+", word))
     except ValueError:
         valid = False
     if not valid:
@@ -1787,10 +1843,10 @@ def check_complete(config: Config) -> None:
     together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file,
                 "-plex-machine-id": config.plex_machine_id}
     missing = [flag for flag, value in together.items() if not value]
-    if 0 < len(missing) < len(together):
+    if missing and (config.plex_server_url or config.plex_token_file):
         hint = " (`streamerbrainz.py players` shows the identifiers.)" if "-plex-machine-id" in missing else ""
         raise ConfigError(f"half a configuration: give {' and '.join(missing)}, too, to ask the server; "
-                          f"or none of {', '.join(together)}, for webhooks alone.{hint}")
+                          f"or neither -plex-server-url nor -plex-token-file, for webhooks alone.{hint}")
     if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
         raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
 
@@ -1798,6 +1854,8 @@ def check_complete(config: Config) -> None:
 def main(words: Sequence[str]) -> int:
     """Run a command line; -> the exit status."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")        # titles in every script, terminals in one
         config = parse_config(words)
         set_up_log(config)
         return COMMANDS[config.command](config)
@@ -1805,7 +1863,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 1
     except BrokenPipeError:                           # streamerbrainz.py players | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

@@ -376,13 +376,13 @@ def test_looks_end_when_the_sessions_bear_the_webhook_out_or_time_is_up():
     judge.show(session_xml())
     judge.hear("media.play")
     judge.wait(60)
-    assert judge.looks == 1
+    assert judge.looks == 2                                # the second confirms
     judge.hear("media.pause")
     judge.wait(60)
-    assert judge.looks == 2 + len(sb.RELOOK_S) and judge.player.claim is None
+    assert judge.looks == 3 + len(sb.RELOOK_S) and judge.player.claim is None
     judge.hear("media.stop", item=OTHER)                   # of an item that is over: borne out
     judge.wait(60)
-    assert judge.looks == 3 + len(sb.RELOOK_S)
+    assert judge.looks == 5 + len(sb.RELOOK_S)
 
 
 def test_a_stopped_player_is_reported_once_although_its_session_is_gone():
@@ -565,6 +565,76 @@ def test_a_stale_paused_session_is_not_what_the_player_does():
     assert judge.said() == [(PLAYING, B), (PAUSED, B)]
 
 
+@pytest.mark.parametrize("left", [PLAYING, PAUSED])
+def test_a_session_left_by_a_crash_does_not_come_back_when_the_next_one_ends(left):
+    judge = Judge(poll_interval_s=5.0)
+    ghost = session_xml(left, key="7", offset="40000")
+    for world in ([session_xml(key="7", offset="30000")], [ghost], [ghost, session_xml(key="8", offset="0", item=OTHER)],
+                  [ghost, session_xml(key="8", offset="5000", item=OTHER)], [ghost]):
+        judge.show(*world)
+        judge.wait(5)
+    judge.wait(100)
+    assert judge.said() == [(PLAYING, A), *[(PAUSED, A)] * (left == PAUSED), (PLAYING, B), (STOPPED, B)]
+    judge.show(session_xml(PLAYING, key="7", offset="50000"))
+    judge.wait(5)
+    assert judge.said() == [(PLAYING, A)]
+
+
+def test_a_true_stop_beside_a_ghost_has_no_reason():
+    judge = Judge(poll_interval_s=5.0)
+    ghost = session_xml(key="7", offset="40000")
+    judge.show(ghost, session_xml(key="8", offset=None, item=OTHER))
+    judge.wait(100)
+    judge.show(ghost)
+    judge.wait(5)
+    assert [(r.state, r.item.title, r.reason) for r in judge.reports] == [(PLAYING, B, ""), (STOPPED, B, "")]
+
+
+def test_a_frozen_player_is_reported_where_it_stood():
+    judge = Judge(poll_interval_s=2.0)
+    judge.show(session_xml(offset="40000"))
+    judge.wait(60)
+    assert [(r.state, r.position_ms) for r in judge.reports] == [(PLAYING, 40000), (STOPPED, 40000)]
+
+
+@pytest.mark.parametrize("poll", [0.0, 300.0])
+def test_an_item_that_is_played_again_from_its_begin_is_no_ghost(poll):
+    judge = Judge(poll_interval_s=poll)
+    judge.show(session_xml())
+    judge.hear("media.play")
+    judge.wait(5)
+    judge.show(session_xml(offset="30000"))
+    judge.wait(195)
+    judge.show(session_xml())
+    judge.hear("media.play")
+    judge.wait(5)
+    assert judge.said() == [(PLAYING, A)]
+
+
+def test_a_late_webhook_that_lagging_sessions_bear_out_does_not_end_the_looking():
+    judge = Judge()
+    judge.show(session_xml(offset="1"))
+    judge.wait(5)
+    judge.hear("media.pause")
+    judge.wait(0.3)
+    judge.hear("media.resume")                             # a double of an old one
+    judge.wait(1.2)
+    judge.show(session_xml(PAUSED, offset="2"))
+    judge.wait(sb.CONFIRM_S)
+    assert judge.said() == [(PLAYING, A), (PAUSED, A)]
+
+
+def test_a_player_that_buffers_for_ever_is_not_looked_at_for_ever():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(BUFFERING))
+    judge.wait(1800)
+    assert judge.looks <= sb.FROZEN_S / sb.BUFFERING_S + 1
+
+
+def test_a_session_that_says_stopped_is_none():
+    assert sessions(session_xml(STOPPED)) == ()
+
+
 def test_a_paused_track_comes_back_after_the_photo_that_played_over_it():
     judge = Judge(poll_interval_s=2.0)
     photo = session_xml(PLAYING, key="8", tag="Photo", offset=None, item={"type": "photo", "ratingKey": "5", "title": "Cat"})
@@ -644,6 +714,19 @@ def test_without_a_server_what_comes_too_late_is_passed_over():
     for event, item in (("play", SONG), ("play", OTHER), ("stop", SONG), ("pause", SONG), ("pause", OTHER), ("resume", SONG), ("stop", OTHER)):
         judge.hear(f"media.{event}", item)
     assert judge.said() == [(PLAYING, A), (PLAYING, B), (PAUSED, B), (STOPPED, B)]
+
+
+def test_without_a_server_a_skip_that_no_webhook_told_is_caught_up_with():
+    judge = alone()
+    judge.hear("media.play")
+    judge.at = 200.0
+    judge.hear("media.stop", OTHER)                        # the queue went on from A to B, silently
+    judge.hear("media.play")
+    judge.at = 400.0
+    judge.hear("media.pause", OTHER)
+    judge.at = 600.0
+    judge.hear("media.pause", SONG)                        # and back
+    assert judge.said() == [(PLAYING, A), (STOPPED, B), (PLAYING, A), (PAUSED, B), (PAUSED, A)]
 
 
 def test_without_a_server_the_position_is_the_webhooks_or_runs_on():
@@ -1084,14 +1167,14 @@ def test_a_webhook_is_answered_and_in_the_inbox(listener):
     answer = exchange(listener, post())
     assert status(answer) == 200 and b"\r\nServer: StreamerBrainz/" + sb.VERSION.encode() + b"\r\n" in answer
     assert listener.inbox.get(timeout=5) == sb.parse_webhook(MULTIPART, BODY)[0]
-    assert listener.picture == ("101", THUMB)
+    assert listener.thumb == ("101", THUMB)
 
 
 def test_only_the_latest_picture_of_our_player_is_kept(listener):
     for metadata, uuid, thumb in ((SONG, "m1", b"one"), (OTHER, "m1", b"two"), (SONG, "m2", b"three"), (OTHER, "m1", b"")):
         content_type, body = sb.encode_webhook(payload(uuid=uuid, metadata=metadata), thumb)
         assert status(exchange(listener, post(body, content_type))) == 200
-    assert listener.picture == ("102", b"two")
+    assert listener.thumb == ("102", b"two")
 
 
 CHUNKED = "Transfer-Encoding: chunked\r\n"
@@ -1188,16 +1271,31 @@ def test_a_large_body_is_read_whole(listener):
     thumb = random.Random(1).randbytes(3_000_000)
     content_type, body = sb.encode_webhook(payload(), thumb)
     for request_ in (post(body, content_type), raw(f"POST /webhooks/plex HTTP/1.1\nContent-Type: {content_type}\n{CHUNKED}", chunked(body, 65536))):
-        listener.picture = ("", b"")
+        listener.thumb = ("", b"")
         assert status(exchange(listener, request_)) == 200
-        assert eventually(lambda: listener.picture[1]) == thumb
+        assert eventually(lambda: listener.thumb[1]) == thumb
 
 
-def test_a_plex_server_on_a_wrong_path_is_told_of(listener):
+def test_what_is_refused_is_told_of_without_its_query(listener):
     exchange(listener, post(path="/plex?token=x", head="User-Agent: PlexMediaServer/1.41.3\r\n"))
     exchange(listener, post(path="/plex", head="User-Agent: curl\r\n"))
-    assert listener.inbox.get(timeout=5) == sb.Misdirected("/plex", "127.0.0.1")
-    assert listener.inbox.empty()
+    assert [listener.inbox.get(timeout=5) for _ in range(2)] == [
+        sb.Refused(404, HELP.decode().strip(), "/plex", "127.0.0.1", from_plex) for from_plex in (True, False)]
+
+
+def test_senders_that_drip_large_bodies_do_not_keep_a_large_thumb_away(listener, monkeypatch):
+    monkeypatch.setattr(sb, "LARGE_S", 0.2)
+    monkeypatch.setattr(sb, "REAP_S", 0.05)
+    content_type, body = sb.encode_webhook(payload(), b"x" * 300_000)
+    chunks = raw(POST + CHUNKED, b"30000\r\n" + b"x" * 1000)
+    slow = [connect(listener) for _ in range(4 * sb.MAX_LARGE_BODIES)]
+    for number, connection in enumerate(slow):
+        connection.sendall((post(b"x" * 150_000, length=200_000), post(b"x", length=200_000), chunks)[number % 3])
+    start = time.monotonic()
+    assert status(exchange(listener, post(body, content_type))) == 200
+    assert time.monotonic() - start < 5.0
+    for connection in slow:
+        connection.close()
 
 
 def test_too_much_that_waits_is_the_only_503(listener, monkeypatch):
@@ -1266,7 +1364,7 @@ def test_mutated_requests_over_a_socket_are_the_senders_fault(listener, seed):
         alive.sendall(post())
         assert status(alive.recv(4096)) == 200
     while not listener.inbox.empty():
-        assert isinstance(listener.inbox.get(), sb.Webhook | sb.Misdirected)
+        assert isinstance(listener.inbox.get(), sb.Webhook | sb.Refused)
 
 
 @pytest.mark.parametrize("host, addresses", [("", ["127.0.0.1", "::1"]), ("127.0.0.1", ["127.0.0.1"]), ("::1", ["::1"]), ("localhost", ["localhost"])])
@@ -1349,18 +1447,18 @@ def state_line(state, title="Karma Police"):
 def test_from_a_real_webhook_to_a_true_line(plex, token_file, lines):
     with Running(plex, token_file) as daemon:
         for event, state in (("media.play", PLAYING), ("media.pause", PAUSED), ("media.resume", PLAYING), ("media.stop", STOPPED)):
-            plex.become(state, TRACK)
+            plex.turn(state, TRACK)
             daemon.send(event, thumb=THUMB)
             eventually(lambda state=state: changes(lines)[-1:] == [state_line(state)])
     assert changes(lines) == [state_line(state) for state in (PLAYING, PAUSED, PLAYING, STOPPED)]
-    assert any('webhook event=media.play player="Living Room" machine_id=m1 title="Karma Police" result="a look"' in line for line in lines)
+    assert any('webhook event=media.play player="Living Room" machine_id=m1 title="Karma Police" result=look' in line for line in lines)
 
 
 def test_a_burst_of_webhooks_costs_a_handful_of_looks(plex, token_file, lines):
     looks = []
     sessions_before = plex.sessions
     plex.sessions = lambda: looks.append(time.sleep(0.2)) or sessions_before()
-    plex.become(PLAYING, TRACK)
+    plex.turn(PLAYING, TRACK)
     with Running(plex, token_file) as daemon:
         eventually(lambda: changes(lines))
         looks.clear()
@@ -1385,7 +1483,7 @@ def test_webhooks_are_answered_while_the_server_hangs(token_file, lines):
 
 
 def test_a_refused_token_is_said_once_as_an_error_and_a_new_one_mends_it_at_once(plex, token_file, lines):
-    plex.become(PLAYING, TRACK)
+    plex.turn(PLAYING, TRACK)
     token_file.write_text("wrong")
     with Running(plex, token_file) as daemon:
         eventually(lambda: any("refuses the token" in line for line in lines))
@@ -1408,11 +1506,20 @@ def test_without_a_server_each_new_player_is_named_with_its_flag(plex, lines):
     assert changes(lines) == [state_line(PLAYING) + " machine_id=m1", state_line(PLAYING) + r' machine_id="m2 \u001b[31m"']
 
 
+def test_without_a_server_one_player_can_be_chosen_all_the_same(plex, lines):
+    with Running(plex, None) as daemon:
+        for uuid in ("m2", "m1"):
+            exchange(daemon.listener, post(*reversed(sb.encode_webhook(payload(uuid=uuid)))))
+        eventually(lambda: changes(lines))
+    assert changes(lines) == [state_line(PLAYING) + " machine_id=m1"]
+
+
 def test_players_that_are_remembered_are_bounded(plex, lines):
     watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
     for number in range(sb.MAX_PLAYERS * 3):
         watcher.hear(sb.Webhook("media.play", f"m{number}", item=sb.parse_item(SONG)))
-    assert len(watcher.players) == sb.MAX_PLAYERS and len(changes(lines)) == sb.MAX_PLAYERS * 3
+        watcher.hear(sb.Webhook("media.play", "mine", item=sb.parse_item(SONG)))
+    assert len(watcher.players) == sb.MAX_PLAYERS and len(changes(lines)) == sb.MAX_PLAYERS * 3 + 1
 
 
 def test_a_wrong_path_is_one_warning_a_minute(lines, monkeypatch):
@@ -1420,8 +1527,9 @@ def test_a_wrong_path_is_one_warning_a_minute(lines, monkeypatch):
     monkeypatch.setattr(sb.time, "monotonic", lambda: now[0])
     watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
     for now[0] in (100.0, 101.0, 159.0, 161.0):
-        watcher.handle(sb.Misdirected("/plex\n<3>", "192.168.1.5"))
-    assert lines == [r'<4>a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex path="/plex\n<3>" '
+        watcher.handle(sb.Refused(404, "No.", "/plex\n<3>", "192.168.1.5", from_plex=True))
+        watcher.handle(sb.Refused(404, "No.", "/robots.txt", "192.168.1.6", from_plex=False))
+    assert [line for line in lines if not line.startswith("<7>")] == [r'<4>a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex path="/plex\n<3>" '
                      "address=192.168.1.5"] * 2
 
 
@@ -1430,7 +1538,7 @@ def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_pa
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)
         manager.settimeout(5)
-        plex.become(PLAYING, TRACK)
+        plex.turn(PLAYING, TRACK)
         with Running(plex, token_file, environ={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "100000"}):
             eventually(lambda: manager.recv(500).startswith(b'WATCHDOG=1\nSTATUS=playing "Karma Police" by Radiohead on Living Room; no'))
             assert manager.recv(500).startswith(b"WATCHDOG=1\n")
@@ -1490,10 +1598,12 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
      "the token goes into a -plex-token-file (see: streamerbrainz.py -h)"),
     ("-plex-server-url http://[", "-plex-server-url: this is no URL of a server; give one such as http://192.168.1.5:32400 "
      "(see: streamerbrainz.py -h)"),
-    ("-plex-server-url http://h", "half a configuration: give -plex-token-file and -plex-machine-id, too, to ask the server; or none of "
-     "-plex-server-url, -plex-token-file, -plex-machine-id, for webhooks alone. (`streamerbrainz.py players` shows the identifiers.)"),
-    ("-plex-server-url http://h -plex-machine-id m", "half a configuration: give -plex-token-file, too, to ask the server; or none of "
-     "-plex-server-url, -plex-token-file, -plex-machine-id, for webhooks alone."),
+    ("-plex-server-url http://h", "half a configuration: give -plex-token-file and -plex-machine-id, too, to ask the server; or neither "
+     "-plex-server-url nor -plex-token-file, for webhooks alone. (`streamerbrainz.py players` shows the identifiers.)"),
+    ("-plex-server-url http://h -plex-machine-id m", "half a configuration: give -plex-token-file, too, to ask the server; or neither "
+     "-plex-server-url nor -plex-token-file, for webhooks alone."),
+    ("-plex-server-url http://plex..lan", "-plex-server-url: this is no URL of a server; give one such as http://192.168.1.5:32400 "
+     "(see: streamerbrainz.py -h)"),
     ("-plex-ca-file c", "-plex-ca-file is given, but no -plex-server-url that begins with https://."),
     ("players", "players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400"),
     ("players host", "players: give the token in a file, with -plex-token-file."),
@@ -1582,7 +1692,7 @@ def test_a_port_that_another_program_holds_is_an_error_that_names_it():
 
 
 def test_a_whole_run_shows_the_token_nowhere(plex, token_file):
-    plex.become(PLAYING, TRACK)
+    plex.turn(PLAYING, TRACK)
     words = ("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-log-level", "debug", "-poll-interval", "1")
     with Process(*words) as daemon:
         eventually(lambda: "state=playing" in daemon.text())
@@ -1606,7 +1716,7 @@ def test_a_whole_run_shows_the_token_nowhere(plex, token_file):
 
 
 def test_json_lines_of_a_whole_run_can_be_parsed(plex, token_file):
-    plex.become(PLAYING, {**TRACK, "title": 'T\x85 "\\ \u2028 日本'})
+    plex.turn(PLAYING, {**TRACK, "title": 'T\x85 "\\ \u2028 日本'})
     with Process("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-log-format", "json") as daemon:
         eventually(lambda: "playing" in daemon.text())
     assert json.loads(daemon.lines[-1])["title"] == 'T\x85 "\\ \u2028 日本'
@@ -1642,7 +1752,7 @@ def test_players_shows_each_with_its_flag_and_marks_the_configured_one(capsys, t
     -plex-machine-id 'm 2'
 
   Living Room (Plexamp, Linux)
-    playing "Pilot" of "Twin Peaks"
+    playing "Pilot" of Twin Peaks
     -plex-machine-id m3
 """, "")
         code, out, _ = run_main(capsys, *words, "-json")
