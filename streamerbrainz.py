@@ -97,7 +97,6 @@ MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of s
 LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger.  What is more is read by so many at once:
 MAX_LARGE_BODIES = 8          # ... with thumbs of 1 MB they take no more memory than the interpreter
 MAX_PLAYERS = 50              # remembered when webhooks alone tell of every player
-
 REQUEST_S = 10.0              # to read one whole request; Plex sends a webhook in milliseconds
 KEEP_ALIVE_S = 5.0            # that an idle connection may hold its thread; as Apache and Node do
 LARGE_S = 3.0                 # ... to read what is over LARGE_BODY; 1 MB in it is slow Wi-Fi
@@ -109,9 +108,11 @@ RETRY_MAX_S = 30.0            # ... up to this: as a slow look
 RETRY_HEARD_S = 1.0           # ... and is no more than this when a webhook shows that the server lives
 REST_S = 0.01                 # after a look: the webhooks of one moment (stop and play, doubles) share the next
 FOREIGN_S = 1.0               # from another player's webhook to a look (its uuid is but a hint)
+
 # From a look that does not bear a webhook out to the next.  Sessions lag by up to 2 s: steps of
 # 0.25 s find a change that holds for 2 s only (0.25, 0.5, 1, 2 s: 1 in 50 was missed).
 RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
+
 CONFIRM_S = 2.0               # from a look that bears it out to one more: sessions that lag may bear out an old one
 LATE_S = 10.0                 # that a webhook may come late; 5 s were seen
 BUFFERING_S = 2.0             # to the next look while a player buffers, for FROZEN_S
@@ -239,45 +240,6 @@ class Webhook:
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
-def parse_webhook(content_type: str, body: bytes | mmap.mmap) -> tuple[Webhook, memoryview]:
-    """The Webhook in a request's body (multipart/form-data as Plex sends it, or plain JSON), and its JPEG, a view.
-
-    Raises WebhookError 400 (not a webhook), 413 (payload too large) or 415 (another type).
-    """
-    header = email.message.Message()
-    header["Content-Type"] = content_type
-    media_type = header.get_content_type()
-    if media_type == "application/json":
-        return parse_payload(body[:]), memoryview(b"")
-    if media_type != "multipart/form-data":
-        raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
-    parts = parse_multipart(header, body)
-    if "payload" not in parts:
-        raise WebhookError(400, "The part named payload is missing, which holds a webhook's JSON.")
-    return parse_payload(bytes(parts["payload"])), parts.get("thumb", memoryview(b""))
-
-
-def parse_multipart(header: email.message.Message, body: bytes | mmap.mmap) -> dict[str, memoryview]:
-    """The parts of a multipart body that are named payload and thumb, the first of each name.
-
-    email.parser reads each part's header.  The body is cut at its delimiters here: as a
-    whole it costs the parser 1.8 ms and 6 times its size for a picture of 100 kB.
-    """
-    boundary = header.get_boundary("")
-    if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
-        raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
-    parts: dict[str, memoryview] = {}
-    starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
-    for (_, start), (stop, _) in itertools.pairwise(starts):
-        blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
-        if blank is None:
-            raise WebhookError(400, "A part of the body has no end of its header.")
-        name = part_name(body[start:blank.start()])
-        if name in ("payload", "thumb"):
-            parts.setdefault(name, memoryview(body)[blank.end():stop])
-    return parts
-
-
 @functools.lru_cache(maxsize=16)        # Plex sends the same two headers for ever
 def part_name(header: bytes) -> str:
     """The name that a part's header gives it; "": none."""
@@ -304,6 +266,27 @@ def delimiters(body: bytes | mmap.mmap, delimiter: bytes) -> Iterator[tuple[int,
     raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
 
 
+def parse_multipart(header: email.message.Message, body: bytes | mmap.mmap) -> dict[str, memoryview]:
+    """The parts of a multipart body that are named payload and thumb, the first of each name.
+
+    email.parser reads each part's header.  The body is cut at its delimiters here: as a
+    whole it costs the parser 1.8 ms and 6 times its size for a picture of 100 kB.
+    """
+    boundary = header.get_boundary("")
+    if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
+        raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
+    parts: dict[str, memoryview] = {}
+    starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
+    for (_, start), (stop, _) in itertools.pairwise(starts):
+        blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
+        if blank is None:
+            raise WebhookError(400, "A part of the body has no end of its header.")
+        name = part_name(body[start:blank.start()])
+        if name in ("payload", "thumb"):
+            parts.setdefault(name, memoryview(body)[blank.end():stop])
+    return parts
+
+
 def parse_payload(payload: bytes) -> Webhook:
     """The Webhook of its JSON, which is UTF-8 whatever its part says."""
     if len(payload) > MAX_PAYLOAD:
@@ -319,6 +302,24 @@ def parse_payload(payload: bytes) -> Webhook:
     return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
                    item=parse_item(metadata) if metadata else None,
                    view_offset=number(metadata.get("viewOffset")))
+
+
+def parse_webhook(content_type: str, body: bytes | mmap.mmap) -> tuple[Webhook, memoryview]:
+    """The Webhook in a request's body (multipart/form-data as Plex sends it, or plain JSON), and its JPEG, a view.
+
+    Raises WebhookError 400 (not a webhook), 413 (payload too large) or 415 (another type).
+    """
+    header = email.message.Message()
+    header["Content-Type"] = content_type
+    media_type = header.get_content_type()
+    if media_type == "application/json":
+        return parse_payload(body[:]), memoryview(b"")
+    if media_type != "multipart/form-data":
+        raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
+    parts = parse_multipart(header, body)
+    if "payload" not in parts:
+        raise WebhookError(400, "The part named payload is missing, which holds a webhook's JSON.")
+    return parse_payload(bytes(parts["payload"])), parts.get("thumb", memoryview(b""))
 
 
 # === Sessions: XML -> (Session, ...) (parse_sessions) ===
@@ -362,7 +363,22 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 # Forbidden in XML 1.0, and yet in Plex's titles: as characters and as references.
 _CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
+
 _REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
+
+
+def parse_session(element: ElementTree.Element) -> Session | None:
+    """The Session of a Track, Video, Photo or other element; None where no player has it."""
+    player, user = element.find("Player"), element.find("User")
+    if player is None or not player.get("machineIdentifier") or player.get("state") == STOPPED:
+        return None
+    state = player.get("state")
+    return Session(session_key=text(element.get("sessionKey")),
+                   machine_identifier=text(player.get("machineIdentifier")),
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING,
+                   item=parse_item(element.attrib), view_offset=number(element.get("viewOffset")),
+                   player_title=text(player.get("title")), product=text(player.get("product")),
+                   platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
 
 
 def parse_sessions(xml: bytes) -> tuple[Session, ...]:
@@ -378,20 +394,6 @@ def parse_sessions(xml: bytes) -> tuple[Session, ...]:
         raise PlexError("nonsense", "The server's answer is XML, but no list of sessions. "
                         "Does -plex-server-url point to Plex Media Server?")
     return tuple(session for element in root if (session := parse_session(element)))
-
-
-def parse_session(element: ElementTree.Element) -> Session | None:
-    """The Session of a Track, Video, Photo or other element; None where no player has it."""
-    player, user = element.find("Player"), element.find("User")
-    if player is None or not player.get("machineIdentifier") or player.get("state") == STOPPED:
-        return None
-    state = player.get("state")
-    return Session(session_key=text(element.get("sessionKey")),
-                   machine_identifier=text(player.get("machineIdentifier")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING,
-                   item=parse_item(element.attrib), view_offset=number(element.get("viewOffset")),
-                   player_title=text(player.get("title")), product=text(player.get("product")),
-                   platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
 
 
 def find_session(sessions: Sequence[Session]) -> Session | None:
@@ -443,20 +445,6 @@ class Recovery:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """One change of the player, as it is reported."""
-    state: str                    # PLAYING, PAUSED or STOPPED
-    item: Item                    # what it plays; what played last when STOPPED
-    position_ms: int              # as Plex last said it, run on to now when STOPPED; 0: not said
-    player_title: str
-    machine_identifier: str
-    reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
-
-
-Report = Change | Outage | Recovery
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
     """What a webhook says, until the sessions bear it out or time is up."""
     state: str                    # PLAYING, PAUSED or STOPPED
@@ -498,14 +486,6 @@ class PlayerState:
     outage_at: float = 0.0        # when it began
 
 
-Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what is to be reported
-
-
-def earliest(one: float | None, other: float) -> float:
-    """The earlier of two times, the first of which may be never."""
-    return other if one is None else min(one, other)
-
-
 def clamp(view_offset: int, item: Item | None) -> int:
     """A position that is not beyond the item's end; ms."""
     return min(view_offset, item.duration) if item and item.duration else view_offset
@@ -515,6 +495,26 @@ def position_ms(player: PlayerState, at: float) -> int:
     """Where the player is in its item now, as far as that is known; ms."""
     ran_on = int((at - player.moved_at) * 1000) if player.state == PLAYING else 0
     return clamp(player.view_offset + ran_on, player.item)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of the player, as it is reported."""
+    state: str                    # PLAYING, PAUSED or STOPPED
+    item: Item                    # what it plays; what played last when STOPPED
+    position_ms: int              # as Plex last said it, run on to now when STOPPED; 0: not said
+    player_title: str
+    machine_identifier: str
+    reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
+
+
+Report = Change | Outage | Recovery
+Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what is to be reported
+
+
+def earliest(one: float | None, other: float) -> float:
+    """The earlier of two times, the first of which may be never."""
+    return other if one is None else min(one, other)
 
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
@@ -820,6 +820,44 @@ class _PlexHandler(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
+def why(error: object) -> str:
+    """Why the system refused, in its own words and without its numbers."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def status_error(status: int, url: str) -> PlexError:
+    """What an HTTP status other than 200 means."""
+    if status == 401:
+        return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner "
+                         "into the -plex-token-file.")
+    if status == 403:
+        return PlexError("forbidden", f"{url} does not show its sessions to this token (403): "
+                         "it must be the server owner's.")
+    if status == 503:
+        return PlexError("starting", f"{url} is still starting, or at maintenance (503).")
+    if 300 <= status < 400:
+        return PlexError("nonsense", f"{url} redirects elsewhere ({status}), where the token must not go: "
+                         "give the final address as -plex-server-url.")
+    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: "
+                     "is -plex-server-url that of Plex Media Server?")
+
+
+def network_error(error: Exception, url: str) -> PlexError:
+    """What went wrong on the way to a server."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
+                         "address in it (...plex.direct), or its CA as -plex-ca-file.")
+    if isinstance(cause, TimeoutError):
+        return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
+    if isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError):
+        return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
+    if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
+        return PlexError("unreachable", f"{url} drops the connection: "
+                         "does Plex demand https (Settings > Network > Secure connections)?")
+    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.")
+
+
 class PlexServer:
     """Plex Media Server at a URL.  The token travels in the X-Plex-Token header only, and to that URL only."""
 
@@ -857,68 +895,6 @@ class PlexServer:
         return body
 
 
-def status_error(status: int, url: str) -> PlexError:
-    """What an HTTP status other than 200 means."""
-    if status == 401:
-        return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner "
-                         "into the -plex-token-file.")
-    if status == 403:
-        return PlexError("forbidden", f"{url} does not show its sessions to this token (403): "
-                         "it must be the server owner's.")
-    if status == 503:
-        return PlexError("starting", f"{url} is still starting, or at maintenance (503).")
-    if 300 <= status < 400:
-        return PlexError("nonsense", f"{url} redirects elsewhere ({status}), where the token must not go: "
-                         "give the final address as -plex-server-url.")
-    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: "
-                     "is -plex-server-url that of Plex Media Server?")
-
-
-def network_error(error: Exception, url: str) -> PlexError:
-    """What went wrong on the way to a server."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
-                         "address in it (...plex.direct), or its CA as -plex-ca-file.")
-    if isinstance(cause, TimeoutError):
-        return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
-    if isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError):
-        return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
-    if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
-        return PlexError("unreachable", f"{url} drops the connection: "
-                         "does Plex demand https (Settings > Network > Secure connections)?")
-    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.")
-
-
-def why(error: object) -> str:
-    """Why the system refused, in its own words and without its numbers."""
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-
-
-class TokenFile:
-    """The Plex token in a file, read again when the file has changed.  Only the Watcher's thread reads it."""
-
-    def __init__(self, path: str):
-        """Raises ConfigError where there is no token in it."""
-        self.path = path
-        self.token, self.version = self.read()
-
-    def __call__(self) -> str:
-        """The token as it is now; as it was, while the file is being replaced or cannot be read."""
-        if self.version != (version := file_version(self.path)):
-            try:
-                self.token, self.version = self.read()
-                say(logging.INFO, "the Plex token was read again", file=self.path)
-            except ConfigError as error:
-                self.version = version                # said once, and tried again when the file changes
-                say(logging.WARNING, f"the Plex token stays as it was: {error}")
-        return self.token
-
-    def read(self) -> tuple[str, tuple[int, ...] | None]:
-        """The token, and the version of the file that holds it."""
-        return read_secret("-plex-token-file", self.path)
-
-
 def file_version(file: str | int) -> tuple[int, ...] | None:
     """What differs when a file (its path or descriptor) was written or replaced; None for what is no regular file."""
     with contextlib.suppress(OSError):
@@ -946,6 +922,30 @@ def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
     if mode & 0o077 and version and not guarded:
         say(logging.WARNING, f"others can read the file of {flag}; mend it with: chmod 600 {shlex.quote(path)}")
     return secret.decode("ascii"), version
+
+
+class TokenFile:
+    """The Plex token in a file, read again when the file has changed.  Only the Watcher's thread reads it."""
+
+    def __init__(self, path: str):
+        """Raises ConfigError where there is no token in it."""
+        self.path = path
+        self.token, self.version = self.read()
+
+    def __call__(self) -> str:
+        """The token as it is now; as it was, while the file is being replaced or cannot be read."""
+        if self.version != (version := file_version(self.path)):
+            try:
+                self.token, self.version = self.read()
+                say(logging.INFO, "the Plex token was read again", file=self.path)
+            except ConfigError as error:
+                self.version = version                # said once, and tried again when the file changes
+                say(logging.WARNING, f"the Plex token stays as it was: {error}")
+        return self.token
+
+    def read(self) -> tuple[str, tuple[int, ...] | None]:
+        """The token, and the version of the file that holds it."""
+        return read_secret("-plex-token-file", self.path)
 
 
 # === Listener: sockets -> inbox ===
@@ -978,91 +978,6 @@ class Reload:
 
 Message = Webhook | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
-
-
-class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The HTTP listener.  Owns the listening socket; a thread for each of at most MAX_CONNECTIONS connections.
-
-    serve() runs in a thread of its own until close() is called from another one.  Time limits
-    hold for whole requests: one on each read is none, a peer that drips bytes never meets it.
-    """
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
-
-    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = ""):
-        """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
-        self.inbox, self.machine_identifier = inbox, machine_identifier
-        self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
-        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
-        self.thumb = ("", b"")       # Item.identity and JPEG, the latest; replaced by the thread that has a new one
-        self.closing = threading.Event()
-        self.address_family, address = listening_address(host, port)
-        super().__init__(address, Handler)
-
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return int(self.server_address[1])
-
-    def serve(self) -> None:
-        """Accept connections and end those whose time is up, until close(); then free the port.  Sleeps in between."""
-        while not self.closing.is_set():
-            if self.room.acquire(timeout=REAP_S):    # the connection one too many waits in the kernel
-                self.room.release()                  # (none but process_request, called below, takes it for good)
-                self.timeout = REAP_S if self.deadlines else None
-                self.handle_request()
-            for connection, deadline in list(self.deadlines.items()):
-                if time.monotonic() > deadline:
-                    with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)     # its thread reads the end, however it waits
-        self.server_close()
-
-    def close(self) -> None:
-        """End serve(), from another thread; open connections end with the process."""
-        self.closing.set()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread."""
-        self.room.acquire()
-        self.deadlines[request] = time.monotonic() + KEEP_ALIVE_S
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.deadlines.pop(request, None)
-            self.room.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is its peer's affair; anything else is a bug of ours."""
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, OSError):
-            self.inbox.put(Crash(error))
-
-    def tell(self, message: Message) -> bool:
-        """Put a message into the inbox; -> whether there was room for it."""
-        room = self.inbox.qsize() < MAX_INBOX
-        if room:
-            self.inbox.put(message)
-        return room
-
-    def take(self, webhook: Webhook, thumb: memoryview) -> None:
-        """Put a webhook into the inbox, its thumb aside; raises WebhookError 503 when too much waits."""
-        if not self.tell(webhook):
-            raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
-        ours = self.machine_identifier in ("", webhook.player_uuid)
-        if thumb and ours and webhook.item and webhook.item.identity != self.thumb[0]:
-            self.thumb = webhook.item.identity, bytes(thumb)
 
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -1245,6 +1160,91 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what becomes of a webhook is the Watcher's to say."""
+
+
+class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """The HTTP listener.  Owns the listening socket; a thread for each of at most MAX_CONNECTIONS connections.
+
+    serve() runs in a thread of its own until close() is called from another one.  Time limits
+    hold for whole requests: one on each read is none, a peer that drips bytes never meets it.
+    """
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
+
+    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = ""):
+        """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
+        self.inbox, self.machine_identifier = inbox, machine_identifier
+        self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
+        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.thumb = ("", b"")       # Item.identity and JPEG, the latest; replaced by the thread that has a new one
+        self.closing = threading.Event()
+        self.address_family, address = listening_address(host, port)
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self.server_address[1])
+
+    def serve(self) -> None:
+        """Accept connections and end those whose time is up, until close(); then free the port.  Sleeps in between."""
+        while not self.closing.is_set():
+            if self.room.acquire(timeout=REAP_S):    # the connection one too many waits in the kernel
+                self.room.release()                  # (none but process_request, called below, takes it for good)
+                self.timeout = REAP_S if self.deadlines else None
+                self.handle_request()
+            for connection, deadline in list(self.deadlines.items()):
+                if time.monotonic() > deadline:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)     # its thread reads the end, however it waits
+        self.server_close()
+
+    def close(self) -> None:
+        """End serve(), from another thread; open connections end with the process."""
+        self.closing.set()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread."""
+        self.room.acquire()
+        self.deadlines[request] = time.monotonic() + KEEP_ALIVE_S
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.deadlines.pop(request, None)
+            self.room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is its peer's affair; anything else is a bug of ours."""
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, OSError):
+            self.inbox.put(Crash(error))
+
+    def tell(self, message: Message) -> bool:
+        """Put a message into the inbox; -> whether there was room for it."""
+        room = self.inbox.qsize() < MAX_INBOX
+        if room:
+            self.inbox.put(message)
+        return room
+
+    def take(self, webhook: Webhook, thumb: memoryview) -> None:
+        """Put a webhook into the inbox, its thumb aside; raises WebhookError 503 when too much waits."""
+        if not self.tell(webhook):
+            raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
+        ours = self.machine_identifier in ("", webhook.player_uuid)
+        if thumb and ours and webhook.item and webhook.item.identity != self.thumb[0]:
+            self.thumb = webhook.item.identity, bytes(thumb)
 
 
 # === systemd: READY, STATUS, WATCHDOG, STOPPING ===
@@ -1436,24 +1436,6 @@ def set_up_log(config: Config) -> None:
     log.propagate = False
 
 
-def run(config: Config) -> int:
-    """The daemon."""
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    try:
-        listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and runs_already(config):
-            say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
-            return 0
-        raise listening_error(error, config) from error
-    plex = None
-    if config.plex_server_url:
-        plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file)
-    take_signals(inbox)
-    serve(config, inbox, listener, plex)
-    return 0
-
-
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
@@ -1491,15 +1473,14 @@ def runs_already(config: Config) -> bool:
         connection.close()
 
 
-def listening_error(error: OSError, config: Config) -> ConfigError:
-    """Why we cannot listen, and what to do about it."""
-    port, host = config.webhooks_port, config.webhooks_host
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
-    if error.errno == errno.EACCES:
-        return ConfigError(f"-webhooks-port: {port} is for root alone; give one above 1023.")
-    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
-                       "give an address of this machine.")
+def socket_holder(link: str) -> str:
+    """The process that has a socket open; "" for one that we may not look into."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(fd.path) == link for fd in os.scandir(f"/proc/{pid}/fd")):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                    return f"{comm.read().strip()} (process {pid})"
+    return ""
 
 
 def port_holder(port: int) -> str:
@@ -1513,14 +1494,43 @@ def port_holder(port: int) -> str:
     return "another program"
 
 
-def socket_holder(link: str) -> str:
-    """The process that has a socket open; "" for one that we may not look into."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(fd.path) == link for fd in os.scandir(f"/proc/{pid}/fd")):
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    return f"{comm.read().strip()} (process {pid})"
-    return ""
+def listening_error(error: OSError, config: Config) -> ConfigError:
+    """Why we cannot listen, and what to do about it."""
+    port, host = config.webhooks_port, config.webhooks_host
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
+    if error.errno == errno.EACCES:
+        return ConfigError(f"-webhooks-port: {port} is for root alone; give one above 1023.")
+    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
+                       "give an address of this machine.")
+
+
+def run(config: Config) -> int:
+    """The daemon."""
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    try:
+        listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and runs_already(config):
+            say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
+            return 0
+        raise listening_error(error, config) from error
+    plex = None
+    if config.plex_server_url:
+        plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file)
+    take_signals(inbox)
+    serve(config, inbox, listener, plex)
+    return 0
+
+
+def ask_token() -> Callable[[], str]:
+    """The token, asked for on the terminal without echo: on a command line, ps would show it."""
+    if not sys.stdin.isatty():
+        raise ConfigError("players: give the token in a file, with -plex-token-file.")
+    token = getpass.getpass("Plex token (it is not shown): ").strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError("players: a token is one word of plain characters.")
+    return lambda: token
 
 
 def players(config: Config) -> int:
@@ -1544,17 +1554,35 @@ def players(config: Config) -> int:
     return 0
 
 
-def ask_token() -> Callable[[], str]:
-    """The token, asked for on the terminal without echo: on a command line, ps would show it."""
-    if not sys.stdin.isatty():
-        raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    token = getpass.getpass("Plex token (it is not shown): ").strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError("players: a token is one word of plain characters.")
-    return lambda: token
-
-
 # === Demo: an evening of a player, without any Plex ===
+
+def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
+    """Content-Type and body of a webhook in the form in which Plex sends it."""
+    boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
+    part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
+    parts = [(b'"payload"', b"application/json", payload)]
+    if thumb:
+        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
+    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
+    return f"multipart/form-data; boundary={boundary}", body
+
+
+class _StandInHandler(http.server.BaseHTTPRequestHandler):
+    """GET /status/sessions, with the token in its header."""
+    server: StandIn
+
+    def do_GET(self) -> None:
+        known = self.headers.get("X-Plex-Token") == self.server.token
+        status = 401 if not known else 200 if self.path == "/status/sessions" else 404
+        body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the demo's log is the daemon's."""
+
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
@@ -1608,34 +1636,6 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return int(response.status)
 
 
-def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
-    """Content-Type and body of a webhook in the form in which Plex sends it."""
-    boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
-    part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
-    parts = [(b'"payload"', b"application/json", payload)]
-    if thumb:
-        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
-    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
-    return f"multipart/form-data; boundary={boundary}", body
-
-
-class _StandInHandler(http.server.BaseHTTPRequestHandler):
-    """GET /status/sessions, with the token in its header."""
-    server: StandIn
-
-    def do_GET(self) -> None:
-        known = self.headers.get("X-Plex-Token") == self.server.token
-        status = 401 if not known else 200 if self.path == "/status/sessions" else 404
-        body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the demo's log is the daemon's."""
-
-
 def _track(key: str, title: str, artist: str, album: str, seconds: int) -> dict[str, str]:
     return {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
             "duration": f"{seconds}000"}
@@ -1644,6 +1644,7 @@ def _track(key: str, title: str, artist: str, album: str, seconds: int) -> dict[
 _KARMA_POLICE = _track("101", "Karma Police", "Radiohead", "OK Computer", 264)
 _NO_SURPRISES = _track("102", "No Surprises", "Radiohead", "OK Computer", 229)
 _TEARDROP = _track("103", "Teardrop", "Massive Attack", "Mezzanine", 331)
+
 _PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
           "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
 
@@ -1659,6 +1660,18 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (105, "Enough for tonight.", STOPPED, _PILOT, "media.stop", 1),
     (115, "That was the evening.", STOPPED, _PILOT, "", 0),
 )
+
+
+def play_evening(plex: StandIn, port: int, speed: float, inbox: queue.SimpleQueue[Message]) -> None:
+    """The evening's events at their times, then Stop."""
+    start = time.monotonic() + 0.5
+    for second, words, state, item, event, count in EVENING:
+        time.sleep(max(0.0, start + second / speed - time.monotonic()))
+        print(f"\n# {words}", flush=True)
+        plex.turn(state, item)
+        for _ in range(count):
+            plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
+    inbox.put(Stop())
 
 
 def demo(config: Config) -> int:
@@ -1682,34 +1695,27 @@ def demo(config: Config) -> int:
     return 0
 
 
-def play_evening(plex: StandIn, port: int, speed: float, inbox: queue.SimpleQueue[Message]) -> None:
-    """The evening's events at their times, then Stop."""
-    start = time.monotonic() + 0.5
-    for second, words, state, item, event, count in EVENING:
-        time.sleep(max(0.0, start + second / speed - time.monotonic()))
-        print(f"\n# {words}", flush=True)
-        plex.turn(state, item)
-        for _ in range(count):
-            plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
-    inbox.put(Stop())
-
-
 # === main ===
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "demo": demo}
-
 USAGE = "streamerbrainz.py [COMMAND] [FLAGS] [@FILE]"
+
 DESCRIPTION = """Tells what your Plex player is doing.
 
 commands:
   run                  the daemon (this is what happens without a command)
   players [HOST:PORT]  every player in the sessions, with its machine identifier
   demo                 an evening of a player, without any Plex"""
+
 EPILOG = """@FILE reads flags from a file, one a line, with # comments.  -flag is --flag.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
 
-
 HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
+
+
+def two_dashes(words: Sequence[str]) -> list[str]:
+    """Arguments with -flag as --flag."""
+    return [f"-{word}" if re.match("-[a-z]{2}", word) else word for word in words]
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -1735,35 +1741,6 @@ class FlagParser(argparse.ArgumentParser):
         if any(word.startswith("@") for word in words):
             raise ConfigError("an @FILE cannot name another @FILE; put all flags into one.")
         return two_dashes(words)
-
-
-def two_dashes(words: Sequence[str]) -> list[str]:
-    """Arguments with -flag as --flag."""
-    return [f"-{word}" if re.match("-[a-z]{2}", word) else word for word in words]
-
-
-def flag_parser() -> FlagParser:
-    """All flags of all commands."""
-    parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
-                        formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
-                        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
-    parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
-    flags = parser.add_argument_group("flags").add_argument
-    flags("--webhooks-port", type=port_number, metavar="PORT", help="HTTP listener port (default 3001)")
-    flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
-    flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
-    flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
-    flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
-    flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
-    flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
-          help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
-    flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
-    flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
-    flags("--json", action="store_true", help="players: print JSON")
-    flags("--speed", type=speed_factor, metavar="N", help="demo: so many times faster (default 1)")
-    flags("-h", "--help", action="help", help="this help")
-    flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
-    return parser
 
 
 def port_number(word: str) -> int:
@@ -1802,23 +1779,28 @@ def server_url(word: str) -> str:
     return word.rstrip("/?#")
 
 
-def parse_config(words: Sequence[str]) -> Config:
-    """The Config in the words of a command line; raises ConfigError."""
-    words = two_dashes(words)
-    command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
-    if command not in COMMANDS:
-        raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
-    flags, unknown = flag_parser().parse_known_args(words)
-    if unknown:
-        raise ConfigError(unknown_words(unknown))
-    config = Config(command=command, **vars(flags))
-    if config.server_address and command != "players":
-        raise ConfigError("there is a word where none belongs; the command comes first, each value after its flag.")
-    if config.server_address:
-        config = replace(config, server_address=players_url(config.server_address))
-    if command == "run":
-        check_complete(config)
-    return config
+def flag_parser() -> FlagParser:
+    """All flags of all commands."""
+    parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
+                        formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
+                        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
+    parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
+    flags = parser.add_argument_group("flags").add_argument
+    flags("--webhooks-port", type=port_number, metavar="PORT", help="HTTP listener port (default 3001)")
+    flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
+    flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
+    flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
+    flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
+    flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
+    flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
+          help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
+    flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
+    flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
+    flags("--json", action="store_true", help="players: print JSON")
+    flags("--speed", type=speed_factor, metavar="N", help="demo: so many times faster (default 1)")
+    flags("-h", "--help", action="help", help="this help")
+    flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
+    return parser
 
 
 def players_url(word: str) -> str:
@@ -1849,6 +1831,25 @@ def check_complete(config: Config) -> None:
                           f"or neither -plex-server-url nor -plex-token-file, for webhooks alone.{hint}")
     if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
         raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
+
+
+def parse_config(words: Sequence[str]) -> Config:
+    """The Config in the words of a command line; raises ConfigError."""
+    words = two_dashes(words)
+    command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
+    if command not in COMMANDS:
+        raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
+    flags, unknown = flag_parser().parse_known_args(words)
+    if unknown:
+        raise ConfigError(unknown_words(unknown))
+    config = Config(command=command, **vars(flags))
+    if config.server_address and command != "players":
+        raise ConfigError("there is a word where none belongs; the command comes first, each value after its flag.")
+    if config.server_address:
+        config = replace(config, server_address=players_url(config.server_address))
+    if command == "run":
+        check_complete(config)
+    return config
 
 
 def main(words: Sequence[str]) -> int:
