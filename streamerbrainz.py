@@ -46,7 +46,9 @@ world and decides nothing.  `grep '^# ===' streamerbrainz.py` is the table of co
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import email.errors
 import email.message
 import email.parser
 import errno
@@ -62,6 +64,7 @@ import math
 import mmap
 import os
 import queue
+import random
 import re
 import shlex
 import signal
@@ -76,7 +79,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from xml.etree import ElementTree
@@ -88,17 +91,23 @@ VERSION = "0.1.0"
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_PAYLOAD = 2**20           # bytes of its JSON; 10 kB is usual, and JSON grows 25-fold as objects
 MAX_PARTS = 16                # of a multipart body; Plex sends 2
-MAX_PART_HEADER = 4096        # bytes; Plex's have under 100
-MAX_SESSIONS = 2 * 2**20      # bytes of /status/sessions; a session takes 3 to 30 kB
-MAX_TEXT = 1000               # characters kept of a title or a name
+MAX_PART_HEADER = 1024        # bytes; Plex's have under 100.  email.parser's time grows with its square
+MAX_CONTENT_TYPE = 300        # characters; Plex's have 81
+MAX_HEAD = 8 * 1024           # bytes of a request's head, as nginx; Plex's have under 500.  email.parser is quadratic
+MAX_PATH = 200                # characters of a path that are logged
+MAX_SESSIONS = 2**20          # bytes of /status/sessions; a session takes 3 to 30 kB
+MAX_EVENT = 64 * 1024         # bytes of an event of the stream; 300 are usual
+MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
-MAX_INBOX = 5000              # webhooks that may wait; a minute of the worst library scan seen
+MAX_INBOX = 2000              # messages that may wait; 400 a second during a look that hangs
 MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of stack, mostly untouched
 LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger.  What is more is read by so many at once:
 MAX_LARGE_BODIES = 8          # ... with thumbs of 1 MB they take no more memory than the interpreter
 MAX_PLAYERS = 50              # remembered when webhooks alone tell of every player
 REQUEST_S = 10.0              # to read one whole request; Plex sends a webhook in milliseconds
+HEAD_S = 3.0                  # ... of which for its head
 KEEP_ALIVE_S = 5.0            # that an idle connection may hold its thread; as Apache and Node do
+CROWDED_S = 1.0               # ... and any, when all threads are taken
 LARGE_S = 3.0                 # ... to read what is over LARGE_BODY; 1 MB in it is slow Wi-Fi
 LINGER_S = 2.0                # that a refused sender may go on sending unread; nginx gives 5
 REAP_S = 1.0                  # between two checks of both, while there are connections
@@ -116,7 +125,15 @@ RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
 CONFIRM_S = 2.0               # from a look that bears it out to one more: sessions that lag may bear out an old one
 LATE_S = 10.0                 # that a webhook may come late; 5 s were seen
 BUFFERING_S = 2.0             # to the next look while a player buffers, for FROZEN_S
-FROZEN_S = 40.0               # a playing view_offset that stands still for three renewals of 10 to 15 s
+SILENCE_S = 30.0              # without a line from the event stream: it is broken.  It pings each 10 s
+STREAM_MIN_S = 0.25           # from a stream that broke to the next try; it grows by half each time ...
+STREAM_MAX_S = 60.0           # ... up to this
+STREAM_RARE_S = 600.0         # where the server has none (404), or refuses the token for it (401)
+PROOF_S = 10.0                # within which a change and its webhook belong together; webhooks up to 5 s late were seen
+PROOF_MISSES = 3              # in a row make a warning: one alone may have been lost, or never sent
+MAX_EARLY = 20                # webhooks that are kept for changes not seen yet
+FROZEN_S = 41.0               # a playing view_offset that stands still for three renewals of 10 to 15 s; a prime, so
+                              # that a short track on repeat is not seen at one place by each slow look
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
 
@@ -132,6 +149,7 @@ class Config:
     plex_ca_file: str = ""         # path of a CA bundle; "": the system's
     plex_machine_id: str = ""      # Plex's machineIdentifier of the player
     poll_interval_s: float = 30.0  # between slow looks; 0: none
+    plex_events: bool = True       # open the server's event stream
     log_level: str = "info"        # error, warn, info, debug
     log_format: str = "text"       # text, json
     json: bool = False             # players: print JSON
@@ -156,7 +174,7 @@ class PlexError(Exception):
     """The server's or the network's fault, as a sentence.
 
     fault: "unreachable" (nothing answers), "starting" (503), "refused" (401: the token),
-    "forbidden" (403: another user's token) or "nonsense" (an answer that is not Plex's).
+    "forbidden" (403: another user's token), "missing" (404) or "nonsense" (an answer that is not Plex's).
     """
 
     def __init__(self, fault: str, sentence: str):
@@ -237,17 +255,26 @@ class Webhook:
     view_offset: int | None = None  # ms; None: not said (mostly)
 
 
+Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+
+
+def parameter(message: email.message.Message, name: str, header: str) -> str:
+    """A parameter of a header; "" where there is none.  Plex's are plain: none is continued or has a charset."""
+    try:
+        value = message.get_param(name, "", header)
+    except (ValueError, TypeError, LookupError):      # email.message's, on RFC 2231 forms that make no sense
+        return ""
+    return value if isinstance(value, str) else ""
 
 
 @functools.lru_cache(maxsize=16)        # Plex sends the same two headers for ever
 def part_name(header: bytes) -> str:
     """The name that a part's header gives it; "": none."""
-    part = email.parser.BytesHeaderParser().parsebytes(header)
-    return str(part.get_param("name", "", header="Content-Disposition"))
+    return parameter(email.parser.BytesHeaderParser().parsebytes(header), "name", "Content-Disposition")
 
 
-def delimiters(body: bytes | mmap.mmap, delimiter: bytes) -> Iterator[tuple[int, int]]:
+def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each line `delimiter` of a body begins (its line break included) and what follows begins.
 
     Raises WebhookError unless the closing delimiter comes, too.
@@ -266,13 +293,12 @@ def delimiters(body: bytes | mmap.mmap, delimiter: bytes) -> Iterator[tuple[int,
     raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
 
 
-def parse_multipart(header: email.message.Message, body: bytes | mmap.mmap) -> dict[str, memoryview]:
+def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     """The parts of a multipart body that are named payload and thumb, the first of each name.
 
     email.parser reads each part's header.  The body is cut at its delimiters here: as a
     whole it costs the parser 1.8 ms and 6 times its size for a picture of 100 kB.
     """
-    boundary = header.get_boundary("")
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type names no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
@@ -281,7 +307,7 @@ def parse_multipart(header: email.message.Message, body: bytes | mmap.mmap) -> d
         blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        name = part_name(body[start:blank.start()])
+        name = part_name(bytes(body[start:blank.start()]))
         if name in ("payload", "thumb"):
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
@@ -304,19 +330,21 @@ def parse_payload(payload: bytes) -> Webhook:
                    view_offset=number(metadata.get("viewOffset")))
 
 
-def parse_webhook(content_type: str, body: bytes | mmap.mmap) -> tuple[Webhook, memoryview]:
+def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
     """The Webhook in a request's body (multipart/form-data as Plex sends it, or plain JSON), and its JPEG, a view.
 
     Raises WebhookError 400 (not a webhook), 413 (payload too large) or 415 (another type).
     """
+    if len(content_type) > MAX_CONTENT_TYPE:
+        raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
     header = email.message.Message()
     header["Content-Type"] = content_type
     media_type = header.get_content_type()
     if media_type == "application/json":
-        return parse_payload(body[:]), memoryview(b"")
+        return parse_payload(bytes(body)), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
-    parts = parse_multipart(header, body)
+    parts = parse_multipart(parameter(header, "boundary", "Content-Type"), body)
     if "payload" not in parts:
         raise WebhookError(400, "The part named payload is missing, which holds a webhook's JSON.")
     return parse_payload(bytes(parts["payload"])), parts.get("thumb", memoryview(b""))
@@ -403,18 +431,58 @@ def find_session(sessions: Sequence[Session]) -> Session | None:
     return max(sessions, key=rank, default=None)
 
 
-# === Player: Observation -> PlayerState, reports (advance) ===
-# All that decides what is reported lives here.  Webhooks are reasons to look, and claims
-# that a look should bear out; the sessions decide.  Where there is no server to ask, the
-# webhooks decide.  Looking costs nothing else: a look that shows what is known changes nothing.
+# === Notifications: stream lines -> (Notification, ...) (read_events, parse_notifications) ===
 
-# (what is believed of the item that a witness names, what the witness says) -> what it becomes.
-# An item that is new to us is believed STOPPED.  BUFFERING (a start, a seek, a word that we
-# do not know) starts what was stopped, and leaves alone what plays or is paused.
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """One `playing` event of the server's event stream: at each change, and about every 10 s while it plays."""
+    state: str                    # PLAYING, PAUSED, STOPPED or BUFFERING
+    session_key: str              # as in Session
+    client_identifier: str        # the player's machineIdentifier; "": not said (older servers)
+    rating_key: str               # as in Item
+    view_offset: int | None       # ms; None: not said
+
+
+def read_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    """The (event, data) of each server-sent event in a stream's lines; comments and other fields are passed over."""
+    event, data = "", b""
+    for line in lines:
+        field, _, value = line.rstrip(b"\r\n").partition(b":")
+        if field == b"event":
+            event = value.strip().decode("utf-8", "replace")
+        elif field == b"data" and len(data) <= MAX_EVENT:
+            data += value
+        elif not field and not value:
+            if data:
+                yield event, data
+            event, data = "", b""
+
+
+def parse_notifications(data: bytes) -> tuple[Notification, ...]:
+    """The notifications in an event's data: one, or a list, perhaps in a container.  Of any other shape: none."""
+    try:
+        fields = mapping(json.loads(data))
+    except (ValueError, RecursionError):
+        return ()
+    found = mapping(fields.get("NotificationContainer", fields)).get("PlaySessionStateNotification")
+    each = [mapping(one) for one in (found if isinstance(found, list) else [found])]
+    return tuple(Notification(state=one["state"], session_key=text(one.get("sessionKey")),
+                              client_identifier=text(one.get("clientIdentifier")),
+                              rating_key=text(one.get("ratingKey")), view_offset=number(one.get("viewOffset")))
+                 for one in each if one.get("state") in ("playing", "paused", "stopped", "buffering"))
+
+
+# === Player: Observation -> PlayerState, reports (advance) ===
+# All that decides what is reported lives here.  Webhooks and notifications are reasons to
+# look, and claims that a look should bear out; the sessions decide.  Where there is no server
+# to ask, the webhooks decide.  A look that shows what is known changes nothing.
+
+# (what is believed, what a witness says) -> what is believed then; None: wait for what comes of it.
+# BUFFERING is a start, a seek, a skip, or a word that we do not know.
 TRANSITIONS = {
     (STOPPED, STOPPED): STOPPED, (STOPPED, PLAYING): PLAYING, (STOPPED, PAUSED): PAUSED, (STOPPED, BUFFERING): PLAYING,
     (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
-    (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): PAUSED,
+    (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None,
 }
 
 # What an event claims of its player's state; all others claim nothing.
@@ -435,7 +503,15 @@ class Outage:
     sentence: str                 # as in PlexError
 
 
-Observation = Webhook | Look | Outage
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The event stream opened, broke after it was open, or could not be opened."""
+    event: str                    # opened, broke or failed
+    fault: str = ""               # as in PlexError; "": opened
+    sentence: str = ""            # as in PlexError
+
+
+Observation = Webhook | Look | Outage | Notification | Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,9 +522,10 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a webhook says, until the sessions bear it out or time is up."""
+    """What a webhook or a notification says, until the sessions bear it out or time is up."""
     state: str                    # PLAYING, PAUSED or STOPPED
     identity: str                 # Item.identity; "": not said
+    by: str                       # webhook or events
 
     def met_by(self, state: str, item: Item | None) -> bool:
         """Whether this is so, or was so and is over (an item that stopped, and another plays)."""
@@ -462,6 +539,30 @@ class Trace:
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
     stale: bool = False           # it stood still beside the one that was chosen: left over, until it moves
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A change whose webhook has not come yet, or a webhook whose change has not been seen yet."""
+    state: str                    # PLAYING, PAUSED or STOPPED
+    identity: str                 # Item.identity; "": not said
+    at: float                     # when it was seen
+
+    def matches(self, other: Expected) -> bool:
+        """Whether both are of one moment of the player."""
+        return self.state == other.state and (self.identity == other.identity or "" in (self.identity, other.identity))
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Whether webhooks arrive, as far as the other witnesses can tell."""
+    armed: bool = False           # the first look is over: what it showed had begun before us
+    changes: tuple[Expected, ...] = ()    # without their webhook so far
+    webhooks: tuple[Expected, ...] = ()   # without their change so far
+    arrived: int = 0
+    missed: int = 0
+    in_a_row: int = 0             # missed since the last that arrived
+    delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,9 +582,15 @@ class PlayerState:
     claim: Claim | None = None    # what a webhook says, and the sessions do not yet
     looks: int = 0                # in vain so far: for the claim, or in the outage
     look_at: float | None = None  # when to look next; None: not before something is heard
+    look_why: str = "sessions"    # "poll": that is a slow look; "sessions": something made it so
+    proof: Proof = Proof()
     traces: tuple[Trace, ...] = ()
     outage: Outage | None = None  # None: the last look went well
     outage_at: float = 0.0        # when it began
+
+    def plays(self, identity: str) -> bool:
+        """Whether that is the item that plays, or played last."""
+        return self.item is not None and self.item.identity == identity
 
 
 def clamp(view_offset: int, item: Item | None) -> int:
@@ -501,37 +608,54 @@ def position_ms(player: PlayerState, at: float) -> int:
 class Change:
     """One change of the player, as it is reported."""
     state: str                    # PLAYING, PAUSED or STOPPED
+    old_state: str                # before it
     item: Item                    # what it plays; what played last when STOPPED
     position_ms: int              # as Plex last said it, run on to now when STOPPED; 0: not said
     player_title: str
     machine_identifier: str
+    by: str                       # why it is believed: webhook, events, sessions, poll or silence
     reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
 
 
-Report = Change | Outage | Recovery
+@dataclass(frozen=True, slots=True)
+class WebhooksMissing:
+    """Changes go by without the webhooks that Plex documents for them."""
+    in_a_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class WebhooksBack:
+    """Webhooks come again."""
+    missed: int                   # in a row, before
+
+
+Report = Change | Outage | Recovery | WebhooksMissing | WebhooksBack
 Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what is to be reported
 
 
-def earliest(one: float | None, other: float) -> float:
-    """The earlier of two times, the first of which may be never."""
-    return other if one is None else min(one, other)
+def look_no_later(player: PlayerState, at: float) -> PlayerState:
+    """The player, to be looked at by then."""
+    if player.look_at is not None and player.look_at <= at:
+        return player
+    return replace(player, look_at=at, look_why="sessions")
 
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
-           player_title: str, reason: str = "") -> Verdict:
+           player_title: str, by: str, reason: str = "") -> Verdict:
     """A witness is believed: the change, if it is one.  view_offset None: not said."""
-    if item is None:
+    state = TRANSITIONS[player.state, witnessed]
+    if item is None or state is None:
         return player, ()
-    same = player.item is not None and player.item.identity == item.identity
-    state = TRANSITIONS[player.state if same else STOPPED, witnessed]
-    changed = state != player.state or (state != STOPPED and not same)
+    same = player.plays(item.identity)
+    old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
     if view_offset is None:
         view_offset, moved_at = position_ms(player, at) if same else 0, at
     player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
                      changed_at=at if changed else player.changed_at,
                      previous=player.previous if same or not player.item else player.item.identity,
                      player_title=player_title or player.player_title)
-    change = Change(state, item, player.view_offset, player.player_title, player.machine_identifier, reason)
+    change = Change(state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by,
+                    reason)
     return player, (change,) if changed else ()
 
 
@@ -540,10 +664,10 @@ def after_testimony(player: PlayerState, webhook: Webhook, at: float) -> Verdict
     claimed, item = CLAIMS.get(webhook.event), webhook.item or player.item
     if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
-    left = item.identity == player.previous and at < player.changed_at + LATE_S
-    if left and webhook.event != "media.play":
+    left = item.identity == player.previous or (player.state == STOPPED and player.plays(item.identity))
+    if left and webhook.event != "media.play" and at < player.changed_at + LATE_S:
         return player, ()
-    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title)
+    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title, "webhook")
 
 
 def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
@@ -554,10 +678,34 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if ours:
         player = replace(player, heard_at=at)
     if ours and webhook.event in CLAIMS:
-        claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "")
+        claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "", "webhook")
         player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
     wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
-    return replace(player, look_at=earliest(player.look_at, at + wait_s)), ()
+    return look_no_later(player, at + wait_s), ()
+
+
+def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
+    """A notification that says what is known is a sign of life; any other is a claim, and a reason to look at once."""
+    known_keys = {trace.session.session_key for trace in player.traces}
+    if notification.client_identifier not in ("", player.machine_identifier):
+        return player, ()
+    if not notification.client_identifier and notification.session_key not in known_keys:
+        return look_no_later(player, at + FOREIGN_S), ()                       # whose it is, the sessions know
+    if notification.state in (PLAYING, BUFFERING):
+        player = replace(player, heard_at=at)
+    same, state = player.plays(notification.rating_key), TRANSITIONS[player.state, notification.state]
+    if state in (player.state, None) and (same or state == STOPPED):
+        if same and notification.view_offset is not None:
+            player = replace(player, view_offset=clamp(notification.view_offset, player.item), moved_at=at)
+        return player, ()
+    claim = Claim(state or PAUSED, notification.rating_key, "events")
+    player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0)), ()
+
+
+def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
+    """Changes may have gone by while the stream was away, or in the event in which it broke."""
+    return (player if stream.event == "failed" or player.outage else look_no_later(player, at)), ()
 
 
 def follow(trace: Trace | None, session: Session, at: float) -> Trace:
@@ -589,15 +737,16 @@ def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerStat
     """When to look again after a look that went well."""
     claim, met = player.claim, player.claim is None or player.claim.met_by(player.state, player.item)
     if not met and player.looks < len(RELOOK_S):
-        return replace(player, look_at=at + RELOOK_S[player.looks], looks=player.looks + 1)
-    look_at = at + player.poll_interval_s if player.poll_interval_s else None
+        return replace(player, look_at=at + RELOOK_S[player.looks], look_why="sessions", looks=player.looks + 1)
+    slow = at + player.poll_interval_s if player.poll_interval_s else None
+    player = replace(player, claim=None, looks=0, look_at=slow, look_why="poll")
     if claim and met:
-        look_at = earliest(look_at, at + CONFIRM_S)
-    if look_at and chosen and chosen.session.can_freeze and chosen.since < at:
-        look_at = min(look_at, max(chosen.since, player.heard_at) + FROZEN_S)
+        player = look_no_later(player, at + CONFIRM_S)
+    if slow and chosen and chosen.session.can_freeze and chosen.since < at:
+        player = look_no_later(player, max(chosen.since, player.heard_at) + FROZEN_S)
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
-        look_at = earliest(look_at, at + BUFFERING_S)
-    return replace(player, claim=None, looks=0, look_at=look_at)
+        player = look_no_later(player, at + BUFFERING_S)
+    return player
 
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
@@ -612,13 +761,19 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     dead = [trace for trace in traces if frozen(trace, player.heard_at, at)]
     session = find_session([trace.session for trace in traces if not trace.stale and trace not in dead])
     chosen = next((trace for trace in traces if trace.session is session), None)
+    claim, by = player.claim, player.look_why
     if chosen and session:
-        player, changes = become(player, session.state, session.item, session.view_offset, chosen.since, at,
-                                 session.player_title)
-    elif player.item and any(trace.session.item.identity == player.item.identity for trace in dead):
-        player, changes = become(player, STOPPED, player.item, player.view_offset, at, at, "", "frozen")
+        state = session.state
+        if state == BUFFERING and claim and claim.state == PLAYING and claim.met_by(PLAYING, session.item):
+            state = PLAYING                           # two witnesses: it will play
+        by = claim.by if claim and claim.met_by(state, session.item) else by
+        player, changes = become(player, state, session.item, session.view_offset, chosen.since, at,
+                                 session.player_title, by)
+    elif player.item and any(player.plays(trace.session.item.identity) for trace in dead):
+        player, changes = become(player, STOPPED, player.item, player.view_offset, at, at, "", "silence", "frozen")
     else:
-        player, changes = become(player, STOPPED, player.item, None, at, at, "")
+        by = claim.by if claim and claim.state == STOPPED else by
+        player, changes = become(player, STOPPED, player.item, None, at, at, "", by)
     player = replace(player, traces=tuple(outlast(trace, session, at) for trace in traces))
     return schedule(player, chosen, at), reports + changes
 
@@ -632,24 +787,75 @@ def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
     return replace(player, outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
 
 
+def documented(change: Change, before: PlayerState) -> bool:
+    """Whether Plex documents a webhook for a change: start, pause, resume and stop; not a skip within the queue."""
+    start = change.old_state == STOPPED or before.plays(change.item.identity)
+    return not change.reason and (change.state != PLAYING or start)
+
+
+def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
+          at: float) -> Verdict:
+    """The proof that webhooks arrive: each documented change belongs to a webhook, whichever comes first."""
+    proof = player.proof
+    changes = [each for each in proof.changes if at - each.at < PROOF_S]
+    webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
+    missed, delays_s = len(proof.changes) - len(changes), []
+    if isinstance(observation, Webhook) and observation.event in CLAIMS:
+        webhook = Expected(CLAIMS[observation.event], observation.item.identity if observation.item else "", at)
+        if met := next((each for each in changes if each.matches(webhook)), None):
+            changes.remove(met)
+            delays_s.append(at - met.at)
+        elif observation.player_uuid == player.machine_identifier:
+            webhooks.append(webhook)
+    just_back = not proof.armed or any(isinstance(report, Recovery) for report in reports)
+    for change in reports:
+        if isinstance(change, Change) and not just_back and documented(change, before):
+            seen = Expected(change.state, change.item.identity, at)
+            if any(each.matches(seen) for each in webhooks):
+                webhooks = [each for each in webhooks if not each.matches(seen)]
+                delays_s.append(0.0)
+            else:
+                changes.append(seen)
+    in_a_row = 0 if delays_s else proof.in_a_row + missed
+    news: tuple[Report, ...] = ()
+    if proof.in_a_row < PROOF_MISSES <= in_a_row:
+        news = (WebhooksMissing(in_a_row),)
+    elif delays_s and proof.in_a_row >= PROOF_MISSES:
+        news = (WebhooksBack(proof.in_a_row),)
+    proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
+                  proof.arrived + len(delays_s), proof.missed + missed, in_a_row,
+                  (*proof.delays_s, *delays_s)[-MAX_EARLY:])
+    return replace(player, proof=proof), news
+
+
 def advance(player: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what is to be reported, in order.
 
     The state's look_at says when to look (again); observations come in the order of `at`.
     """
+    before = player
     match observation:
+        case Webhook() if not player.has_server:
+            return after_testimony(player, observation, at)
         case Webhook():
-            return (after_webhook if player.has_server else after_testimony)(player, observation, at)
+            player, reports = after_webhook(player, observation, at)
+        case Notification():
+            player, reports = after_notification(player, observation, at)
+        case Stream():
+            player, reports = after_stream(player, observation, at)
         case Look():
-            return after_look(player, observation, at)
+            player, reports = after_look(player, observation, at)
         case Outage():
-            return after_outage(player, observation, at)
+            player, reports = after_outage(player, observation, at)
+    player, news = prove(before, player, observation, reports, at)
+    return player, reports + news
 
 
 # === Words: values -> log line, JSON, sentence ===
 
-def change_fields(change: Change, name_machine: bool) -> dict[str, object]:
-    """A Change as the log's keys and values, in the contract's order; name_machine adds the player's identifier."""
+def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
+    """A Change as the log's keys and values, in the contract's order; name_machine adds the player's identifier,
+    say_why what it is believed for."""
     item = change.item
     fields: dict[str, object] = {"state": change.state, "title": item.title}
     if item.type == "episode":
@@ -663,6 +869,8 @@ def change_fields(change: Change, name_machine: bool) -> dict[str, object]:
         fields["machine_id"] = change.machine_identifier
     if change.reason:
         fields["reason"] = change.reason
+    if say_why:
+        fields["by"] = change.by
     return fields
 
 
@@ -674,7 +882,7 @@ def printable(line: str) -> str:
 def quoted(value: object) -> str:
     """A value of the text log: bare where nothing can be mistaken, else as a JSON string."""
     bare = "" if value is None else str(value)
-    if re.fullmatch(r"""[^\s"'=\\]+""", bare) and bare.isprintable():
+    if re.fullmatch(r"[\w.:/+-]+", bare) and bare.isprintable():
         return bare
     return printable(json.dumps(bare, ensure_ascii=False))
 
@@ -723,9 +931,10 @@ def session_fields(session: Session, configured: bool) -> dict[str, object]:
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines, the last one a flag to copy."""
     made = ", ".join(filter(None, (session.product, session.platform)))
-    lines = (f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
+    what = ", ".join(filter(None, (made, "configured" if configured else "")))
+    lines = (f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({what})' if what else ''}",
              f"    {playing_sentence(session.state, session.item)}",
-             f"    -plex-machine-id {shlex.quote(session.machine_identifier)}{'  (configured)' if configured else ''}")
+             f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")
     return "\n".join(map(printable, lines))
 
 
@@ -741,14 +950,18 @@ def say(level: int, sentence: str, **fields: object) -> None:
 
 # === Plex: HTTP -> bytes (PlexServer) ===
 
-class DeadlineReader(io.RawIOBase):
-    """A connection's bytes, until `deadline`, however many reads they take.
+class TooMuch(http.client.HTTPException):
+    """A server sent more than there was room for."""
+
+
+class BoundedReader(io.RawIOBase):
+    """A connection's bytes, until `deadline` and at most `room` of them, however many reads they take.
 
     A time limit on each read is none: a peer that drips a byte at a time never meets it.
     """
 
-    def __init__(self, connection: socket.socket, deadline: float):
-        self.connection, self.deadline = connection, deadline
+    def __init__(self, connection: socket.socket, deadline: float, room: int):
+        self.connection, self.deadline, self.room = connection, deadline, room
         self.raw = connection.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
@@ -759,7 +972,11 @@ class DeadlineReader(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("the time for the whole message is up")
         self.connection.settimeout(left)
-        return self.raw.readinto(buffer)
+        count = self.raw.readinto(buffer) or 0
+        self.room -= count
+        if self.room < 0:
+            raise TooMuch
+        return count
 
     def close(self) -> None:
         self.raw.close()
@@ -772,7 +989,8 @@ class _Answer(http.client.HTTPResponse):
     def __init__(self, connection: socket.socket, *args: Any, deadline: float, **kwargs: Any):
         super().__init__(connection, *args, **kwargs)
         self.fp.close()
-        self.fp = io.BufferedReader(DeadlineReader(connection, deadline))
+        self.reader = BoundedReader(connection, deadline, MAX_SESSIONS + MAX_HEAD)
+        self.fp = io.BufferedReader(self.reader)
 
 
 class _WholeAnswer(http.client.HTTPConnection):
@@ -825,7 +1043,7 @@ def why(error: object) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-def status_error(status: int, url: str) -> PlexError:
+def status_error(status: int, url: str, path: str) -> PlexError:
     """What an HTTP status other than 200 means."""
     if status == 401:
         return PlexError("refused", f"{url} refuses the token (401): put a valid one of the server's owner "
@@ -838,7 +1056,7 @@ def status_error(status: int, url: str) -> PlexError:
     if 300 <= status < 400:
         return PlexError("nonsense", f"{url} redirects elsewhere ({status}), where the token must not go: "
                          "give the final address as -plex-server-url.")
-    return PlexError("nonsense", f"{url} answers {status} to /status/sessions: "
+    return PlexError("missing" if status == 404 else "nonsense", f"{url} answers {status} to {path}: "
                      "is -plex-server-url that of Plex Media Server?")
 
 
@@ -848,14 +1066,17 @@ def network_error(error: Exception, url: str) -> PlexError:
     if isinstance(cause, ssl.SSLCertVerificationError):
         return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
                          "address in it (...plex.direct), or its CA as -plex-ca-file.")
+    if isinstance(cause, TooMuch):
+        return PlexError("nonsense", f"{url} answered more than {MAX_SESSIONS} bytes, which no list of sessions has.")
     if isinstance(cause, TimeoutError):
         return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
-    if isinstance(cause, http.client.HTTPException) and not isinstance(cause, OSError):
+    if not isinstance(cause, OSError):
         return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
     if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
         return PlexError("unreachable", f"{url} drops the connection: "
                          "does Plex demand https (Settings > Network > Secure connections)?")
-    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.")
+    hint = "" if urllib.parse.urlsplit(url).port else " It has no port: Plex listens on 32400, as a rule."
+    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
 
 
 class PlexServer:
@@ -863,7 +1084,7 @@ class PlexServer:
 
     def __init__(self, url: str, token: Callable[[], str], ca_file: str = ""):
         """token: gives the token as it is now.  Raises ConfigError for a ca_file that is none."""
-        self.url, self.token = url, token
+        self.url, self.token, self.current_token = url, token, token()
         try:
             context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
         except OSError as error:                      # ssl.SSLError is one
@@ -874,25 +1095,69 @@ class PlexServer:
         self.opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
         self.opener.add_handler(urllib.request.HTTPErrorProcessor())
 
-    def sessions(self) -> tuple[Session, ...]:
-        """What plays now, on all players; raises PlexError."""
-        return parse_sessions(self.get("/status/sessions", MAX_SESSIONS))
-
-    def get(self, path: str, limit: int) -> bytes:
-        """The body of a 200 answer, at most `limit` bytes of it, within PLEX_S; raises PlexError."""
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[_Answer]:
+        """A 200 answer, to be read within PLEX_S from now; raises PlexError, also for what fails while it is read."""
         request = urllib.request.Request(self.url + path, headers={
-            "X-Plex-Token": self.token(), "Accept": "application/xml", "User-Agent": f"StreamerBrainz/{VERSION}"})
+            "X-Plex-Token": self.current_token, "User-Agent": f"StreamerBrainz/{VERSION}"})
         try:
             with self.opener.open(request, timeout=PLEX_S) as response:
-                body: bytes = response.read(limit + 1)
+                yield response
         except urllib.error.HTTPError as error:
             error.close()
-            raise status_error(error.code, self.url) from None
-        except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+            raise status_error(error.code, self.url, path.partition("?")[0]) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:     # URLError is an OSError
             raise network_error(error, self.url) from None
-        if len(body) > limit:
-            raise PlexError("nonsense", f"{self.url} answered more than {limit} bytes, which no list of sessions has.")
-        return body
+
+    def sessions(self) -> tuple[Session, ...]:
+        """What plays now, on all players, within PLEX_S; raises PlexError."""
+        self.current_token = self.token()
+        with self.open("/status/sessions") as response:
+            body = response.read(MAX_SESSIONS + 1)
+            if len(body) > MAX_SESSIONS:
+                raise TooMuch
+        return parse_sessions(body)
+
+    def notifications(self) -> Iterator[Notification | None]:
+        """None when the event stream is open, then each notification as it comes; raises PlexError when it breaks.
+
+        For a thread of its own: it uses the token that the last look used.
+        """
+        with self.open("/:/eventsource/notifications?filters=playing") as response:
+            yield None
+            for event, data in read_events(self.lines(response)):
+                if event == "playing":
+                    yield from parse_notifications(data)
+
+    def lines(self, response: _Answer) -> Iterator[bytes]:
+        """The lines of an answer without end; raises PlexError when it ends all the same, or falls silent."""
+        while True:
+            response.reader.deadline, response.reader.room = time.monotonic() + SILENCE_S, MAX_EVENT + MAX_HEAD
+            try:
+                line = response.readline(MAX_EVENT + 1)
+            except TimeoutError:
+                raise PlexError("unreachable", f"{self.url} sent no event for {SILENCE_S:g} s.") from None
+            if not line or len(line) > MAX_EVENT:
+                raise PlexError("unreachable", f"{self.url} ended the event stream.")
+            yield line
+
+
+def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], object]) -> None:
+    """Read the event stream for ever, and tell what it says; a thread of its own, which ends with the process."""
+    pause_s = STREAM_MIN_S
+    while True:
+        event, opened_at = "failed", time.monotonic()
+        try:
+            for notification in plex.notifications():
+                event = "broke"
+                tell(notification or Stream("opened"))
+        except PlexError as error:
+            tell(Stream(event, error.fault, str(error)))
+            if time.monotonic() - opened_at > SILENCE_S / 3:       # it has pinged: it was well
+                pause_s = STREAM_MIN_S
+            rare = event == "failed" and error.fault in ("missing", "refused", "forbidden")
+            time.sleep((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
+            pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
 
 def file_version(file: str | int) -> tuple[int, ...] | None:
@@ -907,19 +1172,19 @@ def file_version(file: str | int) -> tuple[int, ...] | None:
 def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
     """The secret that a flag's file holds, and the file's version.  Warns of a file that others can read."""
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
             mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
-            secret = file.read(MAX_TOKEN_FILE + 1).strip()
+            secret = file.read(MAX_TOKEN_FILE + 1).strip() if version else b""
     except OSError as error:
         raise ConfigError(f"{flag}: {path} cannot be read ({why(error)}); "
                           "put the token there, readable by you alone (chmod 600).") from error
     if not secret:
-        raise ConfigError(f"{flag}: {path} is empty; put the token there.")
+        raise ConfigError(f"{flag}: {path} is empty, or no regular file; put the token there.")
     if len(secret) > MAX_TOKEN_FILE or not re.fullmatch(rb"[!-~]+", secret):
         raise ConfigError(f"{flag}: {path} holds more than a token; put one word of plain characters there.")
     # systemd's credentials are guarded by their folder; their ACLs look like group bits
     guarded = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
-    if mode & 0o077 and version and not guarded:
+    if mode & 0o077 and not guarded:
         say(logging.WARNING, f"others can read the file of {flag}; mend it with: chmod 600 {shlex.quote(path)}")
     return secret.decode("ascii"), version
 
@@ -976,7 +1241,7 @@ class Reload:
     """A signal to read the token again."""
 
 
-Message = Webhook | Refused | Crash | Stop | Reload
+Message = Webhook | Notification | Stream | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
 
 
@@ -988,6 +1253,21 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
     return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
 
 
+class _Head:
+    """The lines of a request's head, at most MAX_HEAD bytes of them."""
+
+    def __init__(self, rest: io.BufferedReader):
+        self.rest, self.room = rest, MAX_HEAD
+
+    def readline(self, limit: int) -> bytes:
+        """As of a file; raises LineTooLong, which http.server answers with 431, when the head is too long."""
+        if self.room < 0:
+            raise http.client.LineTooLong("head")
+        line = self.rest.readline(min(limit, self.room + 1))
+        self.room -= len(line)
+        return line
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: its requests in turn, each answered at once, never waiting for Plex."""
     protocol_version = "HTTP/1.1"
@@ -997,13 +1277,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Listener
     rfile: io.BufferedReader
 
+    def setup(self) -> None:
+        super().setup()
+        self.opened_at = time.monotonic()
+
     def handle_one_request(self) -> None:
-        """Wait for a request for KEEP_ALIVE_S, then read and answer it within REQUEST_S."""
+        """Wait for a request for KEEP_ALIVE_S, read its head within HEAD_S, the rest within REQUEST_S, and answer."""
         self.close_connection = True
         self.server.deadlines[self.connection] = time.monotonic() + KEEP_ALIVE_S
         if self.rfile.peek(1):
-            self.server.deadlines[self.connection] = time.monotonic() + REQUEST_S
+            self.server.deadlines[self.connection] = time.monotonic() + HEAD_S
+            self.rfile = _Head(self.rfile)  # type: ignore[assignment]
             super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Parse the head; what follows is read without its limits."""
+        try:
+            return super().parse_request()
+        except (ValueError, TypeError, LookupError):  # email.parser's, on a Content-Type that makes no sense
+            self.send_error(400)
+            return False
+        finally:
+            self.rfile = self.rfile.rest  # type: ignore[attr-defined]
+            self.server.deadlines[self.connection] = time.monotonic() + REQUEST_S
 
     def __getattr__(self, name: str) -> Callable[[], None]:
         """do_GET, do_POST and every other method: the path decides what is allowed."""
@@ -1019,12 +1315,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
         except WebhookError as error:
             self.answer(error.status, f"{error}\n")
-            self.server.tell(Refused(error.status, str(error), self.path.partition("?")[0], self.client_address[0],
+            self.server.tell(Refused(error.status, str(error), self.target()[:MAX_PATH], self.client_address[0],
                                      self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
 
-    def route(self, body: bytes | mmap.mmap) -> None:
+    def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
-        path = self.path.partition("?")[0]
+        path = self.target()
         if path == WEBHOOK_PATH:
             self.allow("POST")
             self.server.take(*parse_webhook(self.headers.get("Content-Type", ""), body))
@@ -1035,6 +1331,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
 
+    def target(self) -> str:
+        """The path that is asked for, without its query; proxies put scheme and host before it."""
+        return re.sub(r"^https?://[^/]*", "", self.path).partition("?")[0]
+
     def allow(self, *methods: str) -> None:
         if self.command not in methods:
             self.allowed = ", ".join(methods)
@@ -1042,9 +1342,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def length(self) -> int | None:
         """Bytes of the body; None: in chunks.  Raises WebhookError for what is ambiguous, missing or too much."""
-        lengths, coding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
-        if coding is not None:
-            if lengths or coding.strip().lower() != "chunked":
+        lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
+        if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
+            raise self.broken(400, "A line of the request's head is no header.")
+        if codings:
+            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
                 raise self.broken(400, "A body is either chunked or has a Content-Length.")
             return None
         if not lengths:
@@ -1067,10 +1369,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         held.enter_context(self.server.large_bodies)
         self.server.deadlines[self.connection] = time.monotonic() + LARGE_S
 
-    def read_exactly(self, length: int, held: contextlib.ExitStack) -> bytes | mmap.mmap:
+    def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
         """A body of so many bytes.  A large one gets pages of its own: malloc would keep them, for each thread."""
         if length <= LARGE_BODY:
-            body: bytes | mmap.mmap = self.rfile.read(length)
+            body: Body = self.rfile.read(length)
             got = len(body)
         else:
             body = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -1083,24 +1385,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
 
-    def read_chunks(self, held: contextlib.ExitStack) -> bytes:
+    def read_chunks(self, held: contextlib.ExitStack) -> bytearray:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1), of at most MAX_BODY; trailers are passed over."""
-        chunks: list[bytes] = []
-        total = 0
+        body = bytearray()
         while size := self.chunk_size():
-            if total <= LARGE_BODY < total + size:
-                self.enter_large(held)
-            total += size
+            total = len(body) + size
             if total > MAX_BODY:
                 raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
-            chunks.append(self.rfile.read(size))
-            if len(chunks[-1]) < size:
+            if len(body) <= LARGE_BODY < total:
+                self.enter_large(held)
+            body += self.rfile.read(size)
+            if len(body) < total:
                 raise self.broken(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
                 raise self.broken(400, "A chunk of the body is longer than its size.")
         for _ in range(100):                          # trailers, as many as http.server takes headers
             if not self.rfile.readline(65537).strip():
-                return b"".join(chunks)
+                return body
         raise self.broken(400, "The chunked body has too many trailers.")
 
     def chunk_size(self) -> int:
@@ -1125,6 +1426,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status: int, body: str = "", media_type: str = "text/plain; charset=utf-8") -> None:
         """Send a whole answer."""
         content = body.encode("utf-8", "replace")
+        if len(self.server.deadlines) >= MAX_CONNECTIONS and time.monotonic() - self.opened_at > CROWDED_S:
+            self.close_connection = True              # others wait for a thread
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         if content:
@@ -1216,14 +1519,29 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Start the connection's thread."""
         self.room.acquire()
         self.deadlines[request] = time.monotonic() + KEEP_ALIVE_S
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:                          # no more threads on this machine
+            self.forget(request)
+            self.shutdown_request(request)
+
+    def forget(self, request: Any) -> None:
+        """A connection is over."""
+        self.deadlines.pop(request, None)
+        self.room.release()
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(REST_S)                        # no more files on this machine: do not spin
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.deadlines.pop(request, None)
-            self.room.release()
+            self.forget(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is its peer's affair; anything else is a bug of ours."""
@@ -1282,6 +1600,8 @@ class Watcher:
         self.webhook_at: float | None = None
         self.ping_at = time.monotonic()
         self.warned_at = -math.inf
+        self.stream_missed = False                   # the server has been found to have no event stream
+        self.changes: collections.Counter[tuple[str, str]] = collections.Counter()      # by (state, by)
         self.stopping = False
 
     def run(self) -> None:
@@ -1310,6 +1630,11 @@ class Watcher:
         match message:
             case Webhook():
                 self.hear(message)
+            case Notification():
+                self.judge(message)
+            case Stream():
+                self.judge(message)
+                self.note_stream(message)
             case Refused():
                 self.refuse(message)
             case Reload() if self.plex:
@@ -1333,22 +1658,36 @@ class Watcher:
     def hear(self, webhook: Webhook) -> None:
         """A webhook: every player it may concern."""
         self.webhook_at = time.monotonic()
-        if not self.plex and webhook.player_uuid and self.config.plex_machine_id in ("", webhook.player_uuid):
+        chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
+        if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
             self.meet(webhook)
         reported = self.judge(webhook)
-        result = "reported" if reported else "look" if self.plex and webhook.player_uuid else "nothing new"
+        ours = webhook.player_uuid in self.players
+        result = "reported" if reported else "nothing new" if not self.plex or not webhook.player_uuid \
+            else "a look" if ours else "another player's: a look"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
+
+    def note_stream(self, stream: Stream) -> None:
+        """A line for the event stream: one that the server does not give is said once, a break is usual."""
+        without = stream.event == "failed" and stream.fault in ("missing", "refused", "forbidden")
+        if without and not self.stream_missed:
+            say(logging.INFO, "no event stream: changes without a webhook wait for a slow look", reason=stream.sentence)
+        elif not without:
+            say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
+        self.stream_missed = without
 
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a player that was not heard of before becomes one of ours, for the newcomer to choose."""
         player = self.players.pop(webhook.player_uuid, None)
         if player is None:
-            if len(self.players) >= MAX_PLAYERS:
-                del self.players[next(iter(self.players))]           # the one that was silent longest
+            crowded = len(self.players) >= MAX_PLAYERS
+            if crowded:                              # the one that was silent longest goes, best one that has stopped
+                stopped = (key for key, each in self.players.items() if each.state == STOPPED)
+                del self.players[next(stopped, next(iter(self.players)))]
             player = PlayerState(webhook.player_uuid, has_server=False)
-            say(logging.INFO, "a player was heard of; the flag that chooses it: "
-                f"-plex-machine-id {quoted(webhook.player_uuid)}", player=webhook.player_title)
+            say(logging.DEBUG if crowded else logging.INFO, "a player was heard of; the flag that chooses it: "
+                f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
         self.players[webhook.player_uuid] = player
 
     def look(self) -> None:
@@ -1374,12 +1713,19 @@ class Watcher:
         """A line of the log."""
         match report:
             case Change():
-                say(logging.INFO, "", **change_fields(report, name_machine=not self.plex))
+                self.changes[report.state, report.by] += 1
+                say(logging.INFO, "", **change_fields(report, not self.plex, log.isEnabledFor(logging.DEBUG)))
             case Outage():
                 level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
                 say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
             case Recovery():
                 say(logging.INFO, f"Plex answers again after {report.after_s:.0f} s")
+            case WebhooksMissing():
+                say(logging.WARNING, f"webhooks do not arrive: {report.in_a_row} changes in a row came without one. "
+                    "The Plex server cannot reach the URL, or the account's webhooks do not have it, or there is no "
+                    "Plex Pass (then all is well: the other witnesses tell). See: streamerbrainz.py doctor")
+            case WebhooksBack():
+                say(logging.INFO, f"webhooks arrive again, after {report.missed} that were missed")
 
     def tell_systemd(self) -> None:
         """STATUS= after each report, and WATCHDOG=1 from the very loop that can hang."""
@@ -1439,12 +1785,15 @@ def set_up_log(config: Config) -> None:
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
+    threading.Thread(target=take_signals, args=(inbox,), name="signals", daemon=True).start()
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
     host = config.webhooks_host or socket.gethostname()
     host = f"[{host}]" if ":" in host else host
     say(logging.INFO, "listening", version=VERSION, webhook_url=f"http://{host}:{listener.port}{WEBHOOK_PATH}")
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
+    elif config.plex_events:
+        threading.Thread(target=follow_stream, args=(plex, listener.tell), name="stream", daemon=True).start()
     systemd.notify("READY=1")
     try:
         Watcher(config, inbox, plex, systemd).run()
@@ -1454,10 +1803,21 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
         say(logging.INFO, "stopped listening")
 
 
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
 def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
-    """Turn signals into messages; SimpleQueue.put() may be called in a handler (Queue.put() may not)."""
-    for signum, message in ((signal.SIGTERM, Stop()), (signal.SIGINT, Stop()), (signal.SIGHUP, Reload())):
-        signal.signal(signum, functools.partial(lambda message, *_: inbox.put(message), message))
+    """Turn signals into messages, for ever; a thread of its own, while all others block SIGNALS.
+
+    A handler would run in the main thread, and not at all if the signal comes in the moment
+    before that waits for its inbox.  After the first signal to end, a second one, or a main
+    thread that does not come to its end, ends the process the hard way.
+    """
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        inbox.put(Reload())
+    inbox.put(Stop())
+    signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, PLEX_S + 1)
+    os._exit(1)
 
 
 def runs_already(config: Config) -> bool:
@@ -1507,18 +1867,22 @@ def listening_error(error: OSError, config: Config) -> ConfigError:
 
 def run(config: Config) -> int:
     """The daemon."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)        # in all threads: one takes them, see take_signals()
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     try:
         listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and runs_already(config):
+            if os.environ.get("NOTIFY_SOCKET"):           # systemd would take an end without READY=1 for a failure
+                holder = port_holder(config.webhooks_port)
+                raise ConfigError(f"-webhooks-port: another StreamerBrainz, {holder}, listens on "
+                                  f"{config.webhooks_port}; end that (and its cron lines) first.") from error
             say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
             return 0
         raise listening_error(error, config) from error
     plex = None
     if config.plex_server_url:
         plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file)
-    take_signals(inbox)
     serve(config, inbox, listener, plex)
     return 0
 
@@ -1527,7 +1891,10 @@ def ask_token() -> Callable[[], str]:
     """The token, asked for on the terminal without echo: on a command line, ps would show it."""
     if not sys.stdin.isatty():
         raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    token = getpass.getpass("Plex token (it is not shown): ").strip()
+    try:
+        token = getpass.getpass("Plex token (it is not shown): ").strip()
+    except EOFError:
+        token = ""
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     return lambda: token
@@ -1676,8 +2043,8 @@ def play_evening(plex: StandIn, port: int, speed: float, inbox: queue.SimpleQueu
 
 def demo(config: Config) -> int:
     """Play an evening: a stand-in for Plex sends real webhooks to the real listener, which looks at the stand-in."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)        # in all threads: one takes them, see take_signals()
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    take_signals(inbox)
     with StandIn() as plex, tempfile.TemporaryDirectory() as folder:
         plex.speed = config.speed
         token_file = os.path.join(folder, "token")
@@ -1734,12 +2101,15 @@ class FlagParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments in a line of an @FILE, words quoted as in a shell."""
+        arg_line = arg_line.removeprefix("\ufeff")            # of Windows' Notepad
         try:
             words = shlex.split(arg_line, comments=True)
         except ValueError as error:
             raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
-        if any(word.startswith("@") for word in words):
-            raise ConfigError("an @FILE cannot name another @FILE; put all flags into one.")
+        if words and not re.match("-[a-z-]", words[0]):
+            raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
+        if len(words) > 2:
+            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {quoted(words[0])}")
         return two_dashes(words)
 
 
@@ -1794,6 +2164,7 @@ def flag_parser() -> FlagParser:
     flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
     flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
+    flags("--no-plex-events", action="store_false", dest="plex_events", help="do not open the server's event stream")
     flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
     flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
     flags("--json", action="store_true", help="players: print JSON")
@@ -1839,7 +2210,10 @@ def parse_config(words: Sequence[str]) -> Config:
     command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
     if command not in COMMANDS:
         raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
-    flags, unknown = flag_parser().parse_known_args(words)
+    try:
+        flags, unknown = flag_parser().parse_known_args(words)
+    except UnicodeDecodeError as error:
+        raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
     if unknown:
         raise ConfigError(unknown_words(unknown))
     config = Config(command=command, **vars(flags))

@@ -71,7 +71,7 @@ def test_every_limit_is_a_positive_number():
 
 @pytest.mark.parametrize("value, expected", [
     ("x", "x"), ("", ""), (7, "7"), (True, ""), (None, ""), ([], ""), ({"a": 1}, ""), (1.5, ""),
-    ("x" * 5000, "x" * 1000), (10 ** 400, "")])
+    ("x" * 5000, "x" * sb.MAX_TEXT), (10 ** 400, "")])
 def test_text_is_bounded_and_never_raises(value, expected):
     assert sb.text(value) == expected
 
@@ -278,6 +278,36 @@ def test_no_session_is_found_where_there_is_none():
     assert sb.find_session(()) is None
 
 
+# === Notifications ===
+
+NOTE = {"sessionKey": "7", "clientIdentifier": "m1", "guid": "", "ratingKey": "101", "url": "", "key": "/library/metadata/101",
+        "viewOffset": 117412, "playQueueItemID": 1, "state": "playing"}
+
+
+@pytest.mark.parametrize("data", [
+    {"PlaySessionStateNotification": NOTE}, {"PlaySessionStateNotification": [NOTE]},
+    {"NotificationContainer": {"type": "playing", "size": 1, "PlaySessionStateNotification": [NOTE]}}])
+def test_a_notification_is_the_same_in_each_of_plexs_forms(data):
+    assert sb.parse_notifications(json.dumps(data).encode()) == (sb.Notification(PLAYING, "7", "m1", "101", 117412),)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"7", b"{}", b"\xff\xfe", b"[" * 100000, b'{"NotificationContainer": 7}',
+                                  b'{"PlaySessionStateNotification": "stopped"}', b'{"PlaySessionStateNotification": [null, 7, {"state": {}}]}',
+                                  b'{"PlaySessionStateNotification": {"state": "error"}}'])
+def test_what_is_no_notification_is_passed_over(data):
+    assert sb.parse_notifications(data) == ()
+
+
+def test_events_are_read_from_the_lines_of_a_stream():
+    stream = b"event: ping\ndata: {}\n\n: a comment\n\nevent: playing\r\ndata: {\"a\":\r\ndata:1}\r\n\r\nno colon\n\ndata: x\n\nevent: cut\ndata: {"
+    assert list(sb.read_events(stream.splitlines(keepends=True))) == [("ping", b" {}"), ("playing", b' {"a":1}'), ("", b" x")]
+
+
+def test_an_event_of_endless_lines_is_bounded():
+    (_, data), = sb.read_events([*itertools.repeat(b"data: " + b"x" * 1000, 1000), b""])
+    assert len(data) <= sb.MAX_EVENT + 1001
+
+
 # === Player ===
 
 class Judge:
@@ -293,6 +323,10 @@ class Judge:
 
     def hear(self, event="media.play", item=SONG, uuid="m1", **fields):
         self.observe(sb.Webhook(event, uuid, "Living Room", sb.parse_item(item) if item else None, **fields))
+
+    def note(self, state=PLAYING, rating_key="101", player="m1", key="7", view_offset=None):
+        """The event stream says something."""
+        self.observe(sb.Notification(state, key, player, rating_key, view_offset))
 
     def show(self, *each):
         """From now on the sessions show these; none: the server cannot be reached."""
@@ -321,7 +355,7 @@ A, B = "Karma Police", "No Surprises"
 def test_the_table_of_transitions_is_total():
     believed, witnessed = (STOPPED, PLAYING, PAUSED), (STOPPED, PLAYING, PAUSED, BUFFERING)
     assert set(sb.TRANSITIONS) == set(itertools.product(believed, witnessed))
-    assert set(sb.TRANSITIONS.values()) == set(believed)
+    assert set(sb.TRANSITIONS.values()) == {*believed, None}
     assert set(sb.CLAIMS.values()) == set(believed)
 
 
@@ -332,9 +366,9 @@ def test_each_transition_is_reported_once_and_only_if_it_is_a_change(believed, w
     judge = Judge(state=believed, item=sb.parse_item(SONG))
     judge.show(*[] if witnessed == STOPPED else [session_xml(witnessed, item=SONG if same else OTHER)])
     judge.wait(0)
-    known = same or witnessed == STOPPED
-    becomes = sb.TRANSITIONS[believed if known else STOPPED, witnessed]
-    changed = becomes != believed or not known
+    becomes = sb.TRANSITIONS[believed, witnessed]
+    known = same or witnessed == STOPPED or becomes is None
+    changed = becomes not in (believed, None) or not known
     assert judge.said() == ([(becomes, A if known else B)] if changed else [])
     judge.observe(Look(judge.world))
     assert judge.said() == []
@@ -344,7 +378,7 @@ def test_music_that_plays_at_the_start_is_reported():
     judge = Judge()
     judge.show(session_xml(offset="61000"))
     judge.wait(0)
-    assert judge.reports == [Change(PLAYING, sb.parse_item(SONG), 61000, "Living Room", "m1")]
+    assert judge.reports == [Change(PLAYING, STOPPED, sb.parse_item(SONG), 61000, "Living Room", "m1", "sessions")]
 
 
 def test_a_webhook_is_a_reason_to_look_at_once_and_nothing_more():
@@ -394,7 +428,7 @@ def test_a_stopped_player_is_reported_once_although_its_session_is_gone():
     for _ in range(3):
         judge.hear("media.stop")
         judge.wait(1)
-    assert judge.reports[1:] == [Change(STOPPED, sb.parse_item(SONG), 66000, "Living Room", "m1")]
+    assert judge.reports[1:] == [Change(STOPPED, PLAYING, sb.parse_item(SONG), 66000, "Living Room", "m1", "webhook")]
 
 
 def test_a_position_is_never_beyond_the_end():
@@ -465,12 +499,20 @@ def test_buffering_starts_what_was_stopped_and_leaves_alone_what_is_paused():
     judge.show(session_xml(PAUSED))
     judge.hear("media.pause")
     judge.wait(0)
-    judge.show(session_xml(BUFFERING))
-    judge.hear("media.resume")
+    judge.show(session_xml(BUFFERING, item=OTHER))
+    judge.observe(Look(judge.world))
     judge.wait(8)
     assert judge.said() == [(PLAYING, A), (PAUSED, A)]
-    judge.show(session_xml(PLAYING))
+    judge.show(session_xml(PAUSED, item=OTHER))
     judge.wait(sb.BUFFERING_S)
+    assert judge.said() == [(PAUSED, B)]
+
+
+def test_what_buffers_plays_when_a_webhook_says_so_too():
+    judge = Judge(state=PAUSED, item=sb.parse_item(SONG))
+    judge.show(session_xml(BUFFERING))
+    judge.hear("media.resume")
+    judge.wait(0)
     assert judge.said() == [(PLAYING, A)]
 
 
@@ -628,7 +670,7 @@ def test_a_player_that_buffers_for_ever_is_not_looked_at_for_ever():
     judge = Judge(poll_interval_s=0.0)
     judge.show(session_xml(BUFFERING))
     judge.wait(1800)
-    assert judge.looks <= sb.FROZEN_S / sb.BUFFERING_S + 1
+    assert judge.looks <= sb.FROZEN_S / sb.BUFFERING_S + 2
 
 
 def test_a_session_that_says_stopped_is_none():
@@ -689,6 +731,174 @@ def test_a_webhook_in_an_outage_is_borne_out_soon_after_it():
     assert judge.said() == [(PLAYING, A)]
 
 
+# The event stream
+
+def playing(**fields):
+    judge = Judge(**fields)
+    judge.show(session_xml())
+    judge.wait(0)
+    judge.reports = []
+    return judge
+
+
+def test_each_change_that_the_stream_tells_is_looked_at_at_once_and_believed_when_the_sessions_show_it():
+    judge = playing(poll_interval_s=0.0)
+    for state in (PAUSED, PLAYING, STOPPED):
+        judge.show(*[] if state == STOPPED else [session_xml(state)])
+        judge.note(state)
+        judge.wait(0)
+    assert [(r.state, r.by) for r in judge.reports] == [(PAUSED, "events"), (PLAYING, "events"), (STOPPED, "events")]
+
+
+def test_a_track_change_in_the_stream_is_reported_once_with_what_the_sessions_say_of_it():
+    judge = playing()
+    judge.note(PLAYING, "102")
+    judge.wait(0.5)
+    assert judge.said() == []                              # the sessions lag
+    judge.show(session_xml(item=OTHER))
+    judge.wait(0.25)
+    for _ in range(5):
+        judge.note(PLAYING, "102")
+        judge.wait(10)
+    assert judge.said() == [(PLAYING, B)]
+
+
+def test_a_spurious_stop_of_the_stream_is_no_stop():
+    judge = playing(poll_interval_s=0.0)
+    for second in range(1, 10):
+        judge.note(STOPPED)
+        judge.show(session_xml(offset=str(second * 1000)))
+        judge.wait(1)
+    judge.wait(60)
+    assert judge.said() == []
+
+
+def test_repeats_cost_no_look_and_are_a_sign_of_life():
+    judge = playing()
+    looks = judge.looks
+    for repeat in range(1, 31):
+        judge.wait(10)
+        judge.note(view_offset=repeat * 10000)
+    assert judge.said() == [] and judge.looks - looks <= 300 / 30 + 8
+    assert sb.position_ms(judge.player, judge.at) == 264000
+    judge.wait(sb.FROZEN_S + 31)
+    assert [(r.state, r.reason, r.by) for r in judge.reports if isinstance(r, Change)] == [(STOPPED, "frozen", "silence")]
+
+
+@pytest.mark.parametrize("player, key, looks", [("m2", "7", 0), ("m2", "99", 0), ("", "7", 1), ("", "99", 1)])
+def test_a_notification_without_a_player_is_joined_by_its_session(player, key, looks):
+    judge = playing(poll_interval_s=0.0)
+    before = judge.looks
+    judge.show(session_xml(PAUSED))
+    judge.note(PAUSED, player=player, key=key)
+    judge.wait(sb.FOREIGN_S)
+    assert judge.looks - before == looks and judge.said() == [(PAUSED, A)] * looks
+
+
+def test_what_went_by_while_the_stream_was_away_is_found_when_it_opens():
+    judge = playing(poll_interval_s=0.0)
+    judge.show()
+    judge.observe(sb.Stream("failed"))
+    judge.wait(60)
+    assert judge.said() == []
+    judge.observe(sb.Stream("opened"))
+    judge.wait(0)
+    assert [(r.state, r.by) for r in judge.reports] == [(STOPPED, "sessions")]
+
+
+def test_notifications_in_an_outage_do_not_hurry_the_looks():
+    judge = playing()
+    judge.show(None)
+    judge.note(PAUSED)
+    judge.wait(120)
+    judge.looks = 0
+    for _ in range(1000):
+        judge.note(PAUSED)
+        judge.observe(sb.Stream("broke"))
+        judge.wait(0.01)
+    assert judge.looks <= 10 / sb.RETRY_HEARD_S + 1
+
+
+@pytest.mark.parametrize("by, act", [
+    ("webhook", lambda judge: judge.hear("media.pause")), ("events", lambda judge: judge.note(PAUSED)),
+    ("sessions", lambda judge: judge.hear("media.rate")), ("poll", lambda judge: None)])
+def test_each_change_says_why_it_is_believed(by, act):
+    judge = playing()
+    judge.wait(5)
+    judge.show(session_xml(PAUSED))
+    act(judge)
+    judge.wait(30)
+    assert [(r.state, r.by) for r in judge.reports] == [(PAUSED, by)]
+
+
+# The proof that webhooks arrive
+
+def evening(judge, hooks=(), noted=True):
+    """Play, pause, resume and stop, 20 s each; the webhooks of `hooks` come one second after the stream's word."""
+    for event, state in (("media.play", PLAYING), ("media.pause", PAUSED), ("media.resume", PLAYING), ("media.stop", STOPPED)):
+        judge.show(*[] if state == STOPPED else [session_xml(state, offset=str(int(judge.at) * 1000 % 99999))])
+        if noted:
+            judge.note(state)
+        judge.wait(1)
+        if event in hooks:
+            judge.hear(event)
+        judge.wait(19)
+
+
+EVENTS = ("media.play", "media.pause", "media.resume", "media.stop")
+
+
+def test_three_misses_in_a_row_are_one_warning_and_the_next_arrival_is_one_line():
+    judge = Judge()
+    judge.wait(1)
+    evening(judge)
+    evening(judge)
+    judge.wait(30)
+    assert [r for r in judge.reports if isinstance(r, sb.WebhooksMissing | sb.WebhooksBack)] == [sb.WebhooksMissing(3)]
+    assert judge.player.proof.missed == 8
+    evening(judge, EVENTS)
+    assert [r for r in judge.reports if isinstance(r, sb.WebhooksBack)] == [sb.WebhooksBack(8)]
+    proof = judge.player.proof
+    assert (proof.arrived, proof.missed, proof.in_a_row, proof.delays_s) == (4, 8, 0, (1.0,) * 4)
+
+
+def test_webhooks_that_come_first_have_arrived_and_two_misses_are_no_warning():
+    judge = Judge()
+    judge.wait(1)
+    evening(judge, EVENTS, noted=False)
+    assert judge.player.proof.arrived == 4 and set(judge.player.proof.delays_s) == {0.0}
+    evening(judge, ("media.resume",))
+    judge.wait(30)
+    assert (judge.player.proof.missed, judge.player.proof.in_a_row) == (3, 1)
+    assert not any(isinstance(r, sb.WebhooksMissing) for r in judge.reports)
+
+
+def test_no_webhook_is_expected_for_a_skip_a_crash_a_start_before_ours_or_what_an_outage_hid():
+    judge = playing(poll_interval_s=2.0)                   # it played before the first look
+    for item in (OTHER, SONG, OTHER, SONG):
+        judge.show(session_xml(item=item))
+        judge.note(PLAYING, item["ratingKey"])
+        judge.wait(20)
+    judge.show(None)
+    judge.wait(20)
+    judge.show(session_xml(PAUSED))
+    judge.wait(40)
+    judge.show(session_xml(PLAYING, offset="7"))
+    judge.hear("media.resume")
+    judge.wait(100)                                        # frozen
+    assert judge.player.proof.missed == 0 and judge.player.state == STOPPED
+
+
+def test_a_webhook_under_another_uuid_proves_as_much():
+    judge = playing()
+    judge.show(session_xml(PAUSED))
+    judge.note(PAUSED)
+    judge.wait(1)
+    judge.hear("media.pause", uuid="another name of m1")
+    judge.wait(60)
+    assert (judge.player.proof.arrived, judge.player.proof.missed) == (1, 0)
+
+
 # Webhooks alone
 
 def alone():
@@ -727,6 +937,13 @@ def test_without_a_server_a_skip_that_no_webhook_told_is_caught_up_with():
     judge.at = 600.0
     judge.hear("media.pause", SONG)                        # and back
     assert judge.said() == [(PLAYING, A), (STOPPED, B), (PLAYING, A), (PAUSED, B), (PAUSED, A)]
+
+
+def test_without_a_server_a_late_webhook_does_not_wake_a_stopped_player():
+    judge = alone()
+    for event in ("media.play", "media.stop", "media.pause", "media.resume"):
+        judge.hear(event)
+    assert judge.said() == [(PLAYING, A), (STOPPED, A)]
 
 
 def test_without_a_server_the_position_is_the_webhooks_or_runs_on():
@@ -792,7 +1009,7 @@ def test_every_change_is_reported_once_in_order_and_never_falsely(seed):
     ("Radiohead", "Radiohead"), ("OK Computer", '"OK Computer"'), ("", '""'), (None, '""'), (7, "7"), ('"live"', '"\\"live\\""'),
     ("a=b", '"a=b"'), ("it's", '"it\'s"'), ("back\\slash", '"back\\\\slash"'), ("Søn", "Søn"), ("日本", "日本"),
     ("a\nstate=playing", '"a\\nstate=playing"'), ("\x1b[31m", '"\\u001b[31m"'), ("\x9b31m", '"\\u009b31m"'),
-    ("\u202eevil", '"\\u202eevil"'), ("\u2028", '"\\u2028"'), ("\ud800", '"\\ud800"'), ("\x7f", '"\\u007f"'), ("\U000e0001", '"\\udb40\\udc01"')])
+    ("\u202eevil", '"\\u202eevil"'), ("\u2028", '"\\u2028"'), ("\ud800", '"\\ud800"'), ("P!nk", '"P!nk"'), ("AC/DC", "AC/DC"), ("R.E.M.", "R.E.M."), ("\x7f", '"\\u007f"'), ("\U000e0001", '"\\udb40\\udc01"')])
 def test_a_value_is_quoted_so_that_it_forges_and_colours_nothing(value, expected):
     assert sb.quoted(value) == expected
     assert sb.quoted(value).isprintable()
@@ -800,7 +1017,7 @@ def test_a_value_is_quoted_so_that_it_forges_and_colours_nothing(value, expected
 
 
 def change(**fields):
-    return Change(PLAYING, sb.parse_item({**SONG, **fields}), 61000, "Living Room", "m1")
+    return Change(PLAYING, STOPPED, sb.parse_item({**SONG, **fields}), 61000, "Living Room", "m1", "webhook")
 
 
 @pytest.mark.parametrize("fields, line", [
@@ -814,8 +1031,8 @@ def test_a_change_is_one_line_with_the_contracts_keys_in_order(fields, line):
 
 
 def test_a_line_adds_the_machine_where_asked_and_the_reason_where_there_is_one():
-    fields = sb.change_fields(sb.replace(change(), reason="frozen"), name_machine=True)
-    assert list(fields)[-2:] == ["machine_id", "reason"] and fields["reason"] == "frozen"
+    fields = sb.change_fields(sb.replace(change(), reason="frozen"), name_machine=True, say_why=True)
+    assert list(fields.items())[-3:] == [("machine_id", "m1"), ("reason", "frozen"), ("by", "webhook")]
 
 
 def test_json_lines_have_the_same_keys_and_are_ascii_safe():
@@ -976,7 +1193,7 @@ NO_PLEX = "is -plex-server-url that of Plex Media Server?"
      "{} does not show its sessions to this token (403): it must be the server owner's."),
     (http_answer(b'<Response code="503" title="Maintenance"/>', "503 Service Unavailable"), "starting",
      "{} is still starting, or at maintenance (503)."),
-    (http_answer(b"", "404 Not Found"), "nonsense", "{} answers 404 to /status/sessions: " + NO_PLEX),
+    (http_answer(b"", "404 Not Found"), "missing", "{} answers 404 to /status/sessions: " + NO_PLEX),
     (http_answer(b"", "500 Oh"), "nonsense", "{} answers 500 to /status/sessions: " + NO_PLEX),
     (http_answer(b"", "302 Found", "Location: http://127.0.0.1:1/elsewhere\r\n"), "nonsense",
      "{} redirects elsewhere (302), where the token must not go: give the final address as -plex-server-url."),
@@ -984,7 +1201,11 @@ NO_PLEX = "is -plex-server-url that of Plex Media Server?"
     (http_answer(sessions_xml(session_xml())[:150]), "nonsense", NOT_XML),
     (http_answer(sessions_xml(session_xml())[:150], length=9999), "nonsense", NOT_XML),
     (http_answer(b"<!DOCTYPE a><a/>"), "nonsense", DOCTYPE),
-    (huge, "nonsense", "{} answered more than 2097152 bytes, which no list of sessions has."),
+    (huge, "nonsense", "{} answered more than 1048576 bytes, which no list of sessions has."),
+    (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 3_000_000), "nonsense",
+     "{} answered more than 1048576 bytes, which no list of sessions has."),
+    (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc"), "nonsense",
+     "{} does not speak HTTP as Plex does (ValueError)."),
     (hang, "unreachable", "{} did not answer within 0.3 s."),
     (drip(WELL), "unreachable", "{} did not answer within 0.3 s."),
     (drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 20), "unreachable", "{} did not answer within 0.3 s."),
@@ -1075,6 +1296,94 @@ def test_a_ca_file_that_is_none_is_the_operators_fault(ca_file):
         look_at("https://127.0.0.1:1", ca_file=str(HERE / ca_file))
 
 
+def told(url, enough, timeout=8.0):
+    """What follow_stream() tells of a server, until it is enough."""
+    heard = []
+
+    class Done(BaseException):
+        pass
+
+    def tell(message):
+        heard.append(message)
+        if enough(heard):
+            raise Done
+    thread = threading.Thread(target=lambda: contextlib.suppress(Done).__enter__() or run(), daemon=True)
+
+    def run():
+        with contextlib.suppress(Done):
+            sb.follow_stream(sb.PlexServer(url, lambda: TOKEN), tell)
+    thread.start()
+    thread.join(timeout)
+    assert not thread.is_alive(), heard
+    return heard
+
+
+STREAM = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+PLAYS = b"event: playing\ndata: " + json.dumps({"PlaySessionStateNotification": NOTE}).encode() + b"\n\n"
+NOTIFICATION = sb.Notification(PLAYING, "7", "m1", "101", 117412)
+PING = b"event: ping\ndata: {}\n\n"
+
+
+def test_the_stream_is_asked_for_with_the_token_in_its_header_alone():
+    with RawServer(lambda connection: connection.sendall(STREAM.encode() + PING + PLAYS)) as server:
+        assert told(server.url + "/base", lambda heard: len(heard) == 2) == [sb.Stream("opened"), NOTIFICATION]
+        head = server.requests[0].decode()
+    assert head.startswith("GET /base/:/eventsource/notifications?filters=playing HTTP/1.1\r\n")
+    assert head.count(TOKEN) == 1 and f"x-plex-token: {TOKEN}\r\n" in head.lower()
+
+
+def test_a_chunked_stream_is_read_however_it_is_cut():
+    body = PING + PLAYS
+    for size in (1, 2, 3, 7, 50, len(body)):
+        answer = STREAM.replace("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n").encode() + chunked(body, size)[:-5]
+        with RawServer(lambda connection, answer=answer: connection.sendall(answer)) as server:
+            assert told(server.url, lambda heard: len(heard) == 2) == [sb.Stream("opened"), NOTIFICATION], size
+
+
+@pytest.mark.parametrize("answer, event, fault, sentence", [
+    (lambda c: c.sendall(STREAM.encode() + PLAYS[:50]), "broke", "unreachable", "{} ended the event stream."),
+    (lambda c: c.sendall(STREAM.encode()[:-2] + CHUNKED.encode() + b"\r\n40\r\n" + PLAYS[:50]), "broke", "nonsense", None),
+    (lambda c: c.sendall(STREAM.encode()[:-2] + CHUNKED.encode() + b"\r\n-5\r\n" + PLAYS), "broke", "nonsense", None),
+    (lambda c: c.sendall(STREAM.encode() + b"data: " + b"x" * 200_000), "broke", "unreachable", "{} ended the event stream."),
+    (lambda c: (c.sendall(STREAM.encode() + PING), c.recv(1)), "broke", "unreachable", "{} sent no event for 0.3 s."),
+    (lambda c: (c.sendall(STREAM.encode()), drip(b"x" * 400)(c)), "broke", "unreachable", "{} sent no event for 0.3 s."),
+    (lambda c: (c.sendall(STREAM.encode()), reset(c)), "broke", "unreachable", None),
+    (lambda c: None, "failed", "unreachable", None),
+    (http_answer(b"", "404 Not Found"), "failed", "missing", "{} answers 404 to /:/eventsource/notifications: " + NO_PLEX),
+    (http_answer(b"", "401 Unauthorized"), "failed", "refused", None),
+    (http_answer(b"", "503 Service Unavailable"), "failed", "starting", None),
+])
+def test_every_way_to_break_a_stream_is_told_and_it_is_opened_again(answer, event, fault, sentence, monkeypatch):
+    monkeypatch.setattr(sb, "SILENCE_S", 0.3)
+    monkeypatch.setattr(sb, "STREAM_MIN_S", 0.01)
+    monkeypatch.setattr(sb, "STREAM_RARE_S", 0.01)
+    with RawServer(answer) as server:
+        heard = told(server.url, lambda heard: sum(isinstance(each, sb.Stream) and each.event == event for each in heard) == 2)
+    broken = [each for each in heard if isinstance(each, sb.Stream) and each.event == event]
+    assert [each.fault for each in broken] == [fault, fault]
+    if sentence:
+        assert broken[0].sentence == sentence.format(server.url)
+
+
+def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_less_often(monkeypatch):
+    pauses = []
+
+    class Done(BaseException):
+        pass
+
+    def sleep(pause_s):
+        pauses.append(pause_s)
+        if len(pauses) == 20:
+            raise Done
+    monkeypatch.setattr(sb.time, "sleep", sleep)
+    for status_, low, high in (("404 Not Found", 0.8 * sb.STREAM_RARE_S, 1.2 * sb.STREAM_RARE_S), ("503 No", 0.2, 1.2 * sb.STREAM_MAX_S)):
+        pauses.clear()
+        with RawServer(http_answer(b"", status_)) as server, pytest.raises(Done):
+            sb.follow_stream(sb.PlexServer(server.url, lambda: TOKEN), lambda message: None)
+        assert all(low <= pause <= high for pause in pauses)
+    assert pauses[0] < 0.4 and pauses[-1] > 0.8 * sb.STREAM_MAX_S
+
+
 def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_file, lines):
     token = sb.TokenFile(str(token_file))
     assert token() == TOKEN
@@ -1088,14 +1397,14 @@ def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_f
     token_file.unlink()
     assert [token(), token()] == ["another-token", "another-token"]
     assert lines == [
-        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} is empty; put the token there.",
+        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} is empty, or no regular file; put the token there.",
         f"<6>the Plex token was read again file={token_file}",
         f"<4>the Plex token stays as it was: -plex-token-file: {token_file} cannot be read (No such file or directory); "
         "put the token there, readable by you alone (chmod 600)."]
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (b"", "is empty; put the token there."), (b" \n", "is empty; put the token there."),
+    (b"", "is empty, or no regular file; put the token there."), (b" \n", "is empty, or no regular file; put the token there."),
     (b"a b", "holds more than a token; put one word of plain characters there."),
     (b"a\nb", "holds more than a token; put one word of plain characters there."),
     (b"\xff\xfe", "holds more than a token; put one word of plain characters there."),
@@ -1109,6 +1418,12 @@ def test_a_token_file_without_a_token_is_the_operators_fault(content, sentence, 
     with pytest.raises(sb.ConfigError) as error:
         sb.TokenFile(str(file))
     assert str(error.value) == f"-plex-token-file: {file} {sentence}"
+
+
+def test_a_token_file_that_is_a_fifo_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(sb.ConfigError, match="is empty, or no regular file"):
+        sb.TokenFile(str(tmp_path / "fifo"))
 
 
 def test_a_token_file_that_others_can_read_is_a_warning(token_file, lines, monkeypatch):
@@ -1228,7 +1543,17 @@ POST = f"POST /webhooks/plex HTTP/1.1\nHost: x\nContent-Type: {MULTIPART}\n"
                  b"A Plex webhook is multipart/form-data; this is something else.\n", id="a form"),
     pytest.param(raw("GET / HTTP/3.0\n"), 400, b"This is no HTTP request that is understood here.\n", id="HTTP/3.0"),
     pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, id="TLS"),
-    pytest.param(raw("GET /" + "a" * 70000 + " HTTP/1.1\n"), 414, None, id="a long path"),
+    pytest.param(raw("GET /" + "a" * 70000 + " HTTP/1.1\n"), 431, None, id="a long path"),
+    pytest.param(raw("GET / HTTP/1.1\n" + ("A: " + "b" * 30000 + "\n") * 2), 431, None, id="a long head"),
+    pytest.param(raw("GET http://pi:3001/healthz?x HTTP/1.1\nHost: x\n"), 200, None, id="absolute form"),
+    pytest.param(raw("GET /healthz HTTP/1.1\nX Y: z\nContent-Length: 5\n", b"GET /"), 400, b"A line of the request's head is no header.\n",
+                 id="splitting"),
+    pytest.param(raw(POST + "Transfer-Encoding: chunked\nTransfer-Encoding: gzip\n"), 400, b"A body is either chunked or has a Content-Length.\n", id="two codings"),
+    *(pytest.param(post(content_type="multipart/form-data; " + parameters), 400, None, id=parameters[:30]) for parameters in (
+        "boundary*=idna''bb", "boundary*=a\0b''bb", "boundary*=x; boundary*0=y", "boundary*" + "9" * 250 + "=bb", ";" * 5000,
+        '"' + ";" * 5000)),
+    pytest.param(post(b"--B\r\nContent-Disposition: form-data; name*=x; name*0=y\r\n\r\n\r\n--B--", "multipart/form-data; boundary=B"), 400, None,
+                 id="a part's name"),
     pytest.param(raw("GET / HTTP/1.1\n" + "A: b\n" * 200), 431, None, id="many headers"),
     pytest.param(b"", None, b"", id="nothing"),
 ])
@@ -1305,11 +1630,12 @@ def test_too_much_that_waits_is_the_only_503(listener, monkeypatch):
     assert b"\r\nRetry-After: 5\r\n" in answers[2]
 
 
-def test_a_sender_that_drips_is_dropped_and_the_others_keep_their_answers(listener, monkeypatch):
-    monkeypatch.setattr(sb, "REQUEST_S", 0.3)
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_sender_that_drips_is_dropped_and_the_others_keep_their_answers(listener, monkeypatch, part):
+    monkeypatch.setattr(sb, "HEAD_S" if part == "head" else "REQUEST_S", 0.3)
     monkeypatch.setattr(sb, "REAP_S", 0.05)
     with connect(listener) as slow:
-        slow.sendall(post()[:100])
+        slow.sendall(post()[:100 if part == "head" else -100])
         start = time.monotonic()
         assert status(exchange(listener, post())) == 200
         with contextlib.suppress(OSError):
@@ -1434,7 +1760,7 @@ class Running:
 
 
 def changes(lines):
-    return [re.sub(r" position_ms=\d+", "", line) for line in lines if "state=" in line]
+    return [re.sub(r" position_ms=\d+| by=\w+", "", line) for line in lines if "state=" in line]
 
 
 TRACK = {key: str(value) for key, value in SONG.items()}
@@ -1451,7 +1777,7 @@ def test_from_a_real_webhook_to_a_true_line(plex, token_file, lines):
             daemon.send(event, thumb=THUMB)
             eventually(lambda state=state: changes(lines)[-1:] == [state_line(state)])
     assert changes(lines) == [state_line(state) for state in (PLAYING, PAUSED, PLAYING, STOPPED)]
-    assert any('webhook event=media.play player="Living Room" machine_id=m1 title="Karma Police" result=look' in line for line in lines)
+    assert any('webhook event=media.play player="Living Room" machine_id=m1 title="Karma Police" result=reported' in line or 'result="a look"' in line for line in lines)
 
 
 def test_a_burst_of_webhooks_costs_a_handful_of_looks(plex, token_file, lines):
@@ -1502,7 +1828,7 @@ def test_without_a_server_each_new_player_is_named_with_its_flag(plex, lines):
         exchange(daemon.listener, post(*reversed(sb.encode_webhook(payload("library.new", metadata=SONG, Player=None)))))
         eventually(lambda: any("library.new" in line for line in lines))
     heard = '<6>a player was heard of; the flag that chooses it: -plex-machine-id {} player="Living Room"'
-    assert [line for line in lines if "heard of" in line] == [heard.format("m1"), heard.format(r'"m2 \u001b[31m"')]
+    assert [line for line in lines if "heard of" in line] == [heard.format("m1"), heard.format(r"'m2 \u001b[31m'")]
     assert changes(lines) == [state_line(PLAYING) + " machine_id=m1", state_line(PLAYING) + r' machine_id="m2 \u001b[31m"']
 
 
@@ -1533,6 +1859,34 @@ def test_a_wrong_path_is_one_warning_a_minute(lines, monkeypatch):
                      "address=192.168.1.5"] * 2
 
 
+def test_a_stream_that_the_server_does_not_give_is_said_once(lines):
+    watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
+    for event, fault in (("failed", "missing"), ("failed", "missing"), ("opened", ""), ("broke", "unreachable"), ("failed", "refused")):
+        watcher.handle(sb.Stream(event, fault, "So."))
+    assert [line for line in lines if line.startswith("<6>")] == [
+        "<6>no event stream: changes without a webhook wait for a slow look reason=So."] * 2
+
+
+def test_a_change_says_why_it_is_believed_at_debug_and_in_a_counter(plex, token_file, lines):
+    plex.turn(PLAYING, TRACK)
+    with Running(plex, token_file) as daemon:
+        eventually(lambda: changes(lines))
+    assert lines[-1].endswith(' player="Living Room" by=sessions')
+    assert daemon.watcher.changes == {(PLAYING, "sessions"): 1}
+    sb.log.setLevel(sb.logging.INFO)
+    daemon.watcher.report(change())
+    assert lines[-1].endswith(' player="Living Room"')
+
+
+def test_missing_webhooks_are_a_warning_that_names_leg_and_causes_in_order(lines):
+    watcher = sb.Watcher(sb.Config(), queue.SimpleQueue(), None, sb.Systemd({}))
+    watcher.report(sb.WebhooksMissing(3))
+    watcher.report(sb.WebhooksBack(7))
+    assert lines == ["<4>webhooks do not arrive: 3 changes in a row came without one. The Plex server cannot reach the URL, or the "
+                     "account's webhooks do not have it, or there is no Plex Pass (then all is well: the other witnesses tell). "
+                     "See: streamerbrainz.py doctor", "<6>webhooks arrive again, after 7 that were missed"]
+
+
 def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_path):
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -1561,7 +1915,7 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 
 
 def test_the_defaults_are_those_of_the_contract():
-    assert config() == sb.Config("run", "", "", 3001, "", "", "", "", 30.0, "info", "text", False, 1.0)
+    assert config() == sb.Config("run", "", "", 3001, "", "", "", "", 30.0, True, "info", "text", False, 1.0)
 
 
 def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
@@ -1573,7 +1927,7 @@ def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
 
 def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     file = tmp_path / "flags"
-    file.write_text('# StreamerBrainz\n\n-plex-server-url http://plex:32400   # the NAS\r\n--plex-token-file "/a b/token"\n-plex-machine-id=m1\n')
+    file.write_text('\ufeff# StreamerBrainz\n\n-plex-server-url http://plex:32400   # the NAS\r\n--plex-token-file "/a b/token"\n-plex-machine-id=m1\n')
     assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1")
     assert config("players", f"@{file}").command == "players"
 
@@ -1618,10 +1972,13 @@ def test_a_wrong_call_is_one_sentence_and_status_2(words, sentence):
 
 @pytest.mark.parametrize("content, sentence", [
     ("-plex-machine-id 'x", "a line of the @FILE has a quote without its end; put both or none."),
-    ("@{}", "an @FILE cannot name another @FILE; put all flags into one.")])
+    ("-plex-machine-id x y", "a line of the @FILE has more than a flag and its value: -plex-machine-id"),
+    ("SECRET", "a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001"),
+    ("# f\udcfcr", "the @FILE is not UTF-8; save it as UTF-8."),
+    ("@{}", "a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")])
 def test_a_file_of_flags_with_a_mistake_is_told(content, sentence, tmp_path):
     file = tmp_path / "flags"
-    file.write_text(content.format(file))
+    file.write_text(content.format(file), errors="surrogateescape")
     with pytest.raises(sb.ConfigError, match=f"^{re.escape(sentence)}$"):
         config(f"@{file}")
 
@@ -1670,6 +2027,34 @@ def test_a_signal_ends_it_within_a_second_with_status_0(number):
         assert time.monotonic() - start < 1.0
         eventually(lambda: daemon.text().endswith("stopped listening\n"))
     assert "Traceback" not in daemon.text()
+
+
+def test_no_signal_is_lost_however_they_come():
+    for attempt in range(12):
+        with Process() as daemon:
+            for _ in range(attempt % 4):
+                daemon.process.send_signal(signal.SIGHUP)
+            daemon.process.terminate()
+            assert daemon.process.wait(5) == 0
+
+
+def test_a_second_signal_ends_what_does_not_end(plex, token_file):
+    words = ("-plex-token-file", token_file, "-plex-machine-id", "m1", "-no-plex-events", "-plex-server-url")
+    with RawServer(hang) as server, Process(*words, server.url) as daemon:
+        eventually(lambda: server.requests)
+        daemon.process.terminate()
+        time.sleep(0.1)
+        daemon.process.terminate()
+        assert daemon.process.wait(2) == 1
+
+
+def test_under_systemd_a_port_that_another_of_ours_holds_is_an_error():
+    with Process() as daemon:
+        again = subprocess.run([sys.executable, PROGRAM, "-webhooks-port", str(daemon.port), "-webhooks-host", "127.0.0.1"],
+                               capture_output=True, text=True, timeout=20, env={**os.environ, "NOTIFY_SOCKET": "/nowhere"})
+    assert again.returncode == 2 and re.fullmatch(
+        rf"streamerbrainz: -webhooks-port: another StreamerBrainz, \S+ \(process {daemon.process.pid}\), listens on {daemon.port}; "
+        r"end that \(and its cron lines\) first\.\n", again.stderr)
 
 
 def test_started_twice_it_says_so_and_exits_0_for_cron():
@@ -1743,9 +2128,9 @@ def test_players_shows_each_with_its_flag_and_marks_the_configured_one(capsys, t
     with RawServer(http_answer(sessions_xml(session_xml(), film, episode))) as server:
         words = ("players", server.url.removeprefix("http://"), "-plex-token-file", token_file, "-plex-machine-id", "m1")
         assert run_main(capsys, *words) == (0, """\
-* Living Room (Plexamp, Linux)
+* Living Room (Plexamp, Linux, configured)
     playing "Karma Police" by Radiohead
-    -plex-machine-id m1  (configured)
+    -plex-machine-id m1
 
   Living Room (Linux)
     paused "October Sky"
