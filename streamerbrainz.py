@@ -6,17 +6,19 @@ chosen player (mostly Plexamp), and logs each change of that player:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
-A webhook says that something happened; /status/sessions says what is so now.  Each of
-them lies at times: webhooks get lost, doubled and overtaken; sessions lag behind, and
-keep a crashed player for minutes.  So they are witnesses, and one pure function,
-advance(), is the judge.  Its promise: each true change is reported once, in order and
-soon, nothing is reported that was not true, and every playing ends in one stopped.
+A webhook says that something happened, the server's event stream says each change as it
+happens, /status/sessions says what is so now.  Each of them lies at times: webhooks get
+lost, doubled and overtaken, the stream breaks, sessions lag behind, and keep a crashed
+player for minutes.  So they are witnesses, and one pure function, advance(), is the judge.
+Its promise: each true change is reported once, in order and soon, nothing is reported that
+was not true, and every playing ends in one stopped.
 
     Plex Media Server          (curl, a second start by cron)
       |  POST /webhooks/plex     |  GET /healthz
       v                          v
-    Listener ---- bytes -> Webhook -----> inbox <--- signal handler
-      a thread for each connection          |
+    Listener ---- bytes -> Webhook -----> inbox <--- signals
+      a thread for each connection          |   ^
+                                            |   +--- Notification <- event stream
                                             v
                                          Watcher ---- "look" ----> PlexServer
                                           |  ^                  GET /status/sessions
@@ -28,10 +30,11 @@ thread              owns                               never
 main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the resolver)
 listener            the listening socket, deadlines    reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex, decides
-signal handler      nothing: it puts into the inbox    (runs in main)
-What crosses threads are values that never change, through the inbox (a SimpleQueue, whose
-put() is safe in a signal handler, too) or by replacing one reference.  The one exception is
-Listener.deadlines, a dict with one entry for each connection, which its thread moves on.
+stream              its connection to the server       decides
+signals             the signals, blocked elsewhere     does more than put into the inbox
+What crosses threads are values that never change, through the inbox (a SimpleQueue) or by
+replacing one reference.  The one exception is Listener.deadlines, a dict with one entry for
+each connection, which its thread moves on.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
