@@ -103,6 +103,7 @@ MAX_EVENT = 64 * 1024         # bytes of an event of the stream; 300 are usual
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
 MAX_INBOX = 2000              # messages that may wait; 400 a second during a look that hangs
+MAX_NOTED = 100               # ... for notifications to be put beside them; one that is left out comes again
 MAX_CONNECTIONS = 64          # request threads at once; each may hold 8 MB of stack, mostly untouched
 LARGE_BODY = 128 * 1024       # bytes; few thumbs are larger.  What is more is read by so many at once:
 MAX_LARGE_BODIES = 8          # ... with thumbs of 1 MB they take no more memory than the interpreter
@@ -567,6 +568,11 @@ class Proof:
     in_a_row: int = 0             # missed since the last that arrived
     delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
+    @property
+    def median_delay_s(self) -> float | None:
+        """Of the last that arrived; None: none has."""
+        return sorted(self.delays_s)[len(self.delays_s) // 2] if self.delays_s else None
+
 
 @dataclass(frozen=True, slots=True)
 class PlayerState:
@@ -588,6 +594,7 @@ class PlayerState:
     look_why: str = "sessions"    # "poll": that is a slow look; "sessions": something made it so
     proof: Proof = Proof()
     traces: tuple[Trace, ...] = ()
+    foreign_keys: frozenset[str] = frozenset()    # Session.session_key of the other players, at the last look
     outage: Outage | None = None  # None: the last look went well
     outage_at: float = 0.0        # when it began
 
@@ -678,7 +685,7 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not webhook.player_uuid:
         return player, ()
     ours = webhook.player_uuid == player.machine_identifier
-    if ours:
+    if ours and CLAIMS.get(webhook.event) == PLAYING:
         player = replace(player, heard_at=at)
     if ours and webhook.event in CLAIMS:
         claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "", "webhook")
@@ -689,20 +696,26 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """A notification that says what is known is a sign of life; any other is a claim, and a reason to look at once."""
-    known_keys = {trace.session.session_key for trace in player.traces}
+    ours = {trace.session.session_key for trace in player.traces}
     if notification.client_identifier not in ("", player.machine_identifier):
         return player, ()
-    if not notification.client_identifier and notification.session_key not in known_keys:
-        return look_no_later(player, at + FOREIGN_S), ()                       # whose it is, the sessions know
+    if not notification.client_identifier and notification.session_key not in ours:
+        if notification.session_key in player.foreign_keys:
+            return player, ()
+        return look_no_later(player, at + FOREIGN_S), ()                # whose it is, the sessions know
     if notification.state in (PLAYING, BUFFERING):
         player = replace(player, heard_at=at)
-    same, state = player.plays(notification.rating_key), TRANSITIONS[player.state, notification.state]
+    unnamed = player.item is not None and "" in (notification.rating_key, player.item.rating_key)      # live TV
+    same, state = unnamed or player.plays(notification.rating_key), TRANSITIONS[player.state, notification.state]
     if state in (player.state, None) and (same or state == STOPPED):
         if same and notification.view_offset is not None:
             player = replace(player, view_offset=clamp(notification.view_offset, player.item), moved_at=at)
         return player, ()
+    disputed = player.claim is not None and player.claim.by == "events"   # the next look is due, soon enough
     claim = Claim(state or PAUSED, notification.rating_key, "events")
     player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+    if disputed and player.look_at is not None:
+        return player, ()
     return look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0)), ()
 
 
@@ -777,7 +790,8 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     else:
         by = claim.by if claim and claim.state == STOPPED else by
         player, changes = become(player, STOPPED, player.item, None, at, at, "", by)
-    player = replace(player, traces=tuple(outlast(trace, session, at) for trace in traces))
+    keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
+    player = replace(player, foreign_keys=keys, traces=tuple(outlast(trace, session, at) for trace in traces))
     return schedule(player, chosen, at), reports + changes
 
 
@@ -791,9 +805,13 @@ def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
 
 
 def documented(change: Change, before: PlayerState) -> bool:
-    """Whether Plex documents a webhook for a change: start, pause, resume and stop; not a skip within the queue."""
-    start = change.old_state == STOPPED or before.plays(change.item.identity)
-    return not change.reason and (change.state != PLAYING or start)
+    """Whether Plex documents a webhook for a change: start, pause, resume and stop; not a skip within the queue,
+    nor a ghost that was taken for stopped and comes back."""
+    same = before.plays(change.item.identity)
+    left = any(before.plays(trace.session.item.identity) for trace in before.traces)
+    back = same and left and change.old_state == STOPPED
+    skip = not same and change.state == PLAYING and change.old_state != STOPPED
+    return not (change.reason or back or skip or change.state == change.old_state)
 
 
 def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
@@ -808,7 +826,7 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
         if met := next((each for each in changes if each.matches(webhook)), None):
             changes.remove(met)
             delays_s.append(at - met.at)
-        elif observation.player_uuid == player.machine_identifier:
+        else:
             webhooks.append(webhook)
     just_back = not proof.armed or any(isinstance(report, Recovery) for report in reports)
     for change in reports:
@@ -992,8 +1010,13 @@ class _Answer(http.client.HTTPResponse):
     def __init__(self, connection: socket.socket, *args: Any, deadline: float, **kwargs: Any):
         super().__init__(connection, *args, **kwargs)
         self.fp.close()
-        self.reader = BoundedReader(connection, deadline, MAX_SESSIONS + MAX_HEAD)
+        self.reader = BoundedReader(connection, deadline, 2 * MAX_HEAD)       # twice: it reads ahead
         self.fp = io.BufferedReader(self.reader)
+
+    def begin(self) -> None:
+        """Read the head; then there is room for the body."""
+        super().begin()
+        self.reader.room = MAX_SESSIONS + MAX_HEAD
 
 
 class _WholeAnswer(http.client.HTTPConnection):
@@ -1088,6 +1111,7 @@ class PlexServer:
     def __init__(self, url: str, token: Callable[[], str], ca_file: str = ""):
         """token: gives the token as it is now.  Raises ConfigError for a ca_file that is none."""
         self.url, self.token, self.current_token = url, token, token()
+        self.renewed = threading.Event()              # the token is another one: try again what it was refused for
         try:
             context = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
         except OSError as error:                      # ssl.SSLError is one
@@ -1109,12 +1133,17 @@ class PlexServer:
         except urllib.error.HTTPError as error:
             error.close()
             raise status_error(error.code, self.url, path.partition("?")[0]) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:     # URLError is an OSError
+        except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
             raise network_error(error, self.url) from None
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise network_error(error, self.url) from None          # http.client's, on heads and chunks without sense
 
     def sessions(self) -> tuple[Session, ...]:
         """What plays now, on all players, within PLEX_S; raises PlexError."""
-        self.current_token = self.token()
+        token = self.token()
+        if token != self.current_token:
+            self.current_token = token
+            self.renewed.set()
         with self.open("/status/sessions") as response:
             body = response.read(MAX_SESSIONS + 1)
             if len(body) > MAX_SESSIONS:
@@ -1145,8 +1174,16 @@ class PlexServer:
             yield line
 
 
-def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], object]) -> None:
-    """Read the event stream for ever, and tell what it says; a thread of its own, which ends with the process."""
+WITHOUT_STREAM = {"missing": "the server has none (404)",
+                  "refused": "the server refuses the token in the X-Plex-Token header for it (401)"}
+
+
+def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], object],
+                  pause: Callable[[float], object]) -> None:
+    """Read the event stream for ever, and tell what it says; a thread of its own, which ends with the process.
+
+    pause: sleeps for so many seconds, or until there is a reason to try again.
+    """
     pause_s = STREAM_MIN_S
     while True:
         event, opened_at = "failed", time.monotonic()
@@ -1158,8 +1195,8 @@ def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], obje
             tell(Stream(event, error.fault, str(error)))
             if time.monotonic() - opened_at > SILENCE_S / 3:       # it has pinged: it was well
                 pause_s = STREAM_MIN_S
-            rare = event == "failed" and error.fault in ("missing", "refused", "forbidden")
-            time.sleep((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
+            rare = event == "failed" and error.fault in WITHOUT_STREAM
+            pause((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
             pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
 
@@ -1270,6 +1307,10 @@ class _Head:
         self.room -= len(line)
         return line
 
+    def close(self) -> None:
+        """As of a file: the connection broke within its head."""
+        self.rest.close()
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: its requests in turn, each answered at once, never waiting for Plex."""
@@ -1370,7 +1411,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def enter_large(self, held: contextlib.ExitStack) -> None:
         """Wait for a place among the large bodies, until `held` is closed; then be quick."""
         held.enter_context(self.server.large_bodies)
-        self.server.deadlines[self.connection] = time.monotonic() + LARGE_S
+        self.server.deadlines[self.connection] = min(self.server.deadlines[self.connection], time.monotonic() + LARGE_S)
 
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
         """A body of so many bytes.  A large one gets pages of its own: malloc would keep them, for each thread."""
@@ -1673,12 +1714,14 @@ class Watcher:
 
     def note_stream(self, stream: Stream) -> None:
         """A line for the event stream: one that the server does not give is said once, a break is usual."""
-        without = stream.event == "failed" and stream.fault in ("missing", "refused", "forbidden")
+        without = WITHOUT_STREAM.get(stream.fault) if stream.event == "failed" else None
         if without and not self.stream_missed:
-            say(logging.INFO, "no event stream: changes without a webhook wait for a slow look", reason=stream.sentence)
-        elif not without:
+            say(logging.INFO, f"no event stream, {without}: changes without a webhook wait for a slow look")
+        elif stream.event == "opened" and self.stream_missed:
+            say(logging.INFO, "the event stream is there now")
+        else:
             say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
-        self.stream_missed = without
+        self.stream_missed = without is not None or (self.stream_missed and stream.event == "failed")
 
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a player that was not heard of before becomes one of ours, for the newcomer to choose."""
@@ -1726,7 +1769,8 @@ class Watcher:
             case WebhooksMissing():
                 say(logging.WARNING, f"webhooks do not arrive: {report.in_a_row} changes in a row came without one. "
                     "The Plex server cannot reach the URL, or the account's webhooks do not have it, or there is no "
-                    "Plex Pass (then all is well: the other witnesses tell). See: streamerbrainz.py doctor")
+                    "Plex Pass (then all is well: the other witnesses tell). See README, Troubleshooting, or "
+                    "`streamerbrainz.py doctor` where your version has it")
             case WebhooksBack():
                 say(logging.INFO, f"webhooks arrive again, after {report.missed} that were missed")
 
@@ -1785,6 +1829,21 @@ def set_up_log(config: Config) -> None:
     log.propagate = False
 
 
+def watch_stream(plex: PlexServer, inbox: queue.SimpleQueue[Message]) -> None:
+    """The stream's thread: notifications go into the inbox while it is nearly empty, so that webhooks find room."""
+    def tell(message: Notification | Stream) -> None:
+        if isinstance(message, Stream) or inbox.qsize() < MAX_NOTED:
+            inbox.put(message)
+
+    def pause(pause_s: float) -> None:
+        plex.renewed.wait(pause_s)
+        plex.renewed.clear()
+    try:
+        follow_stream(plex, tell, pause)
+    except Exception as error:                        # a bug of ours: the main thread raises it
+        inbox.put(Crash(error))
+
+
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
@@ -1796,7 +1855,7 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     elif config.plex_events:
-        threading.Thread(target=follow_stream, args=(plex, listener.tell), name="stream", daemon=True).start()
+        threading.Thread(target=watch_stream, args=(plex, inbox), name="stream", daemon=True).start()
     systemd.notify("READY=1")
     try:
         Watcher(config, inbox, plex, systemd).run()

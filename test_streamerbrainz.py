@@ -860,6 +860,7 @@ def test_three_misses_in_a_row_are_one_warning_and_the_next_arrival_is_one_line(
     assert [r for r in judge.reports if isinstance(r, sb.WebhooksBack)] == [sb.WebhooksBack(8)]
     proof = judge.player.proof
     assert (proof.arrived, proof.missed, proof.in_a_row, proof.delays_s) == (4, 8, 0, (1.0,) * 4)
+    assert proof.median_delay_s == 1.0 and sb.Proof().median_delay_s is None
 
 
 def test_webhooks_that_come_first_have_arrived_and_two_misses_are_no_warning():
@@ -887,6 +888,71 @@ def test_no_webhook_is_expected_for_a_skip_a_crash_a_start_before_ours_or_what_a
     judge.hear("media.resume")
     judge.wait(100)                                        # frozen
     assert judge.player.proof.missed == 0 and judge.player.state == STOPPED
+
+
+def test_no_webhook_is_expected_for_skips_while_paused_or_a_ghost_that_comes_back():
+    judge = playing(poll_interval_s=2.0)
+    judge.show(session_xml(PAUSED))
+    judge.hear("media.pause")
+    judge.wait(20)
+    for item in (OTHER, SONG, OTHER, SONG):
+        judge.show(session_xml(PAUSED, item=item))
+        judge.wait(20)
+    judge.show(session_xml(offset="5"))
+    judge.hear("media.resume")
+    judge.wait(20)
+    for offset in ("10", "20", "30", "40"):
+        judge.show(session_xml(offset=offset))
+        judge.wait(60)
+    assert judge.player.proof.missed == 0 and [r.reason for r in judge.reports if isinstance(r, Change)].count("frozen") == 4
+
+
+@pytest.mark.parametrize("event", ["media.stop", "media.pause", "media.rate", "foo.bar"])
+def test_a_late_webhook_does_not_wake_a_ghost(event):
+    judge = playing(poll_interval_s=2.0)
+    judge.wait(60)
+    judge.hear(event)
+    judge.wait(60)
+    assert judge.said() == [(STOPPED, A)]
+
+
+def test_webhooks_under_another_uuid_that_come_first_have_arrived():
+    judge = Judge(poll_interval_s=0.0)
+    judge.wait(1)
+    for event, world in (("media.play", [session_xml()]), ("media.stop", []), ("media.play", [session_xml()])):
+        judge.show(*world)
+        judge.hear(event, uuid="another name of m1")
+        judge.wait(20)
+    assert (judge.player.proof.arrived, judge.player.proof.missed) == (3, 0)
+
+
+def test_repeats_of_what_has_no_rating_key_cost_no_look():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(item={"type": "clip", "title": "Live"}, offset=None))
+    judge.wait(0)
+    for rating_key in ("", "999") * 5:
+        judge.note(PLAYING, rating_key)
+        judge.wait(10)
+    assert judge.looks == 1
+
+
+def test_other_peoples_repeats_without_a_player_cost_no_look():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(), session_xml(player="m2", key="8"))
+    judge.wait(0)
+    for _ in range(10):
+        judge.note(PLAYING, "102", player="", key="8")
+        judge.wait(10)
+    assert judge.looks == 1
+
+
+def test_a_flood_of_contradicting_notifications_is_looked_at_a_few_times_a_second():
+    judge = playing(poll_interval_s=0.0)
+    before = judge.looks
+    for number in range(1000):
+        judge.note((PAUSED, PLAYING)[number % 2], str(number + 500))
+        judge.wait(0.01)
+    assert judge.looks - before <= 10 / sb.RELOOK_S[0] + 2
 
 
 def test_a_webhook_under_another_uuid_proves_as_much():
@@ -1206,6 +1272,8 @@ NO_PLEX = "is -plex-server-url that of Plex Media Server?"
      "{} answered more than 1048576 bytes, which no list of sessions has."),
     (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc"), "nonsense",
      "{} does not speak HTTP as Plex does (ValueError)."),
+    (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x; boundary*=x; boundary*0=y\r\n\r\n"), "nonsense",
+     "{} does not speak HTTP as Plex does (TypeError)."),
     (hang, "unreachable", "{} did not answer within 0.3 s."),
     (drip(WELL), "unreachable", "{} did not answer within 0.3 s."),
     (drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 20), "unreachable", "{} did not answer within 0.3 s."),
@@ -1311,7 +1379,7 @@ def told(url, enough, timeout=8.0):
 
     def run():
         with contextlib.suppress(Done):
-            sb.follow_stream(sb.PlexServer(url, lambda: TOKEN), tell)
+            sb.follow_stream(sb.PlexServer(url, lambda: TOKEN), tell, time.sleep)
     thread.start()
     thread.join(timeout)
     assert not thread.is_alive(), heard
@@ -1344,6 +1412,8 @@ def test_a_chunked_stream_is_read_however_it_is_cut():
     (lambda c: c.sendall(STREAM.encode() + PLAYS[:50]), "broke", "unreachable", "{} ended the event stream."),
     (lambda c: c.sendall(STREAM.encode()[:-2] + CHUNKED.encode() + b"\r\n40\r\n" + PLAYS[:50]), "broke", "nonsense", None),
     (lambda c: c.sendall(STREAM.encode()[:-2] + CHUNKED.encode() + b"\r\n-5\r\n" + PLAYS), "broke", "nonsense", None),
+    (lambda c: c.sendall(STREAM.encode()[:-2] + CHUNKED.encode() + b"\r\nffffffffffffffff\r\n" + PLAYS), "broke", "nonsense", None),
+    (lambda c: c.sendall(STREAM.encode()[:-2] + b"Content-Type: multipart/x; boundary*=x; boundary*0=y\r\n\r\n"), "broke", "unreachable", None),
     (lambda c: c.sendall(STREAM.encode() + b"data: " + b"x" * 200_000), "broke", "unreachable", "{} ended the event stream."),
     (lambda c: (c.sendall(STREAM.encode() + PING), c.recv(1)), "broke", "unreachable", "{} sent no event for 0.3 s."),
     (lambda c: (c.sendall(STREAM.encode()), drip(b"x" * 400)(c)), "broke", "unreachable", "{} sent no event for 0.3 s."),
@@ -1365,7 +1435,7 @@ def test_every_way_to_break_a_stream_is_told_and_it_is_opened_again(answer, even
         assert broken[0].sentence == sentence.format(server.url)
 
 
-def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_less_often(monkeypatch):
+def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_less_often():
     pauses = []
 
     class Done(BaseException):
@@ -1375,11 +1445,10 @@ def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_l
         pauses.append(pause_s)
         if len(pauses) == 20:
             raise Done
-    monkeypatch.setattr(sb.time, "sleep", sleep)
     for status_, low, high in (("404 Not Found", 0.8 * sb.STREAM_RARE_S, 1.2 * sb.STREAM_RARE_S), ("503 No", 0.2, 1.2 * sb.STREAM_MAX_S)):
         pauses.clear()
         with RawServer(http_answer(b"", status_)) as server, pytest.raises(Done):
-            sb.follow_stream(sb.PlexServer(server.url, lambda: TOKEN), lambda message: None)
+            sb.follow_stream(sb.PlexServer(server.url, lambda: TOKEN), lambda message: None, sleep)
         assert all(low <= pause <= high for pause in pauses)
     assert pauses[0] < 0.4 and pauses[-1] > 0.8 * sb.STREAM_MAX_S
 
@@ -1664,6 +1733,46 @@ def test_threads_are_bounded_and_the_connection_one_too_many_waits(listener, mon
         connection.close()
 
 
+def test_a_connection_that_is_reset_anywhere_in_a_request_is_no_bug(listener):
+    whole = post()
+    for end in (*range(1, 30), *range(30, len(whole), 37)):
+        with connect(listener) as connection:
+            connection.sendall(whole[:end])
+            reset(connection)
+    assert status(exchange(listener, whole)) == 200
+    eventually(lambda: len(listener.deadlines) == 0)
+    while not listener.inbox.empty():
+        assert not isinstance(listener.inbox.get(), sb.Crash)
+
+
+def test_notifications_leave_room_for_webhooks(plex):
+    inbox = queue.SimpleQueue()
+    plays = PLAYS * 3 * sb.MAX_NOTED
+    with RawServer(lambda connection: (connection.sendall(STREAM.encode() + plays), connection.recv(1))) as server:
+        threading.Thread(target=sb.watch_stream, args=(sb.PlexServer(server.url, lambda: TOKEN), inbox), daemon=True).start()
+        eventually(lambda: inbox.qsize() >= sb.MAX_NOTED)
+        time.sleep(0.1)
+        assert inbox.qsize() == sb.MAX_NOTED
+
+
+def test_a_new_token_opens_the_stream_at_once():
+    token = ["wrong"]
+
+    def answer(connection):
+        known = f"x-plex-token: {TOKEN}".encode() in server.requests[-1].lower()
+        stream = b"eventsource" in server.requests[-1]
+        (http_answer(sessions_xml(), "200 OK" if known else "401 No") if not stream or not known
+         else lambda c: c.sendall(STREAM.encode() + PING))(connection)
+    inbox = queue.SimpleQueue()
+    with RawServer(answer) as server:
+        plex = sb.PlexServer(server.url, lambda: token[0])
+        threading.Thread(target=sb.watch_stream, args=(plex, inbox), daemon=True).start()
+        assert inbox.get(timeout=5).fault == "refused"
+        token[0] = TOKEN
+        assert plex.sessions() == ()
+        assert inbox.get(timeout=5) == sb.Stream("opened")
+
+
 def test_a_bug_in_a_request_thread_ends_the_process_and_a_broken_connection_does_not(listener, monkeypatch):
     def bug(*_):
         raise ZeroDivisionError("ours")
@@ -1864,7 +1973,10 @@ def test_a_stream_that_the_server_does_not_give_is_said_once(lines):
     for event, fault in (("failed", "missing"), ("failed", "missing"), ("opened", ""), ("broke", "unreachable"), ("failed", "refused")):
         watcher.handle(sb.Stream(event, fault, "So."))
     assert [line for line in lines if line.startswith("<6>")] == [
-        "<6>no event stream: changes without a webhook wait for a slow look reason=So."] * 2
+        "<6>no event stream, the server has none (404): changes without a webhook wait for a slow look",
+        "<6>the event stream is there now",
+        "<6>no event stream, the server refuses the token in the X-Plex-Token header for it (401): "
+        "changes without a webhook wait for a slow look"]
 
 
 def test_a_change_says_why_it_is_believed_at_debug_and_in_a_counter(plex, token_file, lines):
@@ -1884,7 +1996,7 @@ def test_missing_webhooks_are_a_warning_that_names_leg_and_causes_in_order(lines
     watcher.report(sb.WebhooksBack(7))
     assert lines == ["<4>webhooks do not arrive: 3 changes in a row came without one. The Plex server cannot reach the URL, or the "
                      "account's webhooks do not have it, or there is no Plex Pass (then all is well: the other witnesses tell). "
-                     "See: streamerbrainz.py doctor", "<6>webhooks arrive again, after 7 that were missed"]
+                     "See README, Troubleshooting, or `streamerbrainz.py doctor` where your version has it", "<6>webhooks arrive again, after 7 that were missed"]
 
 
 def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_path):
