@@ -123,7 +123,7 @@ REST_S = 0.01                 # after a look: the webhooks of one moment (stop a
 FOREIGN_S = 1.0               # from another player's webhook to a look (its uuid is but a hint)
 
 # From a look that does not bear a webhook out to the next.  Sessions lag by up to 2 s: steps of
-# 0.25 s find a change that holds for 2 s only (0.25, 0.5, 1, 2 s: 1 in 50 was missed).
+# 0.25 s find a change that holds for 2 s only, which steps that double would miss.
 RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
 
 CONFIRM_S = 2.0               # from a look that bears it out to one more: sessions that lag may bear out an old one
