@@ -2139,6 +2139,7 @@ commands:
 EPILOG = """@FILE reads flags from a file, one a line, with # comments.  -flag is --flag.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
 
+NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
 HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
 
 
@@ -2163,6 +2164,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments in a line of an @FILE, words quoted as in a shell."""
+        if re.search("[\udc80-\udcff]", arg_line):
+            raise ConfigError(NOT_UTF_8)
         arg_line = arg_line.removeprefix("\ufeff")            # of Windows' Notepad
         try:
             words = shlex.split(arg_line, comments=True)
@@ -2274,8 +2277,8 @@ def parse_config(words: Sequence[str]) -> Config:
         raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
     try:
         flags, unknown = flag_parser().parse_known_args(words)
-    except UnicodeDecodeError as error:
-        raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
+    except UnicodeDecodeError as error:                 # Python 3.11; later ones decode what is none as surrogates
+        raise ConfigError(NOT_UTF_8) from error
     if unknown:
         raise ConfigError(unknown_words(unknown))
     config = Config(command=command, **vars(flags))
