@@ -136,8 +136,10 @@ STREAM_RARE_S = 600.0         # where the server has none (404), or refuses the 
 PROOF_S = 10.0                # within which a change and its webhook belong together; webhooks up to 5 s late were seen
 PROOF_MISSES = 3              # in a row make a warning: one alone may have been lost, or never sent
 MAX_EARLY = 20                # webhooks that are kept for changes not seen yet
+
 FROZEN_S = 41.0               # a playing view_offset that stands still for three renewals of 10 to 15 s; a prime, so
                               # that a short track on repeat is not seen at one place by each slow look
+
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
 
@@ -473,7 +475,7 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
     return tuple(Notification(state=one["state"], session_key=text(one.get("sessionKey")),
                               client_identifier=text(one.get("clientIdentifier")),
                               rating_key=text(one.get("ratingKey")), view_offset=number(one.get("viewOffset")))
-                 for one in each if one.get("state") in ("playing", "paused", "stopped", "buffering"))
+                 for one in each if one.get("state") in (PLAYING, PAUSED, STOPPED, BUFFERING))
 
 
 # === Player: Observation -> PlayerState, reports (advance) ===
@@ -696,13 +698,13 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """A notification that says what is known is a sign of life; any other is a claim, and a reason to look at once."""
-    ours = {trace.session.session_key for trace in player.traces}
     if notification.client_identifier not in ("", player.machine_identifier):
         return player, ()
-    if not notification.client_identifier and notification.session_key not in ours:
+    if not notification.client_identifier:
         if notification.session_key in player.foreign_keys:
             return player, ()
-        return look_no_later(player, at + FOREIGN_S), ()                # whose it is, the sessions know
+        if notification.session_key not in {trace.session.session_key for trace in player.traces}:
+            return look_no_later(player, at + FOREIGN_S), ()            # whose it is, the sessions know
     if notification.state in (PLAYING, BUFFERING):
         player = replace(player, heard_at=at)
     unnamed = player.item is not None and "" in (notification.rating_key, player.item.rating_key)      # live TV
@@ -1267,7 +1269,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """A bug of ours in a request thread: it ends the process from the main thread."""
+    """A bug of ours in another thread: it ends the process from the main thread."""
     error: BaseException
 
 
@@ -1317,7 +1319,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
-    error_content_type = "text/plain; charset=utf-8"
     server: Listener
     rfile: io.BufferedReader
 
@@ -1358,9 +1359,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 length = self.length()
                 self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
         except WebhookError as error:
-            self.answer(error.status, f"{error}\n")
-            self.server.tell(Refused(error.status, str(error), self.target()[:MAX_PATH], self.client_address[0],
-                                     self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
+            self.refuse(error)
+
+    def refuse(self, error: WebhookError) -> None:
+        """Answer what is wrong, and tell of it."""
+        self.answer(error.status, f"{error}\n")
+        self.server.tell(Refused(error.status, str(error), self.target()[:MAX_PATH], self.client_address[0],
+                                 self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -1460,7 +1465,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.length()
         except WebhookError as error:
-            self.answer(error.status, f"{error}\n")
+            self.refuse(error)
             return False
         self.send_response_only(100)
         self.end_headers()
@@ -1844,6 +1849,23 @@ def watch_stream(plex: PlexServer, inbox: queue.SimpleQueue[Message]) -> None:
         inbox.put(Crash(error))
 
 
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
+    """Turn signals into messages, for ever; a thread of its own, while all others block SIGNALS.
+
+    A handler would run in the main thread, and not at all if the signal comes in the moment
+    before that waits for its inbox.  After the first signal to end, a second one, or a main
+    thread that does not come to its end, ends the process the hard way.
+    """
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        inbox.put(Reload())
+    inbox.put(Stop())
+    signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, PLEX_S + 1)
+    os._exit(1)
+
+
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
@@ -1863,23 +1885,6 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
         systemd.notify("STOPPING=1")
         listener.close()
         say(logging.INFO, "stopped listening")
-
-
-SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-
-
-def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
-    """Turn signals into messages, for ever; a thread of its own, while all others block SIGNALS.
-
-    A handler would run in the main thread, and not at all if the signal comes in the moment
-    before that waits for its inbox.  After the first signal to end, a second one, or a main
-    thread that does not come to its end, ends the process the hard way.
-    """
-    while signal.sigwait(SIGNALS) == signal.SIGHUP:
-        inbox.put(Reload())
-    inbox.put(Stop())
-    signal.sigtimedwait(SIGNALS - {signal.SIGHUP}, PLEX_S + 1)
-    os._exit(1)
 
 
 def runs_already(config: Config) -> bool:
