@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""StreamerBrainz tells what your Plex player is doing.
+"""StreamerBrainz tells what your Plex player is doing, and keeps what you have watched.
 
 It receives the webhooks of Plex Media Server, asks the server's sessions about one
 chosen player (mostly Plexamp), and logs each change of that player:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
+
+It also keeps, where that is wanted, what was watched: see "The watch tracker" below.
 
 A webhook says that something happened, the server's event stream says each change as it
 happens, /status/sessions says what is so now.  Each of them lies at times: webhooks get
@@ -17,31 +19,39 @@ was not true, and every playing ends in one stopped.
       |  POST /webhooks/plex     |  GET /healthz
       v                          v
     Listener ---- bytes -> Webhook -----> inbox <--- signals
-      a thread for each connection          |   ^
-                                            |   +--- Notification <- event stream
-                                            v
-                                         Watcher ---- "look" ----> PlexServer
-                                          |  ^                  GET /status/sessions
-              advance(player, ..., at) ---+  +------ bytes -> (Session, ...)
-                                          |
+      |  a thread for each connection       |   ^
+      |                                     |   +--- Notification <- event stream
+      v  with -tracker-db                   v
+    Journal: committed, then 200         Watcher ---- "look" ----> PlexServer
+      |                                   |  ^                  GET /status/sessions
+      v       advance(player, ..., at) ---+  +------ bytes -> (Session, ...)
+    Worker -> Match -> marked             |
                                           +--> Change -> log line, systemd's STATUS=
 
 thread              owns                               never
 main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the resolver)
 listener            the listening socket, deadlines    reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex, decides
+worker              the tracker's shows and marks      delays an answer or the Watcher
 stream              its connection to the server       decides
 signals             the signals, blocked elsewhere     does more than put into the inbox
 What crosses threads are values that never change, through the inbox (a SimpleQueue) or by
-replacing one reference.  The one exception is Listener.deadlines, a dict with one entry for
-each connection, which its thread moves on.
+replacing one reference.  The exceptions: Listener.deadlines, a dict with one entry for each
+connection, which its thread moves on; and what has a lock, the Gate and the Journal.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
   session  an item that a player has now    item     a track, episode, movie, clip, photo
   look     one query of /status/sessions    listener our own HTTP side
+  show     a series, or a movie (of one     entry    a row of the tracker's journal: a webhook,
+           episode, 0x0) in the tracker              or a play that only the history told
 Units: Plex's times are integer milliseconds; our own end in _s; `at` is monotonic seconds.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration.
+
+The watch tracker: each webhook is a row of the journal, committed before its answer.  The
+worker finds the show of each media.scrobble, by what it was before, by the show's ids, or by
+title and year; it marks the episode, or makes a conflict for a person.  A row is finished in
+one transaction: a kill at any moment loses and doubles nothing.
 
 The upper half of this file computes and touches nothing; the lower half touches the
 world and decides nothing.  `grep '^# ===' streamerbrainz.py` is the table of contents.
@@ -51,15 +61,19 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
 import email.errors
 import email.message
 import email.parser
 import errno
 import functools
 import getpass
+import heapq
+import hmac
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -69,6 +83,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -77,8 +92,10 @@ import ssl
 import stat
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -136,6 +153,24 @@ STREAM_RARE_S = 600.0         # where the server has none (404), or refuses the 
 PROOF_S = 10.0                # within which a change and its webhook belong together; webhooks up to 5 s late were seen
 PROOF_MISSES = 3              # in a row make a warning: one alone may have been lost, or never sent
 MAX_EARLY = 20                # webhooks that are kept for changes not seen yet
+MAX_GUIDS = 16                # read of an item; Plex sends 3
+MAX_CANDIDATES = 5            # shows that a person is asked about
+MAX_SIMILAR = 20              # ... or compared with
+MAX_POSTINGS = 60_000         # of the trigrams' index, that are read for them: 5 ms
+MAX_PAGE = 32 * 2**20         # bytes of a page of the library: up to 60 kB an item, 5 to 10 are usual
+PAGE = 500                    # items of a page
+MAX_ADDRESSES = 1000          # whose webhooks are counted; the one silent longest goes
+MAX_ATTEMPTS = 30             # to finish an entry of the journal: they take a day
+ROW_MIN_S = 30.0              # from the first of them to the next; it doubles ...
+ROW_MAX_S = 3600.0            # ... up to this
+DUPLICATE_S = 300.0           # between two scrobbles of an item that are one; the contract's
+HISTORY_S = 3600.0            # between two looks into the server's history
+HISTORY_REST_S = 60.0         # that a webhook may come later than its play is in there
+SAME_PLAY_S = 6 * 3600.0      # between a webhook and its play in there: the play may be dated to its end, after a pause
+FOUND_NOTHING_S = 86400.0     # that TMDB's "nothing" is believed
+DATABASE_S = 5.0              # to wait for another process that writes into the tracker
+TRACKER_RETRY_S = 30.0        # from a tracker that cannot go on (full disk) to the next try
+IMPORT_S = 60.0               # for a page of an import: a small NAS takes seconds for 500 items
 
 FROZEN_S = 41.0               # a playing view_offset that stands still for three renewals of 10 to 15 s; a prime, so
                               # that a short track on repeat is not seen at one place by each slow look
@@ -146,20 +181,38 @@ WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can ca
 @dataclass(frozen=True, slots=True)
 class Config:
     """What the flags say, checked; made by parse_config()."""
-    command: str = "run"           # run, players, demo
-    server_address: str = ""       # players HOST:PORT; "": plex_server_url
+    command: str = "run"           # run, players, tracker, secret, demo
+    words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker
     webhooks_host: str = ""        # address to listen on; "": all, IPv4 and IPv6
     webhooks_port: int = 3001      # 0: a free one (demo and tests)
+    webhook_secret_file: str = ""  # path; "": webhooks need no secret
+    rate_limit: int | None = None  # webhooks a minute from one address; 0: no limit; None: as it is safe
     plex_server_url: str = ""      # no slash at its end; "": webhooks alone
     plex_token_file: str = ""      # path
     plex_ca_file: str = ""         # path of a CA bundle; "": the system's
     plex_machine_id: str = ""      # Plex's machineIdentifier of the player
     poll_interval_s: float = 30.0  # between slow looks; 0: none
     plex_events: bool = True       # open the server's event stream
+    tracker_db: str = ""           # path of the watch tracker's database; "": no tracker
+    tracker_log_days: int = 90     # that finished rows are kept; 0: for ever
+    auto_mark_watched: bool = True  # False: find the show, mark nothing
+    auto_add_shows: bool = False   # add a show of certain identity that the tracker lacks
+    accounts: str = ""             # titles or ids, separated by commas; "*": all; "": the webhook's owner
+    tmdb_token_file: str = ""      # path
     log_level: str = "info"        # error, warn, info, debug
     log_format: str = "text"       # text, json
-    json: bool = False             # players: print JSON
+    json: bool = False             # players, tracker: print JSON
+    status: str = ""               # tracker log: only such rows; "": all
+    show: str = ""                 # tracker log: only this show's, by id or words; "": all
+    last: int = 20                 # tracker log: rows at most
     speed: float = 1.0             # demo: times faster
+
+    @property
+    def webhooks_a_minute(self) -> int:
+        """From one address; 0: no limit."""
+        if self.rate_limit is not None:
+            return self.rate_limit
+        return 100 if self.webhook_secret_file or self.tracker_db else 0
 
 
 # === Errors: by whose fault ===
@@ -169,11 +222,14 @@ class ConfigError(Exception):
 
 
 class WebhookError(Exception):
-    """The sender's fault: the HTTP status (4xx; 503 when too much waits) and a sentence for the body."""
+    """The sender's fault: the HTTP status (4xx; 503 when too much waits) and a sentence for the body.
 
-    def __init__(self, status: int, sentence: str):
+    retry_s: after which it may be tried again (429, 503).
+    """
+
+    def __init__(self, status: int, sentence: str, retry_s: int = 5):
         super().__init__(sentence)
-        self.status = status
+        self.status, self.retry_s = status, retry_s
 
 
 class PlexError(Exception):
@@ -186,6 +242,10 @@ class PlexError(Exception):
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
         self.fault = fault
+
+
+class TrackerError(Exception):
+    """The disk's or the database's fault, as a sentence."""
 
 
 # === Items: Plex's attributes -> Item (parse_item) ===
@@ -252,6 +312,27 @@ def parse_item(attributes: Mapping[str, Any]) -> Item:
 # === Webhook: bytes -> Webhook (parse_webhook) ===
 
 @dataclass(frozen=True, slots=True)
+class Scrobble:
+    """What a finished episode or movie tells besides its Item."""
+    show_key: str = ""            # grandparentRatingKey: the show on its server; "": not said
+    show_guid: str = ""           # grandparentGuid; "": not said (legacy agents)
+    guids: tuple[str, ...] = ()   # the item's own in other databases: imdb://, tmdb://, tvdb://
+    year: int | None = None       # of the episode, its season or the movie; None: not said
+
+
+def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ids in Plex's `Guid`, a list of {"id": "tmdb://1396"}."""
+    found = attributes.get("Guid")
+    return tuple(text(mapping(each).get("id")) for each in (found[:MAX_GUIDS] if isinstance(found, list) else ()))
+
+
+def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
+    """The Scrobble of Plex's attributes (JSON Metadata)."""
+    return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
+                    item_guids(attributes), number(attributes.get("year")))
+
+
+@dataclass(frozen=True, slots=True)
 class Webhook:
     """One webhook of Plex Media Server."""
     event: str                    # media.play, library.new, ...; unknown ones will come
@@ -259,6 +340,11 @@ class Webhook:
     player_title: str = ""
     item: Item | None = None      # None: not said
     view_offset: int | None = None  # ms; None: not said (mostly)
+    server: str = ""              # Server.uuid: its machineIdentifier; "": not said
+    account_id: str = ""          # Account.id: the server's, or plex.tv's; the owner's is not always 1
+    account: str = ""             # Account.title: a name, or an e-mail address
+    user: bool = False            # the account whose webhook it is did it
+    scrobble: Scrobble | None = None      # of a media.scrobble
 
 
 Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
@@ -331,9 +417,14 @@ def parse_payload(payload: bytes) -> Webhook:
     if not isinstance(event, str) or not event:
         raise WebhookError(400, "The payload is not a Plex webhook: it names no event.")
     player, metadata = mapping(fields.get("Player")), mapping(fields.get("Metadata"))
+    account = mapping(fields.get("Account"))
     return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
                    item=parse_item(metadata) if metadata else None,
-                   view_offset=number(metadata.get("viewOffset")))
+                   view_offset=number(metadata.get("viewOffset")),
+                   server=text(mapping(fields.get("Server")).get("uuid")),
+                   account_id=text(account.get("id")), account=text(account.get("title")),
+                   user=fields.get("user") is True,
+                   scrobble=parse_scrobble(metadata) if event == "media.scrobble" else None)
 
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
@@ -415,8 +506,8 @@ def parse_session(element: ElementTree.Element) -> Session | None:
                    platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
 
 
-def parse_sessions(xml: bytes) -> tuple[Session, ...]:
-    """The sessions in an answer of /status/sessions; raises PlexError where it is no such answer."""
+def parse_xml(xml: bytes) -> ElementTree.Element:
+    """The MediaContainer of an answer; raises PlexError where it is none."""
     parser = ElementTree.XMLParser(target=_NoDoctype())
     try:
         parser.feed(_REFERENCES.sub("", xml.decode("utf-8", "replace").translate(_CONTROLS)))
@@ -427,7 +518,12 @@ def parse_sessions(xml: bytes) -> tuple[Session, ...]:
     if root.tag != "MediaContainer":
         raise PlexError("nonsense", "The server's answer is XML, but no list of sessions. "
                         "Does -plex-server-url point to Plex Media Server?")
-    return tuple(session for element in root if (session := parse_session(element)))
+    return root
+
+
+def parse_sessions(xml: bytes) -> tuple[Session, ...]:
+    """The sessions in an answer of /status/sessions; raises PlexError where it is no such answer."""
+    return tuple(session for element in parse_xml(xml) if (session := parse_session(element)))
 
 
 def find_session(sessions: Sequence[Session]) -> Session | None:
@@ -435,6 +531,28 @@ def find_session(sessions: Sequence[Session]) -> Session | None:
     def rank(session: Session) -> tuple[bool, bool, int]:
         return session.state != PAUSED, session.item.type != "photo", number(session.session_key) or 0
     return max(sessions, key=rank, default=None)
+
+
+# === Library: JSON or XML -> items (parse_container) ===
+
+def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """The attributes of a MediaContainer and of each item in it, as JSON names them; raises PlexError.
+
+    We ask for JSON; older servers, and some paths, answer in XML all the same.
+    """
+    if (body := body.lstrip())[:1] == b"<":
+        root = parse_xml(body)
+        return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
+    try:
+        container = mapping(json.loads(body)).get("MediaContainer")
+    except (ValueError, RecursionError):
+        container = None
+    if not isinstance(container, dict):
+        raise PlexError("nonsense", "The server's answer is neither JSON nor XML of Plex's, or is cut short. "
+                        "Does -plex-server-url point to Plex Media Server?")
+    lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account"))
+    found = next((each for each in lists if isinstance(each, list)), [])
+    return container, [each for each in found if isinstance(each, dict)]
 
 
 # === Notifications: stream lines -> (Notification, ...) (read_events, parse_notifications) ===
@@ -874,6 +992,296 @@ def advance(player: PlayerState, observation: Observation, at: float) -> Verdict
     return player, reports + news
 
 
+# === Shows: guids, titles -> Match (parse_guid, similarity, choose_show) ===
+# A mark on the wrong show is worse than a question: what is not certain becomes a conflict,
+# which a person resolves.  A movie is a show of one episode, 0x0.
+
+EPISODE, MOVIE = "episode", "movie"
+
+# A name of a database in a guid -> our column of that id.
+DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
+
+# tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
+_GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|tvdb|tmdb|imdb)\d?(?:://|-)"
+                   r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """What a show or movie is in other databases; None: not known."""
+    tmdb_id: int | None = None
+    tvdb_id: int | None = None
+    imdb_id: str | None = None    # tt0903747
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in (self.tmdb_id, self.tvdb_id, self.imdb_id))
+
+    def contradicts(self, other: Ids) -> bool:
+        """Whether both have an id in one database, and not the same."""
+        pairs = ((self.tmdb_id, other.tmdb_id), (self.tvdb_id, other.tvdb_id), (self.imdb_id, other.imdb_id))
+        return any(one is not None and two is not None and one != two for one, two in pairs)
+
+
+def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
+    """A guid's column (of DATABASES), id, season and episode; None for one that names no such id.
+
+    A legacy agent's guid of an episode carries the id of the *show*; tmdb://, tvdb:// and
+    imdb:// are those of the item that has them.
+    """
+    found = _GUID.fullmatch(guid)
+    if found is None or (found[1] == "imdb") != bool(found[2]):
+        return None
+    value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
+    return DATABASES[found[1]], value, number(found[4]), number(found[5])
+
+
+def parse_ids(guids: Iterable[str]) -> Ids:
+    """The ids in some guids, the first of each database."""
+    found: dict[str, Any] = {}
+    for parsed in map(parse_guid, guids):
+        if parsed:
+            found.setdefault(parsed[0], parsed[1])
+    return Ids(**found)
+
+
+def normal(title: str) -> str:
+    """A title by which equal titles are equal, whoever typed them."""
+    plain = re.sub("[\u0300-\u036f.'\u2018\u2019`*\u00b4]", "", unicodedata.normalize("NFKD", title.casefold()))
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", plain.replace("&", " and ")))
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Title:
+    """A show's title, taken apart."""
+    normal: str                   # case, accents, punctuation and a leading article aside
+    year: int | None              # of "(2009)"
+    country: str                  # of "(US)": a code of two letters
+
+
+_QUALIFIER = re.compile(r"(.*\S)\s*[(\[](\d{4}|[A-Z]{2}|USA)[)\]]\s*", re.DOTALL)
+COUNTRIES = {"USA": "US", "GB": "UK"}
+
+
+def parse_title(title: str) -> Title:
+    """The Title of what Plex shows."""
+    year, country = None, ""
+    while qualified := _QUALIFIER.fullmatch(title):
+        title, word = qualified[1], qualified[2]
+        if word.isdigit():
+            year = int(word)
+        else:
+            country = COUNTRIES.get(word, word)
+    return Title(normal(title), year, country)
+
+
+def trigrams(title: str) -> frozenset[str]:
+    """The trigrams of a normal title as PostgreSQL's pg_trgm makes them: words with two blanks before, one after."""
+    return frozenset(padded[i:i + 3] for word in title.split() for padded in (f"  {word} ",)
+                     for i in range(len(padded) - 2))
+
+
+def similarity(one: str, two: str) -> float:
+    """How alike two normal titles are, 0 to 1: the share of their trigrams that both have (pg_trgm's similarity)."""
+    a, b = trigrams(one), trigrams(two)
+    return len(a & b) / len(a | b) if a or b else float(one == two)
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """A show or movie, in the tracker or as a server tells of it."""
+    type: str                     # EPISODE: a show; MOVIE
+    title: str
+    year: int | None = None       # the first; None: not known
+    ids: Ids = Ids()
+    id: int = 0                   # the tracker's; 0: not in it
+    own_year: bool = True         # False: the year may be the season's or the episode's
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The show that is meant."""
+    show_id: int                  # the tracker's; 0: one that a person chose to ignore
+    by: str                       # mapping, tmdb_id, tvdb_id, imdb_id, title; new: it was added
+    confidence: float             # 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A show that may be meant."""
+    show: Show
+    score: float                  # 0 to 1
+    year: int                     # how well the years agree: 1 within one, 0 possible, -1 not
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """No one show is meant for certain."""
+    kind: str                     # multiple_matches, ambiguous, no_match
+    candidates: tuple[Candidate, ...] = ()
+
+
+CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}      # in the order in which they are asked
+TAKEN_ABOVE = 0.9                 # score of a title that is taken; the contract's
+MIN_SIMILARITY = 0.5              # of a title that a person is asked about
+YEAR_FITS, YEAR_LATER = 0.10, 0.05    # a show that began in that year, or before it; the contract's
+
+
+def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:
+    """1: within one; 0: the show began earlier, and the year may be a season's; -1: neither; None: not known."""
+    own = wanted.own_year or wanted_title.year is not None
+    year, known_year = wanted_title.year or wanted.year, known_title.year or known.year
+    if year is None or known_year is None:
+        return None
+    return 1 if abs(year - known_year) <= 1 else 0 if known_year < year and not own else -1
+
+
+def candidate(wanted: Show, known: Show) -> Candidate | None:
+    """A known show as what may be meant; None where it cannot be."""
+    title, known_title = parse_title(wanted.title), parse_title(known.title)
+    if wanted.ids.contradicts(known.ids) or (title.country and known_title.country and
+                                             title.country != known_title.country):
+        return None
+    alike, years = similarity(title.normal, known_title.normal), years_agree(wanted, title, known, known_title)
+    if alike < MIN_SIMILARITY:
+        return None
+    score = min(1.0, alike + {1: YEAR_FITS, 0: YEAR_LATER}.get(-1 if years is None else years, 0.0))
+    doubtful = years == -1 or (title.country != known_title.country and years != 1)
+    return Candidate(known, min(score, TAKEN_ABOVE) if doubtful else score, -1 if doubtful else years or 0)
+
+
+def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
+    """Which of the known shows is meant, by title and year.
+
+    An exact title is taken before all that are similar: where several have it, the one whose
+    year fits; where none fits, the only one that is possible.
+    """
+    found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
+    above = [each for each in found if each.score > TAKEN_ABOVE]
+    exact = [each for each in above if parse_title(each.show.title).normal == parse_title(wanted.title).normal]
+    for some in ([each for each in exact if each.year == 1], exact, above):
+        if len(some) == 1:
+            return Match(some[0].show.id, "title", round(some[0].score, 2))
+        if some:
+            return Conflict("multiple_matches", tuple(found[:MAX_CANDIDATES]))
+    return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
+
+
+# === Watching: Webhook -> Entry, Outcome (first_outcome) ===
+
+SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the tracker's journal: a webhook, or a play that only the server's history told of."""
+    received_at: float            # Unix s; of a play from the history: when it was viewed
+    event: str                    # the webhook's; HISTORY
+    server: str                   # its machineIdentifier (Server.uuid); "": not said
+    account_id: str               # Account.id; "": not said
+    account: str                  # Account.title
+    item: Item
+    scrobble: Scrobble
+    id: int = 0                   # of the row; 0: not in the journal yet
+    attempts: int = 0             # to finish it, in vain so far
+
+    @property
+    def season(self) -> int | None:
+        """The episode's season; a movie's is 0.  None: not said."""
+        said = self.item.parent_index if self.item.parent_index is not None else self.from_guid[0]
+        return 0 if self.item.type == MOVIE else said
+
+    @property
+    def episode(self) -> int | None:
+        """Its number in the season; a movie's is 0.  None: not said."""
+        said = self.item.index if self.item.index is not None else self.from_guid[1]
+        return 0 if self.item.type == MOVIE else said
+
+    @property
+    def from_guid(self) -> tuple[int | None, int | None]:
+        """Season and episode in a legacy agent's guid."""
+        parsed = parse_guid(self.item.guid)
+        return parsed[2:] if parsed else (None, None)
+
+    @property
+    def title(self) -> str:
+        """Of the show or movie."""
+        return self.item.title if self.item.type == MOVIE else self.item.grandparent_title
+
+    @property
+    def show_guid(self) -> str:
+        """The guid of the show or movie; "": not said."""
+        legacy = re.match(r"com\.plexapp\.agents\.[^/]*://[^/?]+", self.item.guid)
+        own = self.item.guid if self.item.type == MOVIE else legacy[0] if legacy else ""
+        return self.scrobble.show_guid or own
+
+    @property
+    def subject(self) -> str:
+        """What the show or movie is on its server, to which a mapping is made."""
+        key = self.item.rating_key if self.item.type == MOVIE else self.scrobble.show_key
+        return key or self.show_guid or self.title
+
+    @property
+    def show(self) -> Show:
+        """The show or movie, as far as this tells of it: an episode's own ids are none of its show."""
+        movie = self.item.type == MOVIE
+        guids = (self.scrobble.show_guid, self.item.guid) + (self.scrobble.guids if movie else ())
+        return Show(self.item.type, self.title, self.scrobble.year, parse_ids(guids), own_year=movie)
+
+
+HISTORY = "history"               # the event of a play that no webhook told
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an entry."""
+    status: str                   # SUCCESS, FAILED, IGNORED, DUPLICATE
+    action: str                   # as in the contract: marked_watched, conflict_created, ...
+    reason: str = ""              # for a person
+    match: Match | None = None
+    retry: bool = False           # it can pass: try again
+
+
+def entry_of(webhook: Webhook, at: float) -> Entry:
+    """The Entry of a webhook that came at a Unix time."""
+    return Entry(at, webhook.event, webhook.server, webhook.account_id, webhook.account, webhook.item or Item(),
+                 webhook.scrobble or Scrobble())
+
+
+def missing_word(entry: Entry) -> str:
+    """What an entry lacks to be matched; "": nothing."""
+    return "title" if not entry.title else "season" if entry.season is None else \
+        "episode number" if entry.episode is None else ""
+
+
+def split_accounts(accounts: str) -> set[str]:
+    """The titles and ids in -accounts."""
+    return {name.strip().casefold() for name in accounts.split(",")} - {""}
+
+
+def counts(webhook: Webhook, accounts: str) -> bool:
+    """Whether an account's watching counts.  accounts: as -accounts; "": the one whose webhook it is."""
+    if accounts in ("", "*"):
+        return webhook.user or bool(accounts)
+    return bool({webhook.account.casefold(), webhook.account_id} & split_accounts(accounts))
+
+
+def first_outcome(webhook: Webhook, accounts: str) -> Outcome | None:
+    """What becomes of a webhook that marks nothing, whatever the tracker knows; None: the worker decides."""
+    if webhook.event != "media.scrobble":
+        return Outcome(IGNORED, "event_not_scrobble", f"only media.scrobble tells that something was finished, "
+                       f"not {webhook.event}")
+    entry = entry_of(webhook, 0.0)
+    if entry.item.type not in (EPISODE, MOVIE):
+        return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not "
+                       f"{f'a {entry.item.type}' if entry.item.type else 'an item without a type'}")
+    if not counts(webhook, accounts):
+        return Outcome(IGNORED, "other_account", f"the account {webhook.account} is none of -accounts")
+    if missing := missing_word(entry):
+        return Outcome(FAILED, "validation_failed", f"the webhook names no {missing}")
+    return None
+
+
 # === Words: values -> log line, JSON, sentence ===
 
 def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
@@ -904,7 +1312,7 @@ def printable(line: str) -> str:
 
 def quoted(value: object) -> str:
     """A value of the text log: bare where nothing can be mistaken, else as a JSON string."""
-    bare = "" if value is None else str(value)
+    bare = "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
     if re.fullmatch(r"[\w.:/+-]+", bare) and bare.isprintable():
         return bare
     return printable(json.dumps(bare, ensure_ascii=False))
@@ -959,6 +1367,64 @@ def session_lines(session: Session, configured: bool) -> str:
              f"    {playing_sentence(session.state, session.item)}",
              f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")
     return "\n".join(map(printable, lines))
+
+
+def named(title: str, year: int | None) -> str:
+    """A show or movie as a person knows it: 'Castle (2009)'."""
+    return f"{title} ({year})" if year and parse_title(title).year is None else title
+
+
+def conflict_reason(show: Show, conflict: Conflict) -> str:
+    """Why a person is asked."""
+    name = named(show.title, show.year)
+    best = ", ".join(f"{named(each.show.title, each.show.year)} ({each.score:.2f})" for each in conflict.candidates[:3])
+    said = {"no_match": f"nothing in the tracker is like {name}", "ambiguous": f"{name} may be {best}",
+            "multiple_matches": f"{name} may be each of {best}"}
+    return f"{conflict.kind}: {said[conflict.kind]}"
+
+
+def outcome_fields(entry: Entry, outcome: Outcome) -> dict[str, object]:
+    """What became of an entry, as the log's keys and values."""
+    fields: dict[str, object] = {"status": outcome.status, "action": outcome.action}
+    if entry.item.type == EPISODE:
+        fields |= {"show": entry.title, "season": entry.season, "episode": entry.episode}
+    else:
+        fields |= {"title": entry.title}
+    if outcome.match:
+        fields |= {"by": outcome.match.by, "confidence": outcome.match.confidence}
+    return fields | ({"reason": outcome.reason} if outcome.reason else {})
+
+
+def iso_time(at: float | None) -> str | None:
+    """A Unix time as the tracker's JSON has it: 2026-11-21T20:15:00Z."""
+    return None if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def unix_time(word: str) -> int:
+    """The Unix time of such a word, or of one with another zone; raises ValueError."""
+    moment = datetime.datetime.fromisoformat(word)
+    if moment.tzinfo is None:
+        raise ValueError("a time without a zone")
+    return max(0, int(moment.timestamp()))
+
+
+def table(rows: Sequence[Sequence[str]], wide: int) -> str:
+    """Rows as columns of 80 characters at most, of which column `wide` gives way."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[wide] = max(8, min(widths[wide], 80 - sum(widths) + widths[wide] - 2 * (len(widths) - 1)))
+    cut = [[cell if len(cell) <= width else cell[:width - 1] + "\u2026"
+            for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cut)
+
+
+def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
+    """A season as a grid of its (number, watched): # watched, . not, a blank for a number that is missing."""
+    watched = dict(episodes)
+    numbers = range(min(1, *watched), max(watched) + 1)
+    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in numbers)
+    name = f"Season {season}" if season else "Specials"
+    lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
+    return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
 
 # =============== below this line the program touches the world, and decides nothing ===============
@@ -1107,6 +1573,23 @@ def network_error(error: Exception, url: str) -> PlexError:
     return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
 
 
+def plain_opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    """What opens http and https, and nothing else: see _PlexHandler."""
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(_PlexHandler(context))
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    return opener
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a library, or of the server's history."""
+    items: list[Mapping[str, Any]]    # Plex's attributes of each
+    end: int                      # items up to the page's end
+    total: int                    # items in all
+
+
 class PlexServer:
     """Plex Media Server at a URL.  The token travels in the X-Plex-Token header only, and to that URL only."""
 
@@ -1119,18 +1602,16 @@ class PlexServer:
         except OSError as error:                      # ssl.SSLError is one
             raise ConfigError(f"-plex-ca-file: {ca_file} is no CA bundle ({why(error)}); "
                               "give a PEM file.") from error
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(_PlexHandler(context))
-        self.opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
-        self.opener.add_handler(urllib.request.HTTPErrorProcessor())
+        self.opener = plain_opener(context)
 
     @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[_Answer]:
-        """A 200 answer, to be read within PLEX_S from now; raises PlexError, also for what fails while it is read."""
+    def open(self, path: str, timeout_s: float = 0.0, **headers: str) -> Iterator[_Answer]:
+        """A 200 answer, to be read within timeout_s (0: PLEX_S) from now; raises PlexError, also for what fails while
+        it is read."""
         request = urllib.request.Request(self.url + path, headers={
-            "X-Plex-Token": self.current_token, "User-Agent": f"StreamerBrainz/{VERSION}"})
+            "X-Plex-Token": self.current_token, "User-Agent": f"StreamerBrainz/{VERSION}", **headers})
         try:
-            with self.opener.open(request, timeout=PLEX_S) as response:
+            with self.opener.open(request, timeout=timeout_s or PLEX_S) as response:
                 yield response
         except urllib.error.HTTPError as error:
             error.close()
@@ -1151,6 +1632,29 @@ class PlexServer:
             if len(body) > MAX_SESSIONS:
                 raise TooMuch
         return parse_sessions(body)
+
+    def container(self, path: str, timeout_s: float = 0.0) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+        """A MediaContainer and its items, as parse_container() gives them; raises PlexError."""
+        with self.open(path, timeout_s, Accept="application/json") as response:
+            response.reader.room = MAX_PAGE
+            return parse_container(response.read())
+
+    def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[Page]:
+        """The items at a path in pages, from the item `start` on; raises PlexError."""
+        path += "&" if "?" in path else "?"
+        while True:
+            attributes, items = self.container(f"{path}X-Plex-Container-Start={start}&X-Plex-Container-Size={PAGE}",
+                                               timeout_s)
+            end = start + len(items)
+            page = Page(items, end, number(attributes.get("totalSize")) or end)
+            yield page
+            if not items or end >= page.total:
+                return
+            start = end
+
+    def identity(self) -> str:
+        """The server's machineIdentifier; raises PlexError."""
+        return text(self.container("/identity")[0].get("machineIdentifier"))
 
     def notifications(self) -> Iterator[Notification | None]:
         """None when the event stream is open, then each notification as it comes; raises PlexError when it breaks.
@@ -1211,48 +1715,767 @@ def file_version(file: str | int) -> tuple[int, ...] | None:
     return None
 
 
-def read_secret(flag: str, path: str) -> tuple[str, tuple[int, ...] | None]:
-    """The secret that a flag's file holds, and the file's version.  Warns of a file that others can read."""
+SECRETS = {"-plex-token-file": "Plex token", "-webhook-secret-file": "webhook secret", "-tmdb-token-file": "TMDB token"}
+
+
+def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """The secrets in a flag's file, one a line, and the file's version.  Warns of a file that others can read."""
+    name = SECRETS[flag]
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
             mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
-            secret = file.read(MAX_TOKEN_FILE + 1).strip() if version else b""
+            content = file.read(MAX_TOKEN_FILE + 1).strip() if version else b""
     except OSError as error:
         raise ConfigError(f"{flag}: {path} cannot be read ({why(error)}); "
-                          "put the token there, readable by you alone (chmod 600).") from error
-    if not secret:
-        raise ConfigError(f"{flag}: {path} is empty, or no regular file; put the token there.")
-    if len(secret) > MAX_TOKEN_FILE or not re.fullmatch(rb"[!-~]+", secret):
-        raise ConfigError(f"{flag}: {path} holds more than a token; put one word of plain characters there.")
+                          f"put the {name} there, readable by you alone (chmod 600).") from error
+    if not content:
+        raise ConfigError(f"{flag}: {path} is empty, or no regular file; put the {name} there.")
+    words = [line.strip() for line in content.split(b"\n")]
+    if len(content) > MAX_TOKEN_FILE or len(words) > most or not all(re.fullmatch(rb"[!-~]+", word) for word in words):
+        raise ConfigError(f"{flag}: {path} holds more than a {name}; put one word of plain characters there"
+                          f"{', or two, each on a line of its own' if most > 1 else ''}.")
     # systemd's credentials are guarded by their folder; their ACLs look like group bits
     guarded = os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
     if mode & 0o077 and not guarded:
         say(logging.WARNING, f"others can read the file of {flag}; mend it with: chmod 600 {shlex.quote(path)}")
-    return secret.decode("ascii"), version
+    return tuple(word.decode("ascii") for word in words), version
 
 
-class TokenFile:
-    """The Plex token in a file, read again when the file has changed.  Only the Watcher's thread reads it."""
+class SecretFile:
+    """The secrets in a file, read again when it has changed.  For one thread, or under a lock."""
 
-    def __init__(self, path: str):
-        """Raises ConfigError where there is no token in it."""
-        self.path = path
-        self.token, self.version = self.read()
+    def __init__(self, flag: str, path: str, most: int = 1):
+        """most: lines that it may have.  Raises ConfigError where there is no secret in it."""
+        self.flag, self.path, self.most = flag, path, most
+        self.words, self.version = read_secrets(flag, path, most)
 
-    def __call__(self) -> str:
-        """The token as it is now; as it was, while the file is being replaced or cannot be read."""
+    def renewed(self) -> tuple[str, ...]:
+        """The secrets as they are now; as they were, while the file is being replaced or cannot be read."""
         if self.version != (version := file_version(self.path)):
             try:
-                self.token, self.version = self.read()
-                say(logging.INFO, "the Plex token was read again", file=self.path)
+                self.words, self.version = read_secrets(self.flag, self.path, self.most)
+                say(logging.INFO, f"the {SECRETS[self.flag]} was read again", file=self.path)
             except ConfigError as error:
                 self.version = version                # said once, and tried again when the file changes
-                say(logging.WARNING, f"the Plex token stays as it was: {error}")
-        return self.token
+                say(logging.WARNING, f"the {SECRETS[self.flag]} stays as it was: {error}")
+        return self.words
 
-    def read(self) -> tuple[str, tuple[int, ...] | None]:
-        """The token, and the version of the file that holds it."""
-        return read_secret("-plex-token-file", self.path)
+    def first(self) -> str:
+        """The first of them, as it is now."""
+        return self.renewed()[0]
+
+
+# === Tracker: Entry, Match -> SQLite (Tracker, Journal) ===
+
+# Its application_id and user_version tell a tracker from any other file, and from one of a later version.
+APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 1
+
+SCHEMA = """
+CREATE TABLE show (                     -- a show, or a movie
+    id INTEGER PRIMARY KEY,
+    type TEXT NOT NULL,                 -- episode: a show, whose episodes are watched; movie
+    title TEXT NOT NULL,
+    normal TEXT NOT NULL,               -- the title as normal() makes it
+    year INTEGER,                       -- the first; NULL: not known
+    tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,         -- NULL: not known
+    UNIQUE (type, tmdb_id), UNIQUE (type, tvdb_id), UNIQUE (type, imdb_id)
+);
+CREATE INDEX show_normal ON show (normal, type);
+CREATE TABLE trigram (                  -- of the shows' normal titles
+    trigram TEXT NOT NULL,
+    size INTEGER NOT NULL,              -- how many a title has
+    shows BLOB NOT NULL,                -- the ids of those that have it, 4 bytes each, the machine's order
+    PRIMARY KEY (trigram, size)
+) WITHOUT ROWID;
+CREATE TABLE episode (                  -- of a show; a movie has one, 0x0
+    show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT NULL,
+    title TEXT NOT NULL,
+    watched_at INTEGER,                 -- Unix s, the first time; NULL: not watched
+    plays INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (show_id, season, episode)
+) WITHOUT ROWID;
+CREATE TABLE mapping (                  -- what a server's show is here
+    server TEXT NOT NULL,               -- its machineIdentifier
+    type TEXT NOT NULL,
+    subject TEXT NOT NULL,              -- the show's rating key there; else its guid or title
+    guid TEXT NOT NULL,                 -- the show's under that key: a rebuilt library has another
+    show_id INTEGER REFERENCES show,    -- NULL: a person chose to ignore it
+    confidence REAL NOT NULL,
+    PRIMARY KEY (server, type, subject)
+) WITHOUT ROWID;
+CREATE TABLE conflict (                 -- what waits for a person, or did
+    id INTEGER PRIMARY KEY,
+    created_at REAL NOT NULL,           -- Unix s
+    kind TEXT NOT NULL,                 -- multiple_matches, ambiguous, no_match
+    server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL,    -- as in mapping
+    title TEXT NOT NULL, year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,      -- as in show
+    candidates TEXT NOT NULL,           -- JSON: [[show_id, score], ...]
+    resolution TEXT                     -- a show's id, or ignore; NULL: it is open
+);
+CREATE UNIQUE INDEX conflict_open ON conflict (server, type, subject) WHERE resolution IS NULL;
+CREATE TABLE webhook_log (              -- the journal: what came, and what became of it
+    id INTEGER PRIMARY KEY,
+    received_at REAL NOT NULL,          -- Unix s; of a play from the history: when it was viewed
+    event TEXT NOT NULL, server TEXT NOT NULL, account_id TEXT NOT NULL, account TEXT NOT NULL,
+    type TEXT, rating_key TEXT, guid TEXT, title TEXT,      -- of the item, as the next line: Plex's words
+    show_title TEXT, season INTEGER, episode INTEGER, year INTEGER, show_key TEXT, show_guid TEXT,
+    guids TEXT,                         -- separated by blanks
+    status TEXT,                        -- success, failed, ignored, duplicate; NULL: not begun
+    action TEXT, reason TEXT, show_id INTEGER, conflict_id INTEGER,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    retry_at REAL                       -- Unix s, when it is to be done (again); NULL: it is done
+);
+CREATE INDEX webhook_log_due ON webhook_log (retry_at) WHERE retry_at IS NOT NULL;
+CREATE INDEX webhook_log_play ON webhook_log (rating_key, received_at) WHERE rating_key <> '';
+CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL;
+CREATE TABLE found (                    -- what TMDB found
+    source TEXT NOT NULL, external_id TEXT NOT NULL,
+    tmdb_id INTEGER,                    -- NULL: nothing
+    at REAL NOT NULL,                   -- Unix s
+    PRIMARY KEY (source, external_id)
+) WITHOUT ROWID;
+CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;   -- how far an import or the history came
+"""
+
+
+def sound(value: str) -> str:
+    """Text without half surrogates, which JSON can hold and a database cannot."""
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+class Tracker:
+    """The watch tracker's database, for one thread at a time.  All methods raise TrackerError.
+
+    Methods that write are to be called within transaction().
+    """
+
+    def __init__(self, path: str, create: bool = False, lasting: bool = True, writing: threading.Lock | None = None):
+        """Open the file.  lasting: a commit waits for the disk; else only a lasting one after it makes it so.
+        writing: shared by the connections of a process, so that they wait for one another and not for SQLite."""
+        import sqlite3  # here: without -tracker-db it costs nothing
+
+        self.path, self.writing, self.Error = path, writing or threading.Lock(), sqlite3.Error
+        try:
+            with contextlib.suppress(FileExistsError):        # (to open and close one drops SQLite's locks on it)
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600) if create else os.open(path, os.O_PATH))
+        except OSError as error:
+            hint = "make its folder, writable by you" if create else "the daemon and `tracker import` make it"
+            raise ConfigError(f"-tracker-db: {path} cannot be opened ({why(error)}); {hint}.") from error
+        if file_version(path) is None:
+            raise ConfigError(f"-tracker-db: {path} is no regular file; name one.")
+        with self.guarded():
+            self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=DATABASE_S)
+            self.connection.execute("PRAGMA cache_size = -1000")
+            self.begin()
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
+
+    def begin(self) -> None:
+        """See that the file is a tracker of ours that can be written, or make it one."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        ours, version = self.one("PRAGMA application_id")[0], self.one("PRAGMA user_version")[0]
+        if not ours and not self.one("SELECT count(*) FROM sqlite_schema")[0]:
+            for statement in SCHEMA.split(";\n"):
+                self.connection.execute(statement)
+            self.connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self.connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self.connection.execute("INSERT INTO note VALUES ('history', ?)", (str(int(time.time())),))
+        elif ours != APPLICATION_ID:
+            raise ConfigError(f"-tracker-db: {self.path} is a database of another program; name another file.")
+        elif version != SCHEMA_VERSION:
+            raise ConfigError(f"-tracker-db: {self.path} is of a newer version of StreamerBrainz (its form is "
+                              f"{version}, this one knows {SCHEMA_VERSION}); update streamerbrainz.py.")
+        self.connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What SQLite says, as a TrackerError."""
+        try:
+            yield
+        except self.Error as error:
+            if error.sqlite_errorname == "SQLITE_NOTADB":
+                raise ConfigError(f"-tracker-db: {self.path} is no database; name another file.") from error
+            raise TrackerError(f"{self.path}: {error}; see that it can be written, that the disk has room, "
+                               "and that it is no damaged file.") from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it or nothing."""
+        with self.writing, self.guarded():
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    def all(self, query: str, *values: object) -> list[Any]:
+        """The rows of a query."""
+        with self.guarded():
+            return self.connection.execute(query, values).fetchall()
+
+    def one(self, query: str, *values: object) -> Any:
+        """The first row of a query; None: there is none."""
+        with self.guarded():
+            return self.connection.execute(query, values).fetchone()
+
+    def write(self, statement: str, *values: object) -> Any:
+        """Run a statement; -> its cursor."""
+        return self.connection.execute(statement, values)
+
+    def close(self) -> None:
+        """Close the file; raises nothing."""
+        with contextlib.suppress(self.Error):
+            self.connection.close()
+
+    def note(self, name: str) -> str:
+        """What was noted; "": nothing."""
+        row = self.one("SELECT value FROM note WHERE name = ?", name)
+        return row[0] if row else ""
+
+    def take_note(self, name: str, value: object) -> None:
+        """Note how far something came."""
+        self.write("INSERT OR REPLACE INTO note VALUES (?, ?)", name, str(value))
+
+    # -- the journal
+
+    def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
+        """A row for an entry.  outcome None: to be done by the worker."""
+        item, more = entry.item, entry.scrobble
+        row: dict[str, object] = {"received_at": entry.received_at, "event": sound(entry.event),
+                                  "server": sound(entry.server), "account_id": sound(entry.account_id),
+                                  "account": sound(entry.account), "type": item.type, "title": sound(item.title)}
+        if outcome is None or outcome.action != "event_not_scrobble":
+            row |= {"rating_key": sound(item.rating_key), "guid": sound(item.guid),
+                    "show_title": sound(item.grandparent_title), "season": entry.season, "episode": entry.episode,
+                    "year": more.year, "show_key": sound(more.show_key), "show_guid": sound(more.show_guid),
+                    "guids": sound(" ".join(more.guids))}
+        if outcome:
+            row |= {"status": outcome.status, "action": outcome.action, "reason": sound(outcome.reason)}
+        else:
+            row["retry_at"] = 0.0
+        self.write(f"INSERT INTO webhook_log ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
+
+    def due_entries(self, at: float) -> list[Entry]:
+        """Some entries that are to be done by then, the oldest first."""
+        rows = self.all("SELECT received_at, event, server, account_id, account, type, rating_key, guid, title, "
+                        "show_title, season, episode, show_key, show_guid, guids, year, id, attempts FROM webhook_log "
+                        "WHERE retry_at <= ? ORDER BY retry_at, id LIMIT 100", at)
+        return [Entry(row[0], row[1], row[2], row[3], row[4],
+                      Item(row[5], row[6], row[7], row[8], "", row[9], parent_index=row[10], index=row[11]),
+                      Scrobble(row[12], row[13], tuple(row[14].split()), row[15]), row[16], row[17]) for row in rows]
+
+    def next_due(self) -> float:
+        """When the next entry is due; infinity: none is."""
+        at = self.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at IS NOT NULL")[0]
+        return math.inf if at is None else float(at)
+
+    def is_due(self, entry: Entry) -> bool:
+        """Whether an entry is still to be done; another process may have done it."""
+        return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND retry_at IS NOT NULL", entry.id) is not None
+
+    def is_duplicate(self, entry: Entry) -> bool:
+        """Whether the same account finished the same item just before or after, and that was a success."""
+        same, key = ("rating_key", entry.item.rating_key) if entry.item.rating_key else ("guid", entry.item.guid)
+        return self.one(f"SELECT 1 FROM webhook_log WHERE {same} = ? AND {same} <> '' AND received_at BETWEEN ? AND ? "
+                        "AND server = ? AND account_id = ? AND account = ? AND status = 'success' AND id <> ?", key,
+                        entry.received_at - DUPLICATE_S, entry.received_at + DUPLICATE_S, entry.server,
+                        entry.account_id, entry.account, entry.id) is not None
+
+    def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
+        """Whether a play in the server's history is in the journal."""
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND rating_key <> '' AND "
+                        "received_at BETWEEN ? AND ? AND server IN (?, '') "
+                        "AND event IN ('media.scrobble', 'history')", rating_key, viewed_at - SAME_PLAY_S,
+                        viewed_at + SAME_PLAY_S, server) is not None
+
+    def finish(self, entry: Entry, outcome: Outcome, retry_at: float | None, conflict_id: int | None) -> None:
+        """What became of an entry."""
+        self.write("UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
+                   "attempts = attempts + 1, retry_at = ? WHERE id = ?", outcome.status, outcome.action,
+                   sound(outcome.reason), outcome.match.show_id or None if outcome.match else None, conflict_id,
+                   retry_at, entry.id)
+
+    def prune(self, before: float) -> None:
+        """Delete some finished rows that are older; what failed stays."""
+        self.write("DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? AND "
+                   "status <> 'failed' AND retry_at IS NULL LIMIT 5000)", before)
+
+    # -- shows
+
+    def show(self, show_id: int) -> Show | None:
+        """The show or movie with an id."""
+        rows = self.shows("id = ?", show_id)
+        return rows[0] if rows else None
+
+    def shows(self, condition: str, *values: object) -> list[Show]:
+        """The shows and movies for which a condition holds."""
+        rows = self.all("SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM show WHERE " + condition, *values)
+        return [Show(row[0], row[1], row[2], Ids(row[3], row[4], row[5]), row[6]) for row in rows]
+
+    def match_ids(self, show: Show) -> Match | None:
+        """The show that has one of these ids, the surest first."""
+        for column, confidence in CONFIDENCE.items():
+            if value := getattr(show.ids, column):
+                for known in self.shows(f"type = ? AND {column} = ?", show.type, value):
+                    return Match(known.id, column, confidence)
+        return None
+
+    def match_title(self, show: Show) -> Match | Conflict:
+        """The show that is meant by title and year."""
+        wanted = normal(show.title)
+        exact = self.shows("normal = ? AND type = ?", sound(wanted), show.type)
+        verdict = choose_show(show, exact)
+        if isinstance(verdict, Match):
+            return verdict
+        return choose_show(show, {each.id: each for each in exact + self.similar(wanted, show.type)}.values())
+
+    def similar(self, wanted: str, type: str) -> list[Show]:
+        """The shows whose titles are most like a normal title, by the index of their trigrams.
+
+        All that are like enough to be taken are found.  Where there is none, those that a
+        person may be asked about are, as far as MAX_POSTINGS of the index tell.
+        """
+        for share, most in ((TAKEN_ABOVE - YEAR_FITS, math.inf), (MIN_SIMILARITY, MAX_POSTINGS)):
+            ids = self.sharing(sorted(map(sound, trigrams(wanted))), share, most)
+            found = self.all(f"SELECT normal, id FROM show WHERE id IN ({', '.join('?' * len(ids))}) AND +type = ?",
+                             *ids, type)
+            alike = [(each, row[1]) for row in found if (each := similarity(wanted, row[0])) >= share]
+            if best := heapq.nlargest(MAX_SIMILAR, alike):
+                return self.shows(f"id IN ({', '.join('?' * len(best))})", *(show_id for _, show_id in best))
+        return []
+
+    def sharing(self, each: Sequence[str], share: float, most: float) -> list[int]:
+        """The ids of the shows, 200 at most, that may share so much with n trigrams.
+
+        A title that does has neither too few trigrams nor too many, and one at least of the
+        rarest n - share * n + 1 of these: the long lists of the usual ones are not read.
+        """
+        sizes = math.ceil(share * len(each) - 1e-9), int(len(each) / share + 1e-9)
+        within = f"trigram IN ({', '.join('?' * len(each))}) AND size BETWEEN ? AND ?"
+        lengths = dict.fromkeys(each, 0) | dict(self.all(
+            f"SELECT trigram, sum(length(shows)) / 4 FROM trigram WHERE {within} GROUP BY trigram", *each, *sizes))
+        rare = sorted(each, key=lengths.__getitem__)[:len(each) - sizes[0] + 1]
+        read = [one for one, sum_ in zip(rare, itertools.accumulate(map(lengths.__getitem__, rare)), strict=True)
+                if sum_ <= most]
+        lists: dict[int, list[bytes]] = collections.defaultdict(list)
+        for size, shows in self.all(f"SELECT size, shows FROM trigram WHERE {within}",
+                                    *read, *[""] * (len(each) - len(read)), *sizes):
+            lists[size].append(shows)
+        counts: collections.Counter[int] = collections.Counter()
+        for size in lists:
+            least = share * (len(each) + size) / (1 + share) - (len(each) - len(read)) - 1e-9
+            shared = collections.Counter(memoryview(b"".join(lists[size])).cast("I"))
+            counts.update({show_id: count for show_id, count in shared.items() if count >= least})
+        return [show_id for show_id, _ in counts.most_common(200)]
+
+    def mapped(self, entry: Entry) -> Match | None:
+        """The show that an entry's was found to be before; None: not known, or another one has its key now."""
+        row = self.one("SELECT show_id, confidence, guid FROM mapping WHERE server = ? AND type = ? AND subject = ?",
+                       entry.server, entry.item.type, entry.subject)
+        if row is None or (row[2] and entry.show_guid and row[2] != entry.show_guid):
+            return None
+        return Match(row[0] or 0, "mapping", row[1])
+
+    def map(self, server: str, type: str, subject: str, guid: str, match: Match) -> None:
+        """Remember what a server's show is; where a show is deleted, so is the mapping."""
+        self.write("INSERT OR REPLACE INTO mapping VALUES (?, ?, ?, ?, ?, ?)", sound(server), type, sound(subject),
+                   sound(guid), match.show_id or None, match.confidence)
+
+    def add_show(self, show: Show) -> int:
+        """Add a show; -> its id."""
+        plain = sound(normal(show.title))
+        show_id = self.write("INSERT INTO show (type, title, normal, year) VALUES (?, ?, ?, ?)", show.type,
+                             sound(show.title), plain, show.year).lastrowid
+        each = trigrams(plain)
+        self.connection.executemany(
+            "INSERT INTO trigram VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "shows = CAST(shows || excluded.shows AS BLOB)",
+            [(one, len(each), show_id.to_bytes(4, sys.byteorder)) for one in each])
+        self.learn_ids(show_id, show.ids)
+        return int(show_id)
+
+    def learn_ids(self, show_id: int, ids: Ids) -> None:
+        """Fill in ids that a show lacks and no other has."""
+        for column in CONFIDENCE:
+            if value := getattr(ids, column):
+                self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
+
+    def add_episodes(self, rows: Iterable[tuple[int, int, int, str, int | None, int]]) -> None:
+        """Add or complete episodes: (show_id, season, episode, title, watched_at, plays).  An earlier date stays."""
+        self.connection.executemany(
+            "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), "
+            "watched_at = min(coalesce(watched_at, excluded.watched_at), coalesce(excluded.watched_at, watched_at))",
+            [(*row[:3], sound(row[3]), *row[4:]) for row in rows])
+
+    def has_episode(self, show_id: int, season: int | None, episode: int | None) -> bool:
+        """Whether a show has an episode."""
+        return self.one("SELECT 1 FROM episode WHERE show_id = ? AND season = ? AND episode = ?", show_id, season,
+                        episode) is not None
+
+    def mark(self, show_id: int, season: int | None, episode: int | None, at: float) -> bool:
+        """Mark an episode as watched; -> whether it was not.  The first date stays, plays are counted."""
+        watched = self.one("SELECT watched_at FROM episode WHERE show_id = ? AND season = ? AND episode = ?", show_id,
+                           season, episode)[0]
+        self.write("UPDATE episode SET plays = plays + 1, watched_at = ? WHERE show_id = ? AND season = ? AND "
+                   "episode = ?", int(at) if watched is None else min(watched, int(at)), show_id, season, episode)
+        return watched is None
+
+    # -- conflicts
+
+    def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
+        """The open conflict about an entry's show, and whether it is new."""
+        key = (sound(entry.server), entry.item.type, sound(entry.subject))
+        known = self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND resolution IS NULL",
+                         *key)
+        if known:
+            return known[0], False
+        candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
+        ids = show.ids
+        row = (time.time(), conflict.kind, *key, sound(entry.show_guid), sound(show.title), show.year, ids.tmdb_id,
+               ids.tvdb_id, ids.imdb_id, candidates, None)
+        return self.write(f"INSERT INTO conflict VALUES (NULL, {', '.join('?' * len(row))})", *row).lastrowid, True
+
+    def resolve(self, conflict_id: int, match: Match) -> None:
+        """End a conflict: remember what its show is, and let what waited be done.  Twice is as once."""
+        self.write("INSERT OR REPLACE INTO mapping SELECT server, type, subject, guid, ?, ? FROM conflict WHERE id = ?",
+                   match.show_id or None, match.confidence, conflict_id)
+        self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(match.show_id or "ignore"), conflict_id)
+        self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
+                   conflict_id)
+
+
+def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = None) -> None:
+    """A line of the log for what became of a webhook; a new conflict's names it."""
+    level = {SUCCESS: logging.INFO, FAILED: logging.WARNING}.get(outcome.status, logging.DEBUG)
+    said = entry.attempts > 0 if outcome.retry else outcome.action == "conflict_created" and conflict_id is None
+    level = logging.DEBUG if said else level
+    say(level, "webhook", **outcome_fields(entry, outcome), **({"conflict": conflict_id} if conflict_id else {}))
+
+
+class _Ticket:
+    """One request's place in a commit."""
+
+    def __init__(self, entry: Entry, outcome: Outcome | None):
+        self.entry, self.outcome = entry, outcome
+        self.done = False
+        self.error: TrackerError | None = None
+
+
+class Journal:
+    """Rows that are on the disk before their webhooks are answered.
+
+    Request threads append; whoever comes first commits for all that wait: a burst costs a few
+    waits for the disk, not one for each webhook.
+    """
+
+    def __init__(self, tracker: Tracker, accounts: str):
+        """tracker: lasting, and used by nobody else."""
+        self.tracker, self.accounts = tracker, accounts
+        self.waiting: collections.deque[_Ticket] = collections.deque()
+        self.committing = threading.Lock()
+        self.written = threading.Event()              # there is something for the worker
+        self.error: TrackerError | None = None        # of the latest commit; None: it went well
+        self.said_at = -math.inf
+
+    def append(self, webhook: Webhook) -> None:
+        """Commit a webhook's row to the disk; raises TrackerError."""
+        ticket = _Ticket(entry_of(webhook, time.time()), first_outcome(webhook, self.accounts))
+        self.waiting.append(ticket)
+        with self.committing:
+            if not ticket.done:
+                self.commit([self.waiting.popleft() for _ in range(len(self.waiting))])
+        if ticket.error:
+            raise ticket.error
+        if ticket.outcome and ticket.outcome.action != "event_not_scrobble":
+            report_outcome(ticket.entry, ticket.outcome)
+
+    def commit(self, tickets: Sequence[_Ticket]) -> None:
+        """Write the rows of all that wait, in one transaction."""
+        try:
+            with self.tracker.transaction():
+                for ticket in tickets:
+                    self.tracker.add_entry(ticket.entry, ticket.outcome)
+            if self.error:
+                say(logging.INFO, "the tracker can be written again")
+            self.error = None
+        except TrackerError as error:
+            if time.monotonic() >= self.said_at + WARN_AGAIN_S:
+                self.said_at = time.monotonic()
+                say(logging.ERROR, f"webhooks are refused (503), for the tracker cannot be written: {error}")
+            self.error = error
+        for ticket in tickets:
+            ticket.done, ticket.error = True, self.error
+        if any(ticket.outcome is None for ticket in tickets):
+            self.written.set()
+
+
+# === Worker: what is due in the journal -> marks, conflicts (Worker) ===
+
+class TmdbError(Exception):
+    """TMDB's or the network's fault, as a sentence; it can pass."""
+
+
+class Tmdb:
+    """themoviedb.org, which knows what shows of other databases are.  The token travels in a header only."""
+
+    def __init__(self, token: Callable[[], str]):
+        self.token = token
+        self.url = os.environ.get("STREAMERBRAINZ_TMDB_URL", "https://api.themoviedb.org")       # a test's
+        self.opener = plain_opener(ssl.create_default_context() if self.url.startswith("https:") else None)
+
+    def find(self, column: str, value: object, type: str) -> int | None:
+        """The TMDB id of a show's or movie's id of another database; None: it knows none.  Raises TmdbError."""
+        request = urllib.request.Request(f"{self.url}/3/find/{value}?external_source={column}", headers={
+            "Authorization": f"Bearer {self.token()}", "User-Agent": f"StreamerBrainz/{VERSION}"})
+        try:
+            with self.opener.open(request, timeout=PLEX_S) as response:
+                answer = mapping(json.loads(response.read(MAX_SESSIONS)))
+        except urllib.error.HTTPError as error:
+            error.close()
+            hint = ": put a valid token into the -tmdb-token-file" if error.code in (401, 403) else ""
+            raise TmdbError(f"TMDB answers {error.code}{hint}.") from None
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            raise TmdbError(f"TMDB cannot be reached ({why(getattr(error, 'reason', error))}).") from None
+        found = answer.get("movie_results" if type == MOVIE else "tv_results")       # others are of other kinds
+        return number(mapping(found[0]).get("id")) if isinstance(found, list) and len(found) == 1 else None
+
+
+def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
+    """The Entry of a play in the server's history; None for what is not tracked.  accounts: None: all count."""
+    item, account = parse_item(fields), text(fields.get("accountID"))
+    key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
+    entry = Entry(float(number(fields.get("viewedAt")) or 0), HISTORY, server, account, "", item,
+                  replace(parse_scrobble(fields), show_key=key))
+    wrong = item.type not in (EPISODE, MOVIE) or not item.rating_key or missing_word(entry)
+    return None if wrong or (accounts is not None and account not in accounts) else entry
+
+
+class Worker:
+    """Finishes the journal's entries: finds the show, and marks what was watched or makes a conflict.
+
+    The one writer of shows and marks in the daemon.  What it asks of the server and of TMDB it
+    asks before a transaction; each entry is finished in one, so that a kill loses and doubles nothing.
+    """
+
+    def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):
+        self.config, self.tracker, self.plex = config, tracker, plex
+        self.tmdb = Tmdb(SecretFile("-tmdb-token-file", config.tmdb_token_file).first) if config.tmdb_token_file \
+            else None
+        self.machine_identifier = ""                  # the server's, when it has said it
+        self.down: PlexError | None = None            # why the server cannot be asked, in this round
+
+    def run(self, written: threading.Event) -> None:
+        """For ever: what is due, and what no webhook told.  written: set when there is more to do."""
+        history_at, pause_s = 0.0, 0.0
+        while True:
+            written.wait(pause_s)
+            written.clear()
+            try:
+                if time.monotonic() >= history_at:
+                    history_at = time.monotonic() + HISTORY_S
+                    self.recover()
+                    self.prune()
+                self.drain()
+                pause_s = min(history_at - time.monotonic(), self.tracker.next_due() - time.time())
+            except TrackerError as error:
+                say(logging.ERROR, f"the tracker cannot go on for now: {error}")
+                pause_s = TRACKER_RETRY_S
+                written.clear()
+            pause_s = max(pause_s, 0.0)
+
+    def drain(self) -> int:
+        """Finish all that is due; -> how many there were."""
+        count, self.down = 0, None
+        while entries := self.tracker.due_entries(time.time()):
+            for entry in entries:
+                self.finish(entry)
+            count += len(entries)
+        return count
+
+    def finish(self, entry: Entry) -> None:
+        """Find out what becomes of an entry, and write it down."""
+        verdict: Match | Conflict | PlexError | TmdbError
+        show, episodes = entry.show, []
+        try:
+            show, verdict = self.identify(entry)
+            wanted = isinstance(verdict, Conflict) and self.may_add(show, verdict)
+            if wanted or (isinstance(verdict, Match) and verdict.show_id and
+                          not self.tracker.has_episode(verdict.show_id, entry.season, entry.episode)):
+                episodes = self.episodes(entry)
+        except (PlexError, TmdbError) as error:
+            verdict = error
+        new = False
+        with self.tracker.transaction():
+            if not self.tracker.is_due(entry):
+                return
+            outcome, conflict_id = self.conclude(entry, show, verdict, episodes), None
+            if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
+                conflict_id, new = self.tracker.add_conflict(entry, show, verdict)
+            retry = outcome.retry and entry.attempts < MAX_ATTEMPTS
+            wait_s = min(ROW_MAX_S, ROW_MIN_S * 2 ** min(entry.attempts, 20))
+            self.tracker.finish(entry, outcome, time.time() + wait_s if retry else None, conflict_id)
+        report_outcome(entry, outcome, conflict_id if new else None)
+
+    def conclude(self, entry: Entry, show: Show, verdict: Match | Conflict | PlexError | TmdbError,
+                 episodes: Sequence[tuple[int, int, str]]) -> Outcome:
+        """What becomes of an entry, done within the transaction that writes it down."""
+        if self.tracker.is_duplicate(entry):
+            return Outcome(DUPLICATE, "ignored_duplicate", f"the same was finished within {DUPLICATE_S:.0f} s of this")
+        if isinstance(verdict, Match):
+            return self.mark(entry, show, verdict, episodes)
+        if not isinstance(verdict, Conflict):
+            return Outcome(FAILED, "plex_unreachable", str(verdict), retry=True)
+        if not self.may_add(show, verdict):
+            return Outcome(FAILED, "conflict_created", conflict_reason(show, verdict))
+        match = Match(self.tracker.add_show(show), "new", 1.0)
+        outcome = self.mark(entry, show, match, [*episodes, (entry.season or 0, entry.episode or 0, entry.item.title)])
+        return replace(outcome, action="auto_added_show") if outcome.action == "marked_watched" else outcome
+
+    def mark(self, entry: Entry, show: Show, match: Match, episodes: Sequence[tuple[int, int, str]]) -> Outcome:
+        """Mark an entry's episode of the show that is meant; episodes: that the show may lack."""
+        if not match.show_id:
+            return Outcome(IGNORED, "auto_mark_disabled", "a person chose to ignore this show")
+        if match.by != "mapping":
+            self.tracker.map(entry.server, entry.item.type, entry.subject, entry.show_guid, match)
+            if match.by in CONFIDENCE:
+                self.tracker.learn_ids(match.show_id, show.ids)
+        self.tracker.add_episodes((match.show_id, *episode, None, 0) for episode in episodes)
+        if not self.tracker.has_episode(match.show_id, entry.season, entry.episode):
+            return Outcome(FAILED, "episode_not_found", "the show has no such episode, here or on the server; "
+                           "`tracker import` tries again", match)
+        if not self.config.auto_mark_watched:
+            return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
+        if not self.tracker.mark(match.show_id, entry.season, entry.episode, entry.received_at):
+            return Outcome(SUCCESS, "already_watched", "its first date stays", match)
+        return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
+
+    def may_add(self, show: Show, conflict: Conflict) -> bool:
+        """Whether a show that the tracker lacks is certain enough to be added."""
+        alike = any(each.score > TAKEN_ABOVE for each in conflict.candidates)
+        return self.config.auto_add_shows and bool(show.ids) and not alike
+
+    # -- which show
+
+    def identify(self, entry: Entry) -> tuple[Show, Match | Conflict]:
+        """An entry's show, as far as it is known, and which of the tracker's it is; raises PlexError, TmdbError."""
+        show = entry.show
+        if mapped := self.tracker.mapped(entry):
+            return show, mapped
+        if match := self.tracker.match_ids(show):
+            return show, match
+        show = self.ask_server(entry)
+        return show, self.tracker.match_ids(show) or self.ask_tmdb(show) or self.tracker.match_title(show)
+
+    def ask_server(self, entry: Entry) -> Show:
+        """The show of an entry with what the server says of it, where it is our server."""
+        show, key = entry.show, entry.item.rating_key if entry.item.type == MOVIE else entry.scrobble.show_key
+        for fields in self.library(entry, f"/library/metadata/{urllib.parse.quote(key, '')}?includeGuids=1", key):
+            if not entry.scrobble.show_guid or text(fields.get("guid")) in ("", entry.scrobble.show_guid):
+                known = parse_ids((*item_guids(fields), text(fields.get("guid")), entry.show_guid))
+                return Show(show.type, text(fields.get("title")) or show.title,
+                            number(fields.get("year")) or show.year, known,
+                            own_year=number(fields.get("year")) is not None or show.own_year)
+        return show
+
+    def episodes(self, entry: Entry) -> list[tuple[int, int, str]]:
+        """Season, number and title of each episode that the server has of an entry's show."""
+        key = entry.scrobble.show_key if entry.item.type == EPISODE else ""
+        found = (parse_item(fields) for fields in
+                 self.library(entry, f"/library/metadata/{urllib.parse.quote(key, '')}/allLeaves", key))
+        return [(item.parent_index, item.index, item.title) for item in found
+                if item.parent_index is not None and item.index is not None]
+
+    def library(self, entry: Entry, path: str, key: str) -> list[Mapping[str, Any]]:
+        """What our server's library has at a path; nothing where the entry is of another server."""
+        if not self.plex or not key or self.down:
+            if self.down:
+                raise self.down
+            return []
+        try:
+            if entry.server not in ("", self.identity()):
+                return []
+            return [fields for page in self.plex.pages(path) for fields in page.items]
+        except PlexError as error:
+            if error.fault == "missing":
+                return []
+            self.down = error
+            raise
+
+    def identity(self) -> str:
+        """The server's machineIdentifier; raises PlexError."""
+        if not self.machine_identifier and self.plex:
+            self.machine_identifier = self.plex.identity()
+        return self.machine_identifier
+
+    def ask_tmdb(self, show: Show) -> Match | None:
+        """The show that TMDB says has one of these ids; raises TmdbError."""
+        for column in ("tvdb_id", "imdb_id"):
+            value = getattr(show.ids, column)
+            if self.tmdb and value and show.ids.tmdb_id is None and (show.type, column) != (MOVIE, "tvdb_id"):
+                tmdb_id = self.find(column, value, show.type)
+                for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, tmdb_id) if tmdb_id else ():
+                    return Match(known.id, column, CONFIDENCE[column])
+        return None
+
+    def find(self, column: str, value: object, type: str) -> int | None:
+        """As of Tmdb, remembered: what it found for ever, that it found nothing for a day."""
+        assert self.tmdb
+        source = f"{type} {column}"
+        row = self.tracker.one("SELECT tmdb_id, at FROM found WHERE source = ? AND external_id = ?", source, value)
+        if row and (row[0] or time.time() - row[1] < FOUND_NOTHING_S):
+            return int(row[0]) if row[0] else None
+        tmdb_id = self.tmdb.find(column, value, type)
+        with self.tracker.transaction():
+            self.tracker.write("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", source, str(value), tmdb_id,
+                               time.time())
+        return tmdb_id
+
+    # -- what no webhook told
+
+    def recover(self) -> None:
+        """Put into the journal what the server's history has and no webhook told."""
+        if not self.plex:
+            return
+        since, until = int(self.tracker.note("history")), int(time.time() - HISTORY_REST_S)
+        try:
+            server, accounts = self.identity(), self.accounts()
+            path = f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"
+            for page in self.plex.pages(path):
+                plays = [(entry, number(fields.get("viewedAt")) or 0) for fields in page.items
+                         if (entry := history_entry(fields, server, accounts))]
+                with self.tracker.transaction():
+                    for entry, viewed_at in plays:
+                        if since <= viewed_at <= until and not self.tracker.knows_play(entry.item.rating_key, server,
+                                                                                        viewed_at):
+                            self.tracker.add_entry(entry, None)
+                    seen = [number(fields.get("viewedAt")) or 0 for fields in page.items]
+                    self.tracker.take_note("history", max([since, *(at for at in seen if at <= until)]))
+        except PlexError as error:
+            say(logging.DEBUG, f"the server's history was not read: {error}")
+
+    def accounts(self) -> set[str] | None:
+        """The ids by which the server knows -accounts; None: all count.  Raises PlexError."""
+        if self.config.accounts in ("", "*"):
+            return None if self.config.accounts else {"1"}              # 1 is the owner
+        assert self.plex
+        wanted = split_accounts(self.config.accounts)
+        try:
+            known = [fields for page in self.plex.pages("/accounts") for fields in page.items]
+        except PlexError as error:
+            if error.fault in ("unreachable", "starting"):
+                raise
+            known = []
+        return wanted | {text(each.get("id")) for each in known if text(each.get("name")).casefold() in wanted}
+
+    def prune(self) -> None:
+        """Delete old rows that are finished."""
+        if days := self.config.tracker_log_days:
+            with self.tracker.transaction():
+                self.tracker.prune(time.time() - days * 86400)
 
 
 # === Listener: sockets -> inbox ===
@@ -1281,6 +2504,59 @@ class Stop:
 @dataclass(frozen=True, slots=True)
 class Reload:
     """A signal to read the token again."""
+
+
+def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
+    """What is left of an address's tokens (a minute's worth at most) after one webhook, and how long to wait for one.
+
+    since_s: since its tokens were so many.  A wait of 0: it may pass.
+    """
+    tokens = min(a_minute, tokens + since_s * a_minute / 60)
+    return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
+
+
+def sender(address: str) -> str:
+    """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which is one household's."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return str(ip) if ip.version == 4 else ip.exploded[:19]
+
+
+class Gate:
+    """Who may send: who knows the secret, and not too often from one address."""
+
+    def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):
+        """a_minute: webhooks from one address; 0: no limit."""
+        self.secret, self.a_minute = secret, a_minute
+        self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
+        self.lock = threading.Lock()
+
+    def count(self, address: str) -> None:
+        """Count a webhook; raises WebhookError 429."""
+        if not self.a_minute:
+            return
+        with self.lock:
+            who, now = sender(address), time.monotonic()
+            tokens, at = self.tokens.pop(who, (float(self.a_minute), now))
+            tokens, wait_s = spend(tokens, now - at, self.a_minute)
+            self.tokens[who] = tokens, now
+            if len(self.tokens) > MAX_ADDRESSES:
+                del self.tokens[next(iter(self.tokens))]
+        if wait_s:
+            raise WebhookError(429, f"More than {self.a_minute} webhooks a minute came from your address; "
+                               "try again in a moment.", math.ceil(wait_s))
+
+    def check(self, query: str) -> None:
+        """Check the secret in a URL's query; raises WebhookError 401."""
+        if self.secret is None:
+            return
+        with self.lock:
+            words = self.secret.renewed()
+        given = [value.encode("utf-8", "replace") for name, value in urllib.parse.parse_qsl(query[:MAX_HEAD])
+                 if name in ("token", "secret")]
+        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given[:4] for word in words]
+        if not any(known):
+            raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.")
 
 
 Message = Webhook | Notification | Stream | Refused | Crash | Stop | Reload
@@ -1356,13 +2632,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request whose head is read."""
         try:
             with contextlib.ExitStack() as held:
+                self.admit()
                 length = self.length()
                 self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
         except WebhookError as error:
             self.refuse(error)
 
+    def admit(self) -> None:
+        """Turn away who sends too much or does not know the secret, before the body is read."""
+        gate, path = self.server.gate, self.target()
+        try:
+            if path == WEBHOOK_PATH:
+                gate.count(self.client_address[0])
+            if path != "/healthz":
+                gate.check(self.path.partition("?")[2])
+        except WebhookError:
+            self.close_connection = True
+            raise
+
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
+        self.retry_s = error.retry_s
         self.answer(error.status, f"{error}\n")
         self.server.tell(Refused(error.status, str(error), self.target()[:MAX_PATH], self.client_address[0],
                                  self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
@@ -1484,8 +2774,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Content-Type-Options", "nosniff")
         if status == 405:
             self.send_header("Allow", self.allowed)
-        if status == 503:
-            self.send_header("Retry-After", "5")
+        if status in (429, 503):
+            self.send_header("Retry-After", str(self.retry_s))
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Secret")
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -1524,9 +2816,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
 
-    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = ""):
+    def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = "",
+                 gate: Gate | None = None):
         """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
-        self.inbox, self.machine_identifier = inbox, machine_identifier
+        self.inbox, self.machine_identifier, self.gate = inbox, machine_identifier, gate or Gate()
+        self.journal: Journal | None = None                  # with a tracker: what is written before the answer
         self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
         self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
@@ -1606,9 +2900,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return room
 
     def take(self, webhook: Webhook, thumb: memoryview) -> None:
-        """Put a webhook into the inbox, its thumb aside; raises WebhookError 503 when too much waits."""
+        """Put a webhook into the inbox and the journal, its thumb aside; raises WebhookError 503: it is not safe."""
         if not self.tell(webhook):
             raise WebhookError(503, "Too many webhooks wait; try again in a moment.")
+        if self.journal:
+            try:
+                self.journal.append(webhook)
+            except TrackerError as error:
+                raise WebhookError(503, "The watch tracker cannot be written now; try again later.") from error
         ours = self.machine_identifier in ("", webhook.player_uuid)
         if thumb and ours and webhook.item and webhook.item.identity != self.thumb[0]:
             self.thumb = webhook.item.identity, bytes(thumb)
@@ -1648,7 +2947,7 @@ class Watcher:
         self.latest = config.plex_machine_id         # the player that changed last
         self.webhook_at: float | None = None
         self.ping_at = time.monotonic()
-        self.warned_at = -math.inf
+        self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.stream_missed = False                   # the server has been found to have no event stream
         self.changes: collections.Counter[tuple[str, str]] = collections.Counter()      # by (state, by)
         self.stopping = False
@@ -1695,12 +2994,16 @@ class Watcher:
                 raise message.error
 
     def refuse(self, refused: Refused) -> None:
-        """A line for a request that was refused; a Plex server on a wrong path is a person's to mend."""
-        misdirected = refused.status == 404 and refused.from_plex
-        if misdirected and time.monotonic() - self.warned_at >= WARN_AGAIN_S:
-            self.warned_at = time.monotonic()
-            say(logging.WARNING, "a Plex server sends webhooks to a wrong path; "
-                f"the URL in Plex must end in {WEBHOOK_PATH}", path=refused.path, address=refused.address)
+        """A line for a request that was refused; what a person can mend is a warning, one a minute."""
+        causes = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the "
+                       "one that `streamerbrainz.py secret` prints",
+                  404: f"a Plex server sends webhooks to a wrong path; the URL in Plex must end in {WEBHOOK_PATH}",
+                  429: "more webhooks than -rate-limit allows came from one address, and were refused"}
+        ours = refused.from_plex if refused.status == 404 else refused.path == WEBHOOK_PATH
+        again_at = self.warned_at.get(refused.status, -math.inf) + WARN_AGAIN_S
+        if refused.status in causes and ours and time.monotonic() >= again_at:
+            self.warned_at[refused.status] = time.monotonic()
+            say(logging.WARNING, causes[refused.status], path=refused.path, address=refused.address)
         say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
             result=refused.sentence)
 
@@ -1866,10 +3169,20 @@ def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
     os._exit(1)
 
 
+def work(worker: Worker, journal: Journal, inbox: queue.SimpleQueue[Message]) -> None:
+    """The worker's thread."""
+    try:
+        worker.run(journal.written)
+    except Exception as error:                        # a bug of ours: the main thread raises it
+        inbox.put(Crash(error))
+
+
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
     threading.Thread(target=take_signals, args=(inbox,), name="signals", daemon=True).start()
+    if config.tracker_db:
+        listener.journal = Journal(Tracker(config.tracker_db, create=True), config.accounts)
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
     host = config.webhooks_host or socket.gethostname()
     host = f"[{host}]" if ":" in host else host
@@ -1878,6 +3191,10 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     elif config.plex_events:
         threading.Thread(target=watch_stream, args=(plex, inbox), name="stream", daemon=True).start()
+    if listener.journal:
+        tracker = Tracker(config.tracker_db, lasting=False, writing=listener.journal.tracker.writing)
+        worker = Worker(config, tracker, plex)
+        threading.Thread(target=work, args=(worker, listener.journal, inbox), name="worker", daemon=True).start()
     systemd.notify("READY=1")
     try:
         Watcher(config, inbox, plex, systemd).run()
@@ -1932,12 +3249,22 @@ def listening_error(error: OSError, config: Config) -> ConfigError:
                        "give an address of this machine.")
 
 
+def server_of(config: Config) -> PlexServer | None:
+    """The configured server; None: there is none."""
+    if not config.plex_server_url or not config.plex_token_file:
+        return None
+    return PlexServer(config.plex_server_url, SecretFile("-plex-token-file", config.plex_token_file).first,
+                      config.plex_ca_file)
+
+
 def run(config: Config) -> int:
     """The daemon."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)        # in all threads: one takes them, see take_signals()
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    secret = SecretFile("-webhook-secret-file", config.webhook_secret_file, 2) if config.webhook_secret_file else None
     try:
-        listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id)
+        listener = Listener(config.webhooks_host, config.webhooks_port, inbox, config.plex_machine_id,
+                            Gate(secret, config.webhooks_a_minute))
     except OSError as error:
         if error.errno == errno.EADDRINUSE and runs_already(config):
             if os.environ.get("NOTIFY_SOCKET"):           # systemd would take an end without READY=1 for a failure
@@ -1947,10 +3274,8 @@ def run(config: Config) -> int:
             say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
             return 0
         raise listening_error(error, config) from error
-    plex = None
-    if config.plex_server_url:
-        plex = PlexServer(config.plex_server_url, TokenFile(config.plex_token_file), config.plex_ca_file)
-    serve(config, inbox, listener, plex)
+    with listener:
+        serve(config, inbox, listener, server_of(config))
     return 0
 
 
@@ -1969,10 +3294,10 @@ def ask_token() -> Callable[[], str]:
 
 def players(config: Config) -> int:
     """Print every player in the sessions."""
-    url = config.server_address or config.plex_server_url
+    url = config.words[0] if config.words else config.plex_server_url
     if not url:
         raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
-    token = TokenFile(config.plex_token_file) if config.plex_token_file else ask_token()
+    token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
     try:
         sessions = PlexServer(url, token, config.plex_ca_file).sessions()
     except PlexError as error:
@@ -1985,6 +3310,427 @@ def players(config: Config) -> int:
         print("\n\n".join(session_lines(*row) for row in rows))
     else:
         print(f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again.")
+    return 0
+
+
+# === Tracker commands: import, export, shows, show, log, conflicts, resolve ===
+
+class Progress:
+    """How far long work is: a bar on a terminal, else a line now and then.  Both on stderr."""
+
+    def __init__(self, name: str):
+        self.name, self.terminal = name, sys.stderr.isatty()
+        self.told_at = time.monotonic()
+
+    def tell(self, count: int, total: int) -> None:
+        """So many of so many are done."""
+        rest_s = 0.1 if self.terminal else 5.0
+        if count >= total or time.monotonic() - self.told_at >= rest_s:
+            self.told_at = time.monotonic()
+            filled = 30 * count // max(total, 1)
+            bar = f"\r{self.name:24.24} [{'#' * filled}{'.' * (30 - filled)}] {count} of {total}"
+            end = "\n" if count >= total or not self.terminal else ""
+            print(bar if self.terminal else f"{self.name}: {count} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
+    """The id of a show in the tracker, which gets it if it lacks it; within a transaction."""
+    if not (found := mapped or tracker.match_ids(show)):
+        same = [known for known in tracker.shows("normal = ? AND type = ?", sound(normal(show.title)), show.type)
+                if known.year == show.year and not known.ids.contradicts(show.ids)]
+        if not same:
+            return tracker.add_show(show)
+        found = Match(same[0].id, "title", 1.0)
+    tracker.learn_ids(found.show_id, show.ids)
+    return found.show_id
+
+
+def watched_state(fields: Mapping[str, Any], at: float) -> tuple[int | None, int]:
+    """When an item was watched (of `at`, where the server does not say) and how often; None: it was not."""
+    plays = number(fields.get("viewCount")) or 0
+    return (number(fields.get("lastViewedAt")) or int(at)) if plays else None, plays
+
+
+class LibraryImport:
+    """The import of a server's libraries: a page a transaction, so that an import that was ended goes on there."""
+
+    def __init__(self, tracker: Tracker, plex: PlexServer):
+        self.tracker, self.plex, self.server = tracker, plex, plex.identity()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> None:
+        """Bring all; raises PlexError, TrackerError."""
+        sections = [(text(each.get("key")), text(each.get("type")), text(each.get("title")))
+                    for page in self.plex.pages("/library/sections") for each in page.items]
+        for key, holds, title in sections:
+            if holds == "movie":
+                self.section(key, 1, f"{title}: movies", self.add_movies)
+            elif holds == "show":
+                self.section(key, 2, f"{title}: shows", self.add_shows)
+                self.section(key, 4, f"{title}: episodes", self.add_episodes)
+        with self.tracker.transaction():
+            self.tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
+            self.settle()
+
+    def section(self, key: str, kind: int, name: str, add: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
+        """Bring what a section has of one of Plex's numbered types, from where an import before was ended."""
+        note, progress = f"import {self.server} {key} {kind}", Progress(name)
+        path = f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&includeGuids={int(kind != 4)}"
+        for page in self.plex.pages(path, int(self.tracker.note(note) or 0), IMPORT_S):
+            with self.tracker.transaction():
+                add(page.items)
+                self.tracker.take_note(note, page.end)
+            progress.tell(page.end, max(page.total, page.end))
+
+    def add_shows(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Add a page of shows."""
+        for fields in items:
+            self.add(EPISODE, fields)
+
+    def add_movies(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Add a page of movies, each with whether it was watched."""
+        rows = [(self.add(MOVIE, fields), 0, 0, text(fields.get("title")), *watched_state(fields, time.time()))
+                for fields in items]
+        self.tracker.add_episodes(row for row in rows if row[0])
+
+    def add(self, type: str, fields: Mapping[str, Any]) -> int:
+        """Add a show or movie, and what it is on the server; -> its id."""
+        item, guids = parse_item(fields), item_guids(fields)
+        show = Show(type, item.title, number(fields.get("year")), parse_ids((*guids, item.guid)))
+        mapped = self.tracker.mapped(Entry(0.0, "import", self.server, "", "", replace(item, type=type),
+                                           Scrobble(item.rating_key, item.guid)))
+        if mapped and not mapped.show_id:
+            return 0                                  # a person chose to ignore it
+        show_id = upsert_show(self.tracker, show, mapped)
+        if mapped is None:
+            self.tracker.map(self.server, type, item.rating_key, item.guid, Match(show_id, "import", 1.0))
+        self.counts[type] += 1
+        return show_id
+
+    def add_episodes(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Add a page of episodes, each with whether it was watched."""
+        keys = {text(fields.get("grandparentRatingKey")) for fields in items}
+        found = self.tracker.all("SELECT subject, show_id FROM mapping WHERE server = ? AND type = 'episode' AND "
+                                 f"show_id NOT NULL AND subject IN ({', '.join('?' * len(keys))})", self.server, *keys)
+        shows, rows, now = dict(found), [], time.time()
+        for fields in items:
+            item, show_id = parse_item(fields), shows.get(text(fields.get("grandparentRatingKey")))
+            if show_id and item.parent_index is not None and item.index is not None:
+                rows.append((show_id, item.parent_index, item.index, item.title, *watched_state(fields, now)))
+        self.tracker.add_episodes(rows)
+        self.counts["episodes"] += len(rows)
+
+    def settle(self) -> None:
+        """Let be done what waited for what has come."""
+        for row in self.tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping "
+                                    "USING (server, type, subject) WHERE resolution IS NULL AND show_id NOT NULL"):
+            self.tracker.resolve(row[0], Match(row[1], "import", 1.0))
+        self.tracker.write("UPDATE webhook_log SET retry_at = 0 WHERE action = 'episode_not_found'")
+
+
+def checked(value: object, place: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A mapping of an import file, whose keys and types are known; raises ConfigError with its place."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"tracker import: {place} is no object.")
+    for key, each in value.items():
+        if key not in keys:
+            raise ConfigError(f"tracker import: {place} has an unknown key {quoted(key)}; "
+                              f"known are {', '.join(keys)}.")
+        if each is not None and (not isinstance(each, keys[key]) or isinstance(each, bool)):
+            raise ConfigError(f"tracker import: {place}.{key} is of the wrong type.")
+        if isinstance(each, int) and not 0 <= each <= 2**53:
+            raise ConfigError(f"tracker import: {place}.{key} is out of range.")
+    return value
+
+
+SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
+PLAY_KEYS = {"watched_at": str, "plays": int}
+EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
+
+
+def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
+    """A Show of the JSON form."""
+    if not fields.get("title"):
+        raise ConfigError(f"tracker import: {place} has no title.")
+    imdb_id = fields.get("imdb_id")
+    if imdb_id is not None and not re.fullmatch(r"tt\d{5,10}", imdb_id, re.ASCII):
+        raise ConfigError(f"tracker import: {place}.imdb_id is none such as tt0903747.")
+    return Show(type, fields["title"][:MAX_TEXT], fields.get("year"),
+                Ids(fields.get("tmdb_id") or None, fields.get("tvdb_id") or None, imdb_id))
+
+
+def read_plays(fields: Mapping[str, Any], place: str) -> tuple[int | None, int]:
+    """watched_at and plays of the JSON form; played once at least, if watched."""
+    try:
+        watched_at = unix_time(fields["watched_at"]) if fields.get("watched_at") else None
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"tracker import: {place}.watched_at is no time such as 2026-11-21T20:15:00Z.") from error
+    return watched_at, max(fields.get("plays") or 0, int(watched_at is not None))
+
+
+def read_file(path: str) -> Iterator[tuple[Show, list[tuple[int, int, str, int | None, int]]]]:
+    """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            whole = checked(json.load(file), "the file", {"shows": list, "movies": list})
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"tracker import: {path} cannot be read as JSON ({why(error)}).") from error
+    for i, each in enumerate(whole.get("shows") or ()):
+        place = f"shows[{i}]"
+        show, rows = checked(each, place, {**SHOW_KEYS, "episodes": list}), []
+        for j, each in enumerate(show.get("episodes") or ()):
+            fields = checked(each, f"{place}.episodes[{j}]", EPISODE_KEYS)
+            if fields.get("season") is None or fields.get("episode") is None:
+                raise ConfigError(f"tracker import: {place}.episodes[{j}] has no season or no episode.")
+            rows.append((fields["season"], fields["episode"], fields.get("title") or "",
+                         *read_plays(fields, f"{place}.episodes[{j}]")))
+        yield read_show(show, EPISODE, place), rows
+    for i, each in enumerate(whole.get("movies") or ()):
+        movie = checked(each, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS})
+        yield read_show(movie, MOVIE, f"movies[{i}]"), [(0, 0, movie.get("title") or "",
+                                                         *read_plays(movie, f"movies[{i}]"))]
+
+
+def tracker_import(config: Config, tracker: Tracker) -> int:
+    """Bring shows, movies and what was watched: from a file, or from the server."""
+    if len(config.words) > 1:
+        read = list(read_file(config.words[1]))       # all of it is checked before anything is written
+        with tracker.transaction():
+            for show, rows in read:
+                show_id = upsert_show(tracker, show)
+                tracker.add_episodes((show_id, *row) for row in rows)
+        print(f"{len(read)} shows and movies with {sum(len(rows) for _, rows in read)} episodes were read.")
+        return 0
+    plex = server_of(config)
+    if plex is None:
+        raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
+    try:
+        library = LibraryImport(tracker, plex)
+        library.run()
+    except KeyboardInterrupt:
+        print("\nstreamerbrainz: the import was ended; run it again, and it goes on where it was.", file=sys.stderr)
+        return 1
+    counts = library.counts
+    print(f"{counts[EPISODE]} shows, {counts['episodes']} episodes and {counts[MOVIE]} movies are here now.")
+    Worker(config, tracker, plex).drain()
+    return 0
+
+
+def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
+    """A show or movie in the JSON form of import and export."""
+    ids = show.ids
+    fields = {"title": show.title, "year": show.year, "tmdb_id": ids.tmdb_id, "tvdb_id": ids.tvdb_id,
+              "imdb_id": ids.imdb_id}
+    rows = tracker.all("SELECT season, episode, title, watched_at, plays FROM episode WHERE show_id = ?", show.id)
+    each = [{"season": row[0], "episode": row[1], "title": row[2], "watched_at": iso_time(row[3]), "plays": row[4]}
+            for row in rows]
+    if show.type == EPISODE:
+        return {**fields, "episodes": each}
+    played = each[0] if each else {"watched_at": None, "plays": 0}
+    return {**fields, "watched_at": played["watched_at"], "plays": played["plays"]}
+
+
+def tracker_export(config: Config, tracker: Tracker) -> int:
+    """Print all shows and movies in the JSON form, one a line."""
+    for key, holds in (("shows", EPISODE), ("movies", MOVIE)):
+        print(f'{{"{key}": [' if holds == EPISODE else f', "{key}": [')
+        for i, show in enumerate(tracker.shows("type = ? ORDER BY normal, id", holds)):
+            print(f"{',' if i else ' '}{json.dumps(show_fields(tracker, show), ensure_ascii=False)}")
+        print("]")
+    print("}")
+    return 0
+
+
+def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: Callable[[], str], nothing: str) -> int:
+    """Rows as JSON where -json asks for it, else as lines."""
+    print(json.dumps(rows, indent=2, ensure_ascii=False) if config.json else lines() if rows else nothing)
+    return 0
+
+
+def local_day(at: float | None) -> str:
+    """A day, in local time."""
+    return "" if at is None else time.strftime("%Y-%m-%d", time.localtime(at))
+
+
+def tracker_shows(config: Config, tracker: Tracker) -> int:
+    """Print each show and movie, the one that was watched last first."""
+    words = normal(" ".join(config.words[1:])).split() if config.words[1:] else []
+    condition = "".join(" AND normal LIKE ?" for _ in words)
+    found = tracker.all(
+        "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(watched_at), count(episode), "
+        "max(watched_at) FROM show LEFT JOIN episode ON show_id = show.id WHERE 1" + condition +
+        " GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal", *(f"%{word}%" for word in words))
+    names = ("id", "type", "title", "year", "tmdb_id", "tvdb_id", "imdb_id", "watched", "episodes", "last_watched_at")
+    rows = [dict(zip(names, row, strict=True)) | {"type": "movie" if row[1] == MOVIE else "show",
+                                                  "last_watched_at": iso_time(row[9])} for row in found]
+
+    def lines() -> str:
+        return table([("ID", "TITLE", "WATCHED", "LAST")] + [
+            (str(row[0]), printable(named(row[2], row[3])),
+             ("movie" if row[7] else "movie, not") if row[1] == MOVIE else f"{row[7]} of {row[8]}", local_day(row[9]))
+            for row in found], 1)
+    return print_rows(config, rows, lines, "There is no such show; `tracker import` brings them from the server.")
+
+
+def show_of(tracker: Tracker, word: str) -> Show:
+    """The show or movie whose id a word is; raises ConfigError."""
+    show = tracker.show(number(word) or 0)
+    if show is None:
+        raise ConfigError(f"there is no show {quoted(word)}; `tracker shows` tells their ids.")
+    return show
+
+
+def tracker_show(config: Config, tracker: Tracker) -> int:
+    """Print a show's seasons as grids of watched and not."""
+    show = show_of(tracker, config.words[1])
+    rows = tracker.all("SELECT season, episode, watched_at, plays FROM episode WHERE show_id = ?", show.id)
+
+    def lines() -> str:
+        ids = ", ".join(f"{name} {value}" for name in CONFIDENCE if (value := getattr(show.ids, name)))
+        head = textwrap.fill(printable(named(show.title, show.year)) + (f"  ({ids})" if ids else ""), 80)
+        if show.type == MOVIE:
+            watched = f"watched {local_day(rows[0][2])}, {rows[0][3]} plays" if rows and rows[0][2] else "not watched"
+            return f"{head}\n{watched}"
+        seasons = itertools.groupby(rows, key=lambda row: row[0])
+        return "\n".join([head, *(season_lines(season, [(row[1], row[2] is not None) for row in each])
+                                  for season, each in seasons)])
+    return print_rows(config, [{"id": show.id, "type": "movie" if show.type == MOVIE else "show",
+                                **show_fields(tracker, show)}], lines, "")
+
+
+def tracker_log(config: Config, tracker: Tracker) -> int:
+    """Print what became of the last webhooks, the newest last."""
+    conditions, values = ["1"], []
+    if config.status:
+        conditions.append("coalesce(status, 'waiting') = ?")
+        values.append(config.status)
+    if config.show:
+        conditions.append("(show_id = ? OR show_title LIKE ? OR title LIKE ?)")
+        values += [str(number(config.show) or 0), f"%{config.show}%", f"%{config.show}%"]
+    names = ("received_at", "event", "account", "title", "season", "episode", "status", "action", "reason", "show_id",
+             "type", "show", "conflict_id")
+    found = tracker.all("SELECT received_at, event, account, title, season, episode, coalesce(status, 'waiting'), "
+                        "action, reason, show_id, type, show_title, conflict_id FROM webhook_log "
+                        f"WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT ?", *values, config.last)[::-1]
+    rows = [dict(zip(names, row, strict=True)) | {"received_at": iso_time(row[0])} for row in found]
+
+    def line(row: Sequence[Any]) -> str:
+        numbers = f" S{row[4]:02}E{row[5]:02}" if row[10] == EPISODE and None not in row[4:6] else ""
+        what = f"{row[11] or row[3] or ''}{numbers}"
+        stamp = time.strftime("%m-%d %H:%M", time.localtime(row[0]))
+        first = f"{stamp}  {row[6]:9}  {row[7] or row[1]:18}  {what}"
+        indent = " " * 13
+        reason = textwrap.fill(printable(row[8] or ""), 80, initial_indent=indent, subsequent_indent=indent)
+        return printable(first)[:80] + (f"\n{reason}" if row[8] and row[6] == FAILED else "")
+    return print_rows(config, rows, lambda: "\n".join(map(line, found)), "Nothing came yet.")
+
+
+def tracker_conflicts(config: Config, tracker: Tracker) -> int:
+    """Print what waits for a person, with the commands that end it."""
+    found = tracker.all("SELECT id, created_at, kind, type, title, year, (SELECT count(*) FROM webhook_log WHERE "
+                        "conflict_id = conflict.id), candidates FROM conflict WHERE resolution IS NULL ORDER BY id")
+    rows = []
+    for row in found:
+        each = [(show, score) for show_id, score in json.loads(row[7]) if (show := tracker.show(show_id))]
+        names = ("id", "created_at", "kind", "type", "title", "year", "waiting")
+        rows.append(dict(zip(names, row[:7], strict=True)) | {
+            "created_at": iso_time(row[1]), "type": "movie" if row[3] == MOVIE else "show", "candidates": [
+                {"show_id": show.id, "title": show.title, "year": show.year, "score": score} for show, score in each]})
+
+    def lines() -> str:
+        said = []
+        for row in rows:
+            name = printable(named(row["title"], row["year"]))
+            said.append(f"{row['id']}: {name:.40} ({row['kind']}, {row['waiting']} waiting)")
+            said += [f"    tracker resolve {row['id']} {each['show_id']}   # {each['score']:.2f} "
+                     f"{printable(named(each['title'], each['year']))}"[:80] for each in row["candidates"]]
+            said.append(f"    tracker resolve {row['id']} new|ignore")
+        return "\n".join(said)
+    return print_rows(config, rows, lines, "Nothing waits for you.")
+
+
+def tracker_resolve(config: Config, tracker: Tracker) -> int:
+    """End a conflict: it is that show, a new one, or to be ignored."""
+    _, conflict_id, word = config.words
+    row = tracker.one("SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, resolution FROM conflict WHERE id = ?",
+                      number(conflict_id) or 0)
+    if row is None:
+        raise ConfigError(f"there is no conflict {quoted(conflict_id)}; `tracker conflicts` tells their ids.")
+    show = Show(row[0], row[1], row[2], Ids(row[3], row[4], row[5]))
+    known = None if word in ("new", "ignore") else show_of(tracker, word)
+    if known and known.type != show.type:
+        raise ConfigError("a movie is no show: `tracker shows` tells which is which.")
+    if word == "new" and row[6] not in (None, "ignore"):
+        known = show_of(tracker, row[6])              # it was resolved before: that is the new one
+    with tracker.transaction():
+        show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
+        if show_id:                                   # a person vouches for what was watched
+            waited = tracker.all("SELECT season, episode, title FROM webhook_log WHERE conflict_id = ? AND "
+                                 "season IS NOT NULL", number(conflict_id))
+            tracker.add_episodes((show_id, *each, None, 0) for each in waited)
+        tracker.resolve(number(conflict_id) or 0, Match(show_id, "mapping", 1.0))
+    done = Worker(config, tracker, server_of(config)).drain()
+    print(f"Conflict {conflict_id} is resolved; {done} that waited {'is' if done == 1 else 'are'} done.")
+    return 0
+
+
+# command -> its function, the words that it takes, how many of them at least, and whether it makes the file
+TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str, int, bool]] = {
+    "import": (tracker_import, "[FILE]", 0, True), "export": (tracker_export, "", 0, False),
+    "shows": (tracker_shows, "[WORDS...]", 0, False), "show": (tracker_show, "ID", 1, False),
+    "log": (tracker_log, "", 0, False), "conflicts": (tracker_conflicts, "", 0, False),
+    "resolve": (tracker_resolve, "ID SHOW|new|ignore", 2, False)}
+
+
+def tracker_command(config: Config) -> int:
+    """One of the tracker's commands."""
+    name = config.words[0] if config.words else ""
+    if name not in TRACKER_COMMANDS:
+        raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
+    command, words, least, create = TRACKER_COMMANDS[name]
+    if not least <= len(config.words) - 1 <= (99 if "..." in words else len(words.split())):
+        raise ConfigError(f"tracker {name}: it is called as: tracker {name} {words}".rstrip())
+    if not config.tracker_db:
+        raise ConfigError("tracker: name the database: -tracker-db FILE")
+    tracker = Tracker(config.tracker_db, create)
+    try:
+        return command(config, tracker)
+    except PlexError as error:
+        print(f"streamerbrainz: {error}", file=sys.stderr)
+        return 1
+    finally:
+        tracker.close()
+
+
+def guess_address(config: Config) -> str:
+    """This machine's address as its network sees it; no packet is sent."""
+    server = urllib.parse.urlsplit(config.plex_server_url).hostname or "192.0.2.1"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server, 9))
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
+
+
+def make_secret(config: Config) -> int:
+    """Make a webhook secret, and print the URL to paste.  The one before stays valid, as the file's second line."""
+    if not config.webhook_secret_file:
+        raise ConfigError("secret: name the file: -webhook-secret-file FILE")
+    path = config.webhook_secret_file
+    before = SecretFile("-webhook-secret-file", path, 2).words[:1] if os.path.exists(path) else ()
+    secret = secrets.token_urlsafe(32)
+    try:
+        folder, name = os.path.split(os.path.abspath(path))
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False) as file:      # mode 600
+            file.write("\n".join((secret, *before)) + "\n")
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ConfigError(f"secret: {path} cannot be written ({why(error)}); "
+                          "make its folder, writable by you.") from error
+    host = config.webhooks_host or guess_address(config)
+    host = f"[{host}]" if ":" in host else host
+    print(f"http://{host}:{config.webhooks_port}{WEBHOOK_PATH}?token={secret}")
+    print(f"Paste this URL into Plex's Settings > Webhooks.{' The one before it still works.' if before else ''} "
+          f"The secret is in {path}.", file=sys.stderr)
     return 0
 
 
@@ -2124,14 +3870,16 @@ def demo(config: Config) -> int:
         length_s = EVENING[-1][0] / config.speed
         print(f"A stand-in for Plex plays an evening of {length_s:.0f} seconds; Ctrl-C ends it.", flush=True)
         threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
-        serve(config, inbox, listener, PlexServer(plex.url, TokenFile(token_file)))
+        serve(config, inbox, listener, PlexServer(plex.url, SecretFile("-plex-token-file", token_file).first))
         plex.shutdown()
     return 0
 
 
 # === main ===
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "demo": demo}
+COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "tracker": tracker_command,
+                                                "secret": make_secret, "demo": demo}
+
 USAGE = "streamerbrainz.py [COMMAND] [FLAGS] [@FILE]"
 
 DESCRIPTION = """Tells what your Plex player is doing.
@@ -2139,9 +3887,19 @@ DESCRIPTION = """Tells what your Plex player is doing.
 commands:
   run                  the daemon (this is what happens without a command)
   players [HOST:PORT]  every player in the sessions, with its machine identifier
+  tracker ...          the watch tracker:
+    import [FILE]        all shows and movies, and what is watched
+    export               the same as JSON, as import FILE reads it
+    shows [WORDS]        each show, with how much of it is watched
+    show ID              its seasons as grids, # watched
+    log                  what became of the last webhooks
+    conflicts            what waits for you
+    resolve ID SHOW|new|ignore   end a conflict
+  secret               makes a webhook secret, and prints the URL to paste
   demo                 an evening of a player, without any Plex"""
 
-EPILOG = """@FILE reads flags from a file, one a line, with # comments.  -flag is --flag.
+EPILOG = """@FILE reads flags from a file, one a line, with # comments.
+Two dashes do as well as one.
 Exit status: 0 well; 1 it could not go on; 2 wrong use or wrong configuration."""
 
 NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
@@ -2190,6 +3948,13 @@ def port_number(word: str) -> int:
     return value
 
 
+def whole_number(word: str) -> int:
+    """A number from 0 to a million."""
+    if (value := number(word)) is None or value > 10**6:
+        raise argparse.ArgumentTypeError(f"{quoted(word)} is no whole number from 0 to 1000000")
+    return value
+
+
 def interval_s(word: str) -> float:
     """An interval of 0 (none) or 1 s to a day."""
     if not re.fullmatch(r"\d+(\.\d+)?", word) or not (float(word) == 0 or 1 <= float(word) <= 86400):
@@ -2224,10 +3989,12 @@ def flag_parser() -> FlagParser:
     parser = FlagParser(prog="streamerbrainz.py", usage=USAGE, description=DESCRIPTION, epilog=EPILOG,
                         formatter_class=HelpFormatter, add_help=False, allow_abbrev=False,
                         fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)    # the defaults are Config's
-    parser.add_argument("server_address", nargs="?", help=argparse.SUPPRESS)
     flags = parser.add_argument_group("flags").add_argument
     flags("--webhooks-port", type=port_number, metavar="PORT", help="HTTP listener port (default 3001)")
     flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
+    flags("--webhook-secret-file", metavar="FILE", help="secret that each webhook must bring as ?token=")
+    flags("--rate-limit", type=whole_number, metavar="N",
+          help="webhooks a minute from one address (default 100 with a secret or the tracker, else none; 0 for none)")
     flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
     flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
     flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
@@ -2235,9 +4002,22 @@ def flag_parser() -> FlagParser:
     flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
     flags("--no-plex-events", action="store_false", dest="plex_events", help="do not open the server's event stream")
+    flags("--tracker-db", metavar="FILE", help="SQLite file of the watch tracker; turns the tracker on")
+    flags("--tracker-log-days", type=whole_number, metavar="N",
+          help="days that finished rows of its journal are kept (default 90; 0 for ever)")
+    flags("--no-auto-mark-watched", action="store_false", dest="auto_mark_watched",
+          help="find the show of each webhook, but mark nothing")
+    flags("--auto-add-shows", action="store_true", help="add a show of certain identity that the tracker lacks")
+    flags("--accounts", metavar="NAMES",
+          help="Plex accounts whose watching counts: titles or ids, with commas; * for all (default: the owner's)")
+    flags("--tmdb-token-file", metavar="FILE", help="TMDB API token, for shows that only TMDB can identify")
     flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
     flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
-    flags("--json", action="store_true", help="players: print JSON")
+    flags("--json", action="store_true", help="players, tracker: print JSON")
+    flags("--status", choices=(SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"), metavar="STATUS",
+          help="tracker log: success, failed, ignored, duplicate or waiting")
+    flags("--show", metavar="SHOW", help="tracker log: of this show, by its id or words of its title")
+    flags("--last", type=whole_number, metavar="N", help="tracker log: so many rows (default 20)")
     flags("--speed", type=speed_factor, metavar="N", help="demo: so many times faster (default 1)")
     flags("-h", "--help", action="help", help="this help")
     flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
@@ -2254,9 +4034,7 @@ def players_url(word: str) -> str:
 
 def unknown_words(words: Sequence[str]) -> str:
     """What is said of words that are no flags.  A word may be a token: only flags are repeated."""
-    flag = next((re.sub("^--?|=.*", "-", word).rstrip("-") for word in words if word.startswith("-")), "")
-    if not flag:
-        return "there is a word too many. (No token goes on the command line, where ps shows it: see -plex-token-file.)"
+    flag = next(re.sub("^--?|=.*", "-", word).rstrip("-") for word in words if word.startswith("-"))
     hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
     return f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}"
 
@@ -2272,6 +4050,8 @@ def check_complete(config: Config) -> None:
                           f"or neither -plex-server-url nor -plex-token-file, for webhooks alone.{hint}")
     if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
         raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
+    if config.tmdb_token_file and not config.tracker_db:
+        raise ConfigError("-tmdb-token-file is given, but no -tracker-db, which alone needs it.")
 
 
 def parse_config(words: Sequence[str]) -> Config:
@@ -2284,13 +4064,14 @@ def parse_config(words: Sequence[str]) -> Config:
         flags, unknown = flag_parser().parse_known_args(words)
     except UnicodeDecodeError as error:                 # Python 3.11; later ones decode what is none as surrogates
         raise ConfigError(NOT_UTF_8) from error
-    if unknown:
+    if any(word.startswith("-") for word in unknown):
         raise ConfigError(unknown_words(unknown))
-    config = Config(command=command, **vars(flags))
-    if config.server_address and command != "players":
-        raise ConfigError("there is a word where none belongs; the command comes first, each value after its flag.")
-    if config.server_address:
-        config = replace(config, server_address=players_url(config.server_address))
+    if len(unknown) > {"players": 1, "tracker": 99}.get(command, 0):
+        raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
+                          "goes on the command line, where ps shows it: see -plex-token-file.)")
+    if command == "players":
+        unknown = [players_url(word) for word in unknown]
+    config = Config(command=command, words=tuple(unknown), **vars(flags))
     if command == "run":
         check_complete(config)
     return config
@@ -2307,6 +4088,9 @@ def main(words: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
         return 2
+    except TrackerError as error:
+        print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 1
     except BrokenPipeError:                           # streamerbrainz.py players | head

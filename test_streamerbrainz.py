@@ -5,9 +5,11 @@ Real captures lie outside the repository; the tests that read them are skipped w
 """
 from __future__ import annotations
 
+import array
 import contextlib
 import functools
 import http.client
+import http.server
 import itertools
 import json
 import os
@@ -19,12 +21,14 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from xml.sax.saxutils import quoteattr
 
 import pytest
@@ -100,7 +104,7 @@ MULTIPART, BODY = sb.encode_webhook(payload(), THUMB)
 
 def test_a_webhook_is_parsed_from_its_multipart_body():
     webhook, thumb = sb.parse_webhook(MULTIPART, BODY)
-    assert webhook == sb.Webhook("media.play", "m1", "Living Room", sb.parse_item(SONG), None)
+    assert webhook == sb.Webhook("media.play", "m1", "Living Room", sb.parse_item(SONG), None, "0" * 40, "1", "me", True, None)
     assert thumb == THUMB
 
 
@@ -276,6 +280,36 @@ def test_of_two_sessions_of_a_player_the_playing_one_then_no_photo_then_the_newe
 
 def test_no_session_is_found_where_there_is_none():
     assert sb.find_session(()) is None
+
+
+# === Library ===
+
+@pytest.mark.parametrize("body, items, total", [
+    (b'{"MediaContainer": {"totalSize": 9, "Metadata": [{"ratingKey": "3", "Guid": [{"id": "tmdb://3"}]}, 7]}}', [("3", ("tmdb://3",))], 9),
+    (b'{"MediaContainer": {"Directory": [{"ratingKey": 3}]}}', [("3", ())], None), (b'{"MediaContainer": {}}', [], None),
+    (b'\n<?xml version="1.0"?><MediaContainer totalSize="9"><Directory ratingKey="3"><Guid id="tmdb://3"/><Genre tag="x"/></Directory>'
+     b'</MediaContainer>', [("3", ("tmdb://3",))], 9)])
+def test_a_library_is_the_same_in_json_and_in_xml(body, items, total):
+    attributes, found = sb.parse_container(body)
+    assert [(sb.parse_item(each).rating_key, sb.item_guids(each)) for each in found] == items
+    assert sb.number(attributes.get("totalSize")) == total
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b'{"MediaContainer": []}', b"{", b"[" * 100000, b"<html/>", b"\xff"])
+def test_what_is_no_library_is_the_servers_fault(body):
+    with pytest.raises(sb.PlexError):
+        sb.parse_container(body)
+
+
+@pytest.mark.parametrize("file", [each for each in captures("metadata") if "plextv" not in str(each) and "tmdb" not in str(each)
+                                  and "401" not in str(each)])
+def test_real_libraries_are_parsed(file):
+    attributes, items = sb.parse_container(file.read_bytes()) if "503" not in file.name else ({"size": 0}, [])
+    assert attributes
+    for fields in items:
+        assert sb.parse_item(fields) and isinstance(sb.item_guids(fields), tuple)
+    if "library_shows" in file.name:
+        assert sb.parse_ids(sb.item_guids(items[0])) == sb.Ids(3, 3, None)
 
 
 # === Notifications ===
@@ -1069,6 +1103,133 @@ def test_every_change_is_reported_once_in_order_and_never_falsely(seed):
         assert said == true
 
 
+# === Shows ===
+
+@pytest.mark.parametrize("guid, expected", [
+    ("com.plexapp.agents.thetvdb://73244/1/2?lang=en", ("tvdb_id", 73244, 1, 2)),
+    ("com.plexapp.agents.themoviedb://1396?lang=en", ("tmdb_id", 1396, None, None)),
+    ("com.plexapp.agents.imdb://tt0386676/1/1?lang=en", ("imdb_id", "tt0386676", 1, 1)),
+    ("com.plexapp.agents.imdb://tt0072684?lang=en", ("imdb_id", "tt0072684", None, None)),
+    ("com.plexapp.agents.hama://tvdb-81797/22/70?lang=en", ("tvdb_id", 81797, 22, 70)),
+    ("com.plexapp.agents.hama://tvdb2-81797/22/70", ("tvdb_id", 81797, 22, 70)),
+    ("com.plexapp.agents.hama://imdb-tt0386676", ("imdb_id", "tt0386676", None, None)),
+    ("com.plexapp.agents.hama://tmdb-1396/0/3", ("tmdb_id", 1396, 0, 3)),
+    ("tmdb://1396", ("tmdb_id", 1396, None, None)), ("tvdb://0081189", ("tvdb_id", 81189, None, None)),
+    ("imdb://tt903747", ("imdb_id", "tt0903747", None, None)),
+    ("com.plexapp.agents.hama://anidb-17494/1/7?lang=en", None), ("com.plexapp.agents.none://73244/1/1", None), ("local://8369", None),
+    ("plex://show/5d9c0876ec357c001f9ad189", None), ("tmdb://tt1396", None), ("imdb://1396", None), ("tmdb://", None), ("tmdb://0", None),
+    ("tmdb://-1", None), ("tmdb://99999999999999999", None), ("", None), ("iva://api/2.0/tmdb://1", None)])
+def test_a_guid_names_a_database_and_an_id_or_nothing(guid, expected):
+    assert sb.parse_guid(guid) == expected
+
+
+@pytest.mark.parametrize("title, normal, year, country", [
+    ("The Office (US)", "office", None, "US"), ("Castle (2009)", "castle", 2009, ""), ("The Office (USA) (2005)", "office", 2005, "US"),
+    ("Pokémon", "pokemon", None, ""), ("POKÉMON", "pokemon", None, ""), ("Law & Order: SVU", "law and order svu", None, ""),
+    ("Marvel's Agents of S.H.I.E.L.D.", "marvels agents of shield", None, ""), ("M*A*S*H", "mash", None, ""), ("9-1-1", "9 1 1", None, ""),
+    ("A", "a", None, ""), ("The The", "the", None, ""), ("(2009)", "2009", None, ""), ("???", "???", None, ""), ("", "", None, ""),
+    ("1923", "1923", None, ""), ("進撃の巨人", "進撃の巨人", None, ""), ("Weißensee", "weissensee", None, ""), ("Law & Order (SVU)", "law and order svu", None, ""),
+    ("Shameless (UK)", "shameless", None, "UK"), ("Shameless (GB)", "shameless", None, "UK"), ("Bron_Broen", "bron broen", None, "")])
+def test_a_title_is_taken_apart(title, normal, year, country):
+    assert sb.parse_title(title) == sb.Title(normal, year, country)
+
+
+@pytest.mark.parametrize("one, two, expected", [
+    ("word", "two words", 0.363636), ("cat", "cat", 1.0), ("cat", "dog", 0.0), ("foo bar", "bar foo", 1.0), ("", "", 1.0), ("a", "", 0.0),
+    ("breaking bad", "braking bad", 9 / 14)])
+def test_similarity_is_that_of_pg_trgm(one, two, expected):
+    assert sb.similarity(one, two) == pytest.approx(expected, abs=1e-6)
+
+
+def known(*shows, kind="episode"):
+    return [sb.Show(kind, title, year, sb.Ids(*ids), i) for i, (title, year, *ids) in enumerate(shows, 1)]
+
+
+def wanted(title, year=None, *ids, own=False, kind="episode"):
+    return sb.Show(kind, title, year, sb.Ids(*ids), own_year=own)
+
+
+ICARLY = ("iCarly", 2007), ("iCarly", 2021)
+OFFICES = ("The Office (US)", 2005), ("The Office (UK)", 2001)
+
+
+@pytest.mark.parametrize("want, shows, expected", [
+    (wanted("Breaking Bad", 2010), [("Breaking Bad", 2008)], (1, 1.0)),
+    (wanted("breaking BAD"), [("Breaking Bad", 2008)], (1, 1.0)),
+    (wanted("Castle (2009)", 2012), [("Castle", 2009)], (1, 1.0)),
+    (wanted("Castle", 2012), [("Castle (2009)", None)], (1, 1.0)),
+    (wanted("Castle (2009)"), [("Castle", 2003)], "ambiguous"),
+    (wanted("The Office (US)", 2007), OFFICES, (1, 1.0)),
+    (wanted("The Office", 2005, own=True), OFFICES, (1, 1.0)),
+    (wanted("The Office", 2001), OFFICES, (2, 1.0)),
+    (wanted("The Office", 2013), OFFICES, "ambiguous"),                       # either may have a season then
+    (wanted("The Office (US)", 2007), [("The Office", 2001)], "ambiguous"),   # the British one, perhaps
+    (wanted("The Office (US)"), [("The Office (UK)", 2001)], "no_match"),
+    (wanted("iCarly", 2007), ICARLY, (1, 1.0)), (wanted("iCarly", 2021), ICARLY, (2, 1.0)), (wanted("iCarly (2021)", 2023), ICARLY, (2, 1.0)),
+    (wanted("iCarly", 2010), ICARLY, (1, 1.0)),                               # the season's year: the new one had not begun
+    (wanted("iCarly", 2023), ICARLY, "multiple_matches"), (wanted("iCarly"), ICARLY, "multiple_matches"),
+    (wanted("iCarly", 2007), ICARLY[1:], "ambiguous"),                        # an episode before its show
+    (wanted("American Horror Story", 2018), [("American Horror Story", 2011), ("American Horror Stories", 2021)], (1, 1.0)),
+    (wanted("American Horror Story", 2011), [("American Horror Stories", 2021)], "ambiguous"),
+    (wanted("Star Trek Discovery", 2017), [("Star Trek: Discovery", 2017), ("Star Trek: Picard", 2020)], (1, 1.0)),
+    (wanted("Greys Anatomie", 2005), [("Grey's Anatomy", 2005)], "ambiguous"),
+    (wanted("Buffy, Vampire Slayer", 1997), [("Buffy the Vampire Slayer", 1997)], (1, 0.94)),
+    (wanted("NonExistent Show XYZ"), [("Breaking Bad", 2008)], "no_match"), (wanted("X"), [], "no_match"),
+    (wanted("Battlestar Galactica", 2005, 1), [("Battlestar Galactica", 2004, 2)], "no_match"),   # another id is another show
+    (wanted("Battlestar Galactica", 2005, 1), [("Battlestar Galactica", 2004, None, 7)], (1, 1.0)),
+    (wanted("Pokémon", 1999), [("POKEMON", 1998)], (1, 1.0)),
+    (wanted("Heat", 1995, own=True, kind="movie"), [("The Heat", 2013), ("Heat", 1995)], (2, 1.0)),
+    (wanted("Heat", 1995, own=True, kind="movie"), [("The Heat", 2013)], "ambiguous")])
+def test_titles_choose_a_show_only_where_it_is_certain(want, shows, expected):
+    verdict = sb.choose_show(want, known(*shows, kind=want.type))
+    assert (verdict.kind if isinstance(verdict, sb.Conflict) else (verdict.show_id, verdict.confidence)) == expected
+
+
+# === Watching ===
+
+PILOT = {"type": "episode", "ratingKey": "1001", "title": "Pilot", "grandparentTitle": "Breaking Bad", "parentIndex": 1, "index": 1,
+         "grandparentRatingKey": "1000", "guid": "plex://episode/e1", "grandparentGuid": "plex://show/bb", "year": 2008,
+         "Guid": [{"id": "imdb://tt0959621"}, {"id": "tmdb://62085"}, {"id": "tvdb://349232"}]}
+
+
+def scrobble(metadata=PILOT, event="media.scrobble", **more):
+    return sb.parse_payload(payload(event, metadata=metadata, **more))
+
+
+def test_an_episodes_own_ids_never_identify_its_show():
+    entry = sb.entry_of(scrobble(), 1.0)
+    assert entry.scrobble.guids == ("imdb://tt0959621", "tmdb://62085", "tvdb://349232")
+    assert entry.show == sb.Show("episode", "Breaking Bad", 2008, sb.Ids(), own_year=False)
+    assert (entry.season, entry.episode, entry.subject, entry.show_guid) == (1, 1, "1000", "plex://show/bb")
+
+
+def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
+    legacy = {**PILOT, "guid": "com.plexapp.agents.thetvdb://81189/3/7?lang=en", "grandparentGuid": None, "parentIndex": None, "index": None}
+    entry = sb.entry_of(scrobble(legacy), 1.0)
+    assert entry.show.ids == sb.Ids(None, 81189) and (entry.season, entry.episode) == (3, 7)
+    assert entry.show_guid == "com.plexapp.agents.thetvdb://81189"
+    movie = {"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "guid": "plex://movie/x", "Guid": [{"id": "tmdb://949"}]}
+    entry = sb.entry_of(scrobble(movie), 1.0)
+    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949)) and (entry.season, entry.episode, entry.subject) == (0, 0, "5")
+
+
+@pytest.mark.parametrize("webhook, accounts, expected", [
+    (scrobble(event="media.play"), "", ("ignored", "event_not_scrobble")),
+    (scrobble({**PILOT, "type": "track"}), "", ("ignored", "not_supported_type")),
+    (scrobble({**PILOT, "type": "clip"}), "", ("ignored", "not_supported_type")),
+    (scrobble(None), "", ("ignored", "not_supported_type")),
+    (scrobble(user=False), "", ("ignored", "other_account")), (scrobble(user=False), "*", None), (scrobble(user="yes"), "", ("ignored", "other_account")),
+    (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "bob, anna", None), (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "7", None),
+    (scrobble(Account={"id": 7, "title": "Anna"}), "Bob", ("ignored", "other_account")), (scrobble(Account=None), "Bob", ("ignored", "other_account")),
+    (scrobble({**PILOT, "index": None}), "", ("failed", "validation_failed")), (scrobble({**PILOT, "parentIndex": None}), "", ("failed", "validation_failed")),
+    (scrobble({**PILOT, "grandparentTitle": ""}), "", ("failed", "validation_failed")), (scrobble({**PILOT, "parentIndex": 0}), "", None),
+    (scrobble(), "", None)])
+def test_what_marks_nothing_is_known_at_once(webhook, accounts, expected):
+    outcome = sb.first_outcome(webhook, accounts)
+    assert (outcome and (outcome.status, outcome.action)) == expected
+    assert outcome is None or outcome.reason
+
+
 # === Words ===
 
 @pytest.mark.parametrize("value, expected", [
@@ -1115,6 +1276,22 @@ def test_json_lines_have_the_same_keys_and_are_ascii_safe():
     (sb.PlayerState("m1", True, outage=Outage("starting", "It starts.")), 3600, "It starts; last webhook 3600 s ago")])
 def test_the_status_is_a_speaking_line(player, age, sentence):
     assert sb.status_sentence(player, age) == sentence
+
+
+def test_a_season_is_a_grid_that_fits_80_columns():
+    assert sb.season_lines(1, [(1, True), (2, False), (4, True)]) == f"Season 1    {'#. #':50}  2 of 3"
+    assert sb.season_lines(0, [(3, True)]) == f"Specials    {'  #':50}  1 of 1"
+    assert max(map(len, sb.season_lines(12, [(n, True) for n in range(1, 130)]).splitlines())) <= 80
+
+
+def test_a_table_fits_80_columns():
+    lines = sb.table([("ID", "TITLE", "LAST"), ("1", "x" * 200, "2026-11-21"), ("2222", "y", "")], 1).splitlines()
+    assert max(map(len, lines)) == 80 and lines[1].endswith("…  2026-11-21")
+
+
+@pytest.mark.parametrize("word, at", [("2026-11-21T20:15:00Z", 1795292100), ("2026-11-21T21:15:00+01:00", 1795292100)])
+def test_times_are_read_with_their_zone(word, at):
+    assert sb.unix_time(word) == at and sb.iso_time(at) == "2026-11-21T20:15:00Z"
 
 
 def test_the_upper_half_touches_nothing():
@@ -1176,6 +1353,10 @@ def token_file(tmp_path):
     file.write_text(TOKEN + "\n")
     file.chmod(0o600)
     return file
+
+
+def secret_file(path):
+    return sb.SecretFile("-plex-token-file", str(path))
 
 
 class RawServer:
@@ -1454,7 +1635,7 @@ def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_l
 
 
 def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_file, lines):
-    token = sb.TokenFile(str(token_file))
+    token = secret_file(token_file).first
     assert token() == TOKEN
     token_file.write_text("")
     assert [token(), token()] == [TOKEN, TOKEN]
@@ -1466,44 +1647,764 @@ def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_f
     token_file.unlink()
     assert [token(), token()] == ["another-token", "another-token"]
     assert lines == [
-        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} is empty, or no regular file; put the token there.",
+        f"<4>the Plex token stays as it was: -plex-token-file: {token_file} is empty, or no regular file; put the Plex token there.",
         f"<6>the Plex token was read again file={token_file}",
         f"<4>the Plex token stays as it was: -plex-token-file: {token_file} cannot be read (No such file or directory); "
-        "put the token there, readable by you alone (chmod 600)."]
+        "put the Plex token there, readable by you alone (chmod 600)."]
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (b"", "is empty, or no regular file; put the token there."), (b" \n", "is empty, or no regular file; put the token there."),
-    (b"a b", "holds more than a token; put one word of plain characters there."),
-    (b"a\nb", "holds more than a token; put one word of plain characters there."),
-    (b"\xff\xfe", "holds more than a token; put one word of plain characters there."),
-    (b"x" * 9999, "holds more than a token; put one word of plain characters there."),
-    (b"a\r\nX-Evil: 1", "holds more than a token; put one word of plain characters there."),
-    (None, "cannot be read (No such file or directory); put the token there, readable by you alone (chmod 600).")])
+    (b"", "is empty, or no regular file; put the Plex token there."), (b" \n", "is empty, or no regular file; put the Plex token there."),
+    (b"a b", "holds more than a Plex token; put one word of plain characters there."),
+    (b"a\nb", "holds more than a Plex token; put one word of plain characters there."),
+    (b"\xff\xfe", "holds more than a Plex token; put one word of plain characters there."),
+    (b"x" * 9999, "holds more than a Plex token; put one word of plain characters there."),
+    (b"a\r\nX-Evil: 1", "holds more than a Plex token; put one word of plain characters there."),
+    (None, "cannot be read (No such file or directory); put the Plex token there, readable by you alone (chmod 600).")])
 def test_a_token_file_without_a_token_is_the_operators_fault(content, sentence, tmp_path):
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(sb.ConfigError) as error:
-        sb.TokenFile(str(file))
+        secret_file(file)
     assert str(error.value) == f"-plex-token-file: {file} {sentence}"
 
 
 def test_a_token_file_that_is_a_fifo_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(sb.ConfigError, match="is empty, or no regular file"):
-        sb.TokenFile(str(tmp_path / "fifo"))
+        secret_file(tmp_path / "fifo")
 
 
 def test_a_token_file_that_others_can_read_is_a_warning(token_file, lines, monkeypatch):
-    sb.TokenFile(str(token_file))
+    secret_file(token_file)
     assert lines == []
     token_file.chmod(0o644)
-    sb.TokenFile(str(token_file))
+    secret_file(token_file)
     assert lines == [f"<4>others can read the file of -plex-token-file; mend it with: chmod 600 {token_file}"]
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(token_file.parent))       # systemd guards the folder
-    sb.TokenFile(str(token_file))
+    secret_file(token_file)
     assert len(lines) == 1
+
+
+# === Tracker ===
+
+SERVER = "0" * 40
+BREAKING_BAD = {"title": "Breaking Bad", "year": 2008, "tmdb_id": 1396, "tvdb_id": 81189, "imdb_id": "tt0903747", "episodes": [
+    {"season": 0, "episode": 1, "title": "Good Cop / Bad Cop"}, {"season": 1, "episode": 1, "title": "Pilot"},
+    {"season": 1, "episode": 2, "title": "Cat's in the Bag...", "watched_at": "2020-01-02T03:04:05Z", "plays": 1}]}
+HEAT = {"title": "Heat", "year": 1995, "tmdb_id": 949, "watched_at": None, "plays": 0}
+
+
+class Library:
+    """A stand-in for the server's library, and for TMDB: a path and its answer, or a status."""
+
+    def __init__(self, xml=False):
+        self.answers, self.requests, self.xml = {"/identity": {"machineIdentifier": SERVER}}, [], xml
+        library = self
+
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                path, _, query = self.path.partition("?")
+                library.requests.append(self.path)
+                found = library.answers.get(self.path, library.answers.get(path, 404))
+                found = found(dict(urllib.parse.parse_qsl(query))) if callable(found) else found
+                known = path == "/identity" or TOKEN in (self.headers.get("X-Plex-Token"), self.headers.get("Authorization", "")[7:])
+                status, body = (found, b"") if isinstance(found, int) else (200, library.encode(found)) if known else (401, b"")
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def encode(self, fields):
+        if not self.xml or "tv_results" in fields:
+            return json.dumps(fields if "tv_results" in fields else {"MediaContainer": fields}).encode()
+        container = sb.ElementTree.Element("MediaContainer", {key: str(value) for key, value in fields.items() if key != "Metadata"})
+        for each in fields.get("Metadata", ()):
+            element = sb.ElementTree.SubElement(container, "Video", {key: str(value) for key, value in each.items() if key != "Guid"})
+            for guid in each.get("Guid", ()):
+                sb.ElementTree.SubElement(element, "Guid", guid)
+        return sb.ElementTree.tostring(container)
+
+    def __enter__(self):
+        threading.Thread(target=functools.partial(self.server.serve_forever, 0.01), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def pages(self, path, items):
+        """Give items at a path, in the pages that are asked for."""
+        def page(query):
+            start, size = int(query.get("X-Plex-Container-Start", 0)), int(query.get("X-Plex-Container-Size", 10 ** 9))
+            return {"totalSize": len(items), "Metadata": items[start:start + size]}
+        self.answers[path] = page
+
+
+@pytest.fixture
+def database(tmp_path):
+    """The path of a tracker that has Breaking Bad and Heat."""
+    path = tmp_path / "tracker.db"
+    file = tmp_path / "shows.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
+    assert tracker(path, "import", file) == "2 shows and movies with 4 episodes were read.\n"
+    return path
+
+
+def tracker(path, *words, status=0):
+    """What a command of the tracker prints."""
+    done = subprocess.run([sys.executable, "-W", "error", PROGRAM, "tracker", *map(str, words), "-tracker-db", str(path)], capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == status, done
+    return done.stdout + done.stderr
+
+
+def rows(path, *words):
+    """The journal."""
+    return json.loads(tracker(path, "log", "-json", "-last", "1000000", *words))
+
+
+def done(path, count=1):
+    """The journal's rows, when so many are finished."""
+    def finished():
+        found = rows(path)
+        return found if len(found) >= count and all(row["status"] != "waiting" for row in found) else None
+    return eventually(finished, 20)
+
+
+def send(daemon, metadata=PILOT, event="media.scrobble", query="", **more):
+    """POST a webhook to a daemon; -> the status."""
+    content_type, body = sb.encode_webhook(payload(event, metadata=metadata, **more))
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=10)
+    try:
+        connection.request("POST", f"/webhooks/plex{query}", body, {"Content-Type": content_type})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def legacy(guid, **more):
+    return {**PILOT, "guid": guid, "grandparentGuid": None, "Guid": [], **more}
+
+
+def flags(database, *more):
+    return ("-tracker-db", database, "-rate-limit", "0", *more)
+
+
+def server_flags(library, token_file):
+    return ("-plex-server-url", library.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-no-plex-events")
+
+
+def brief(row):
+    return row["status"], row["action"], row["season"], row["episode"], row["show_id"]
+
+
+@pytest.mark.parametrize("guid, by, confidence", [
+    ("com.plexapp.agents.themoviedb://1396?lang=en", "tmdb_id", "1.00"), ("com.plexapp.agents.thetvdb://81189/1/1?lang=en", "tvdb_id", "0.95"),
+    ("com.plexapp.agents.imdb://tt0903747/1/1?lang=en", "imdb_id", "0.95"), ("com.plexapp.agents.hama://tvdb-81189/1/1", "tvdb_id", "0.95")])
+def test_a_legacy_guid_marks_the_episode_of_its_show(database, guid, by, confidence):
+    with Process(*flags(database)) as daemon:
+        assert send(daemon, legacy(guid, grandparentTitle="Another Title")) == 200
+        assert [brief(row) for row in done(database)] == [("success", "marked_watched", 1, 1, 1)]
+        assert "WARNING" not in daemon.text() and "Traceback" not in daemon.text()
+        eventually(lambda: f'webhook status=success action=marked_watched show="Another Title" season=1 episode=1 by={by} '
+                   f"confidence={confidence}\n" in daemon.text())
+    show, = json.loads(tracker(database, "show", "1", "-json"))
+    assert [each["plays"] for each in show["episodes"]] == [0, 1, 1] and show["episodes"][1]["watched_at"].endswith("Z")
+
+
+@pytest.mark.parametrize("guid, source", [("com.plexapp.agents.thetvdb://777/1/1?lang=en", "tvdb_id"), ("com.plexapp.agents.imdb://tt0000777/1/1", "imdb_id")])
+def test_what_only_tmdb_can_say_is_asked_there_once(database, token_file, guid, source):
+    with Library() as tmdb:
+        tmdb.answers["/3/find/777"] = tmdb.answers["/3/find/tt0000777"] = {
+            "tv_results": [{"id": 1396}], "tv_episode_results": [{"id": 5, "show_id": 6}], "movie_results": [{"id": 7}]}
+        with Process(*flags(database, "-tmdb-token-file", token_file), env={"STREAMERBRAINZ_TMDB_URL": tmdb.url}) as daemon:
+            for n in (1, 2):
+                assert send(daemon, legacy(guid, ratingKey=str(n), grandparentRatingKey=str(n), index=n, grandparentTitle="?")) == 200
+            assert [brief(row) for row in done(database, 2)] == [("success", "marked_watched", 1, 1, 1), ("success", "already_watched", 1, 2, 1)]
+            eventually(lambda: f"by={source} confidence=0.95" in daemon.text())
+            assert TOKEN not in daemon.text()
+        assert [request.partition("?")[2] for request in tmdb.requests] == [f"external_source={source}"]
+
+
+def test_tmdb_that_is_busy_is_asked_again_later(database, token_file):
+    with Library() as tmdb:
+        tmdb.answers["/3/find/777"] = 429
+        with Process(*flags(database, "-tmdb-token-file", token_file), env={"STREAMERBRAINZ_TMDB_URL": tmdb.url}) as daemon:
+            assert send(daemon, legacy("com.plexapp.agents.thetvdb://777/1/1")) == 200
+            row, = done(database)
+            assert (row["status"], row["action"], row["reason"]) == ("failed", "plex_unreachable", "TMDB answers 429.")
+            assert "action=plex_unreachable" in daemon.text()
+        tmdb.answers["/3/find/777"] = {"tv_results": [{"id": 1396}]}
+        with sqlite3.connect(database) as connection:
+            assert 25 < connection.execute("SELECT retry_at - received_at FROM webhook_log").fetchone()[0] < 40
+            connection.execute("UPDATE webhook_log SET retry_at = 1")          # the time has come
+        with Process(*flags(database, "-tmdb-token-file", token_file), env={"STREAMERBRAINZ_TMDB_URL": tmdb.url}):
+            eventually(lambda: [brief(row) for row in rows(database)] == [("success", "marked_watched", 1, 1, 1)])
+
+
+def test_a_show_that_nothing_is_like_waits_for_a_person_once(database):
+    stranger = {**PILOT, "grandparentTitle": "NonExistent Show XYZ", "grandparentGuid": "plex://show/nonexistent123456"}
+    with Process(*flags(database)) as daemon:
+        for n in (1, 2):
+            assert send(daemon, {**stranger, "ratingKey": str(n), "index": n}) == 200
+        assert [brief(row) for row in done(database, 2)] == [("failed", "conflict_created", 1, 1, None), ("failed", "conflict_created", 1, 2, None)]
+        conflict, = json.loads(tracker(database, "conflicts", "-json"))
+        assert (conflict["kind"], conflict["title"], conflict["waiting"], conflict["candidates"]) == ("no_match", "NonExistent Show XYZ", 2, [])
+        assert daemon.text().count("conflict_created") == 1
+        assert tracker(database, "resolve", 1, "new").startswith("Conflict 1 is resolved; 2 that waited are done.\n")
+        assert [brief(row) for row in rows(database)] == [("success", "marked_watched", 1, 1, 3), ("success", "marked_watched", 1, 2, 3)]
+        assert tracker(database, "resolve", 1, "new") == "Conflict 1 is resolved; 0 that waited are done.\n"
+        assert tracker(database, "conflicts") == "Nothing waits for you.\n"
+        assert send(daemon, {**stranger, "ratingKey": "1", "index": 1, "Account": 1}) == 200          # a duplicate by now
+        assert send(daemon, {**stranger, "ratingKey": "3", "index": 2}) == 200
+        assert [brief(row)[:2] for row in done(database, 4)[2:]] == [("duplicate", "ignored_duplicate"), ("success", "already_watched")]
+    show, = json.loads(tracker(database, "show", "3", "-json"))
+    assert [each["plays"] for each in show["episodes"]] == [1, 2]
+    first = rows(database)[0]["received_at"]
+    assert show["episodes"][0]["watched_at"] == first               # at its own time, not at that of the resolution
+
+
+def test_what_a_person_ignores_stays_ignored(database):
+    stranger = {**PILOT, "grandparentTitle": "Braking Bad", "grandparentGuid": None}
+    with Process(*flags(database)) as daemon:
+        assert send(daemon, stranger) == 200
+        row, = done(database)
+        assert row["reason"] == "ambiguous: Braking Bad (2008) may be Breaking Bad (2008) (0.74)" and row["conflict_id"] == 1
+        assert "tracker resolve 1 1   # 0.74 Breaking Bad (2008)\n    tracker resolve 1 new|ignore" in tracker(database, "conflicts")
+        tracker(database, "resolve", 1, "ignore")
+        assert send(daemon, {**stranger, "ratingKey": "9"}) == 200
+        assert [brief(row) for row in done(database, 2)] == [("ignored", "auto_mark_disabled", 1, 1, None)] * 2
+        assert tracker(database, "resolve", 1, 1).startswith("Conflict 1 is resolved")          # another mind
+        assert send(daemon, {**stranger, "ratingKey": "10"}) == 200
+        assert brief(done(database, 3)[2]) == ("success", "marked_watched", 1, 1, 1)
+
+
+def test_what_is_no_finished_episode_is_a_small_row_with_its_reason(database):
+    with Process(*flags(database, "-log-level", "debug")) as daemon:
+        assert send(daemon, event="media.play") == 200
+        assert send(daemon, {**SONG, "Guid": None}) == 200
+        assert send(daemon, user=False, Account={"id": 7, "title": "Anna"}) == 200
+        assert send(daemon, {**PILOT, "index": None}) == 200
+        found = done(database, 4)
+        assert [(row["status"], row["action"]) for row in found] == [
+            ("ignored", "event_not_scrobble"), ("ignored", "not_supported_type"), ("ignored", "other_account"), ("failed", "validation_failed")]
+        assert [row["reason"] for row in found] == [
+            "only media.scrobble tells that something was finished, not media.play", "only episodes and movies are tracked, not a track",
+            "the account Anna is none of -accounts", "the webhook names no episode number"]
+        eventually(lambda: 'webhook status=failed action=validation_failed show="Breaking Bad" season=1 episode="" reason=' in daemon.text())
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("SELECT rating_key, guid, show_title FROM webhook_log WHERE id = 1").fetchone() == (None, None, None)
+    assert len(rows(database, "-status", "ignored")) == 3 and len(rows(database, "-show", "breaking")) == 2
+    assert len(rows(database, "-last", "1")) == 4 - 3
+
+
+@pytest.mark.parametrize("metadata", [PILOT, {**PILOT, "ratingKey": "1002", "parentIndex": 0},
+                                      {"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "guid": "plex://movie/x"}])
+def test_the_same_within_five_minutes_is_one_mark_and_one_duplicate(database, metadata):
+    with Process(*flags(database)) as daemon:
+        assert [send(daemon, metadata) for _ in range(2)] == [200, 200]
+        assert [brief(row)[:2] for row in done(database, 2)] == [("success", "marked_watched"), ("duplicate", "ignored_duplicate")]
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("SELECT sum(plays) FROM episode").fetchone() == (2,)
+        connection.execute("UPDATE webhook_log SET received_at = received_at - 301")
+    with Process(*flags(database)) as daemon:
+        assert send(daemon, metadata) == 200
+        assert brief(done(database, 3)[2])[:2] == ("success", "already_watched")
+    with sqlite3.connect(database) as connection:
+        first, = connection.execute("SELECT received_at FROM webhook_log WHERE id = 1").fetchone()
+        assert connection.execute("SELECT max(watched_at), sum(plays) FROM episode").fetchone() == (int(first + 301), 3)
+
+
+def test_a_file_with_two_episodes_marks_both(database):
+    with Process(*flags(database)) as daemon:
+        assert [send(daemon, {**PILOT, "ratingKey": f"100{n}", "index": n}) for n in (1, 2)] == [200, 200]
+        assert [brief(row)[1:4] for row in done(database, 2)] == [("marked_watched", 1, 1), ("already_watched", 1, 2)]
+
+
+def test_a_failure_blocks_no_retry_and_nothing_is_marked_where_that_is_switched_off(database):
+    with Process(*flags(database, "-no-auto-mark-watched")) as daemon:
+        assert [send(daemon, {**PILOT, "index": n}) for n in (99, 1)] == [200, 200]
+        assert [brief(row) for row in done(database, 2)] == [("failed", "episode_not_found", 1, 99, 1), ("ignored", "auto_mark_disabled", 1, 1, 1)]
+    with Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        assert brief(done(database, 3)[2]) == ("success", "marked_watched", 1, 1, 1)
+
+
+@pytest.mark.parametrize("xml", [False, True])
+def test_the_servers_ids_find_the_show_and_its_new_episodes(database, token_file, xml):
+    with Library(xml) as library:
+        library.answers["/library/metadata/1000"] = {"Metadata": [
+            {"ratingKey": "1000", "guid": "plex://show/bb", "title": "Breaking Bad: La Serie", "year": 2008, "Guid": [{"id": "tmdb://1396"}]}]}
+        library.answers["/library/metadata/1000/allLeaves"] = {"Metadata": [{"parentIndex": 1, "index": n, "title": f"E{n}"} for n in range(1, 8)]}
+        with Process(*flags(database), *server_flags(library, token_file)) as daemon:
+            assert send(daemon, {**PILOT, "index": 7, "grandparentTitle": "Something else"}) == 200
+            assert brief(done(database)[0]) == ("success", "marked_watched", 1, 7, 1)
+            assert [request.partition("?")[0] for request in library.requests if "metadata" in request] == [
+                "/library/metadata/1000", "/library/metadata/1000/allLeaves"]
+            library.answers.pop("/library/metadata/1000")
+            assert send(daemon, {**PILOT, "ratingKey": "1", "grandparentTitle": "Something else"}) == 200      # by the mapping now
+            assert brief(done(database, 2)[1]) == ("success", "marked_watched", 1, 1, 1)
+            eventually(lambda: "by=mapping confidence=1.00" in daemon.text())
+            rebuilt = {**PILOT, "ratingKey": "2", "grandparentTitle": "A Show Unheard Of", "grandparentGuid": "plex://show/other"}
+            assert send(daemon, rebuilt) == 200                     # another show has that key now
+            assert brief(done(database, 3)[2])[:2] == ("failed", "conflict_created")
+            assert TOKEN not in daemon.text()
+
+
+def test_another_servers_keys_are_not_asked_of_ours(database, token_file):
+    with Library() as library:
+        library.answers["/library/metadata/1000"] = {"Metadata": [{"title": "Wrong", "Guid": [{"id": "tmdb://1396"}]}]}
+        with Process(*flags(database), *server_flags(library, token_file)) as daemon:
+            assert send(daemon, {**PILOT, "grandparentTitle": "A Show Unheard Of"}, Server={"uuid": "f" * 40}) == 200
+            assert brief(done(database)[0])[:2] == ("failed", "conflict_created")
+            assert not [request for request in library.requests if "metadata" in request]
+
+
+@pytest.mark.parametrize("answer, fault", [(503, "starting"), (401, "refused")])
+def test_a_server_that_is_down_is_asked_again_and_the_show_is_not_guessed(database, token_file, answer, fault):
+    with Library() as library:
+        library.answers["/library/metadata/1000"] = answer
+        with Process(*flags(database), *server_flags(library, token_file)) as daemon:
+            assert send(daemon) == 200
+            assert brief(done(database)[0])[:2] == ("failed", "plex_unreachable")
+        library.answers["/library/metadata/1000"] = {"Metadata": [{"guid": "plex://show/bb", "Guid": [{"id": "tmdb://1396"}]}]}
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE webhook_log SET retry_at = 1")
+        with Process(*flags(database), *server_flags(library, token_file)):
+            eventually(lambda: brief(rows(database)[0]) == ("success", "marked_watched", 1, 1, 1))
+
+
+def test_a_show_of_certain_identity_is_added_with_its_episodes_where_that_is_wanted(database, token_file):
+    metadata = {**PILOT, "grandparentTitle": "Severance", "grandparentRatingKey": "7", "grandparentGuid": "plex://show/sev", "index": 2}
+    with Library() as library:
+        library.answers["/library/metadata/7"] = {"Metadata": [{"guid": "plex://show/sev", "title": "Severance", "year": 2022,
+                                                                "Guid": [{"id": "tmdb://95396"}, {"id": "tvdb://371980"}]}]}
+        library.answers["/library/metadata/7/allLeaves"] = {"Metadata": [{"parentIndex": 1, "index": n, "title": f"E{n}"} for n in range(1, 10)]}
+        with Process(*flags(database), *server_flags(library, token_file), "-auto-add-shows") as daemon:
+            assert send(daemon, metadata) == 200
+            assert brief(done(database)[0]) == ("success", "auto_added_show", 1, 2, 3)
+            unknown = {**metadata, "grandparentTitle": "Nobody Knows", "ratingKey": "8", "grandparentRatingKey": "8",
+                       "grandparentGuid": "plex://show/nk"}
+            assert send(daemon, unknown) == 200                     # no ids: not certain
+            assert brief(done(database, 2)[1])[:2] == ("failed", "conflict_created")
+    show, = json.loads(tracker(database, "show", "3", "-json"))
+    assert (show["title"], show["year"], show["tmdb_id"], show["tvdb_id"], len(show["episodes"])) == ("Severance", 2022, 95396, 371980, 9)
+
+
+def test_what_the_history_has_and_no_webhook_told_is_recovered_once(database, token_file):
+    now = int(time.time())
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE note SET value = ? WHERE name = 'history'", (str(now - 9000),))
+    play = {"type": "episode", "ratingKey": "1001", "grandparentKey": "/library/metadata/1000", "title": "Pilot", "grandparentTitle": "Breaking Bad",
+            "parentIndex": 1, "index": 1, "accountID": 1, "viewedAt": now - 7200}
+    plays = [play, {**play, "ratingKey": "1009", "accountID": 2}, {**play, "ratingKey": "1008", "type": "track"},
+             {**play, "ratingKey": "1007", "parentIndex": 0, "viewedAt": now - 1}]
+    with Library() as library:
+        library.pages("/status/sessions/history/all", plays)
+        for _ in range(2):
+            with Process(*flags(database), *server_flags(library, token_file)):
+                assert [brief(row) for row in done(database)] == [("success", "recovered", 1, 1, 1)]
+        assert library.requests[-1].startswith(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={now - 7200}&X-Plex-Container-Start=0")
+        with Process(*flags(database), *server_flags(library, token_file)) as daemon:        # ... nor what a webhook told
+            assert send(daemon, {**PILOT, "ratingKey": "1002", "index": 2}) == 200
+            assert brief(done(database, 2)[1])[:2] == ("success", "already_watched")
+        plays.append({**play, "ratingKey": "1002", "index": 2, "viewedAt": now - 100})
+        with Process(*flags(database), *server_flags(library, token_file)):
+            eventually(lambda: int(sqlite3.connect(database).execute("SELECT value FROM note WHERE name = 'history'").fetchone()[0]) == now - 100)
+            assert len(rows(database)) == 2
+    show, = json.loads(tracker(database, "show", "1", "-json"))
+    assert show["episodes"][1]["watched_at"] == sb.iso_time(now - 7200) and show["episodes"][2]["plays"] == 2
+
+
+def test_a_kill_between_the_answer_and_the_mark_loses_and_doubles_nothing(database):
+    chance, sent = random.Random(7), 0
+    for _ in range(50):
+        with Process(*flags(database)) as daemon:
+            burst = chance.randint(1, 4)
+            for _ in range(burst):
+                sent += 1
+                assert send(daemon, {**PILOT, "ratingKey": str(sent), "Account": None}, Account={"id": sent, "title": "x"}) == 200
+            time.sleep(chance.choice((0, 0, 0.0005, 0.001, 0.002, 0.005, 0.02)))
+            daemon.process.kill()
+    with Process(*flags(database)):
+        found = done(database, sent)
+    assert [row["status"] for row in found] == ["success"] * sent and [row["action"] for row in found].count("marked_watched") == 1
+    show, = json.loads(tracker(database, "show", "1", "-json"))
+    assert show["episodes"][1]["plays"] == sent
+
+
+# -- the secret and the rate limit
+
+def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(tmp_path):
+    file = tmp_path / "secret"
+    done = [subprocess.run([sys.executable, PROGRAM, "secret", "-webhook-secret-file", file], capture_output=True, text=True, timeout=20) for _ in range(2)]
+    assert [each.returncode for each in done] == [0, 0] and stat.S_IMODE(file.stat().st_mode) == 0o600
+    new, old = file.read_text().split()
+    assert len(new) == 43 and done[0].stdout.endswith(f":3001/webhooks/plex?token={old}\n") and done[1].stdout.endswith(f"?token={new}\n")
+    assert "The one before it still works." in done[1].stderr and new not in done[1].stderr
+    with Process("-webhook-secret-file", file) as daemon:
+        assert [send(daemon, event="media.rate", query=query) for query in (
+            f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
+            f"?tok={new}", "?token=%ff", "?" + "token=a&" * 900)] == [200] * 5 + [401] * 6
+        for path, expected in (("/", 401), ("/nothing", 401), ("/healthz", 200), (f"/?token={new}", 404)):
+            connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=10)
+            connection.request("GET", path)
+            assert connection.getresponse().status == expected
+        eventually(lambda: "without the secret" in daemon.text())
+        file.write_text(new + "\n")                                 # the old one is withdrawn
+        assert [send(daemon, event="media.rate", query=f"?token={each}") for each in (new, old)] == [200, 401]
+        assert daemon.text().count("without the secret") == 1 and new not in daemon.text() and old not in daemon.text()
+
+
+def test_a_rate_limit_is_a_minutes_worth_for_each_address(lines):
+    inbox = queue.SimpleQueue()
+    listener = sb.Listener("", 0, inbox, "m1", sb.Gate(None, 3))
+    thread = threading.Thread(target=listener.serve, daemon=True)
+    thread.start()
+    try:
+        answers = [exchange(listener, post(head="X-Forwarded-For: 10.0.0.1\r\n")) for _ in range(4)]
+        assert [status(answer) for answer in answers] == [200, 200, 200, 429]
+        assert b"\r\nRetry-After: 20\r\n" in answers[3] or b"\r\nRetry-After: 19\r\n" in answers[3]
+        assert status(exchange(listener, raw("GET /healthz HTTP/1.1\r\nHost: x"))) == 200
+        assert listener.gate.tokens.keys() == {"127.0.0.1"}
+    finally:
+        listener.close()
+        thread.join(5)
+
+
+def test_tokens_come_back_evenly_and_never_more_than_a_minutes_worth():
+    assert sb.spend(0.0, 30.0, 100) == (49.0, 0.0) and sb.spend(0.0, 1e9, 100) == (99, 0.0)
+    tokens, wait_s = sb.spend(0.5, 0.0, 60)
+    assert (tokens, wait_s) == (0.5, 0.5)
+    passed, tokens = 0, 60.0
+    for _ in range(600):                                            # ten a second for a minute
+        tokens, wait_s = sb.spend(tokens, 0.1, 60)
+        passed += not wait_s
+    assert passed == 120 - 1 or passed == 120
+
+
+@pytest.mark.parametrize("address, who", [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:0db8:0001:0002"),
+                                          ("2001:db8:1:2::1", "2001:0db8:0001:0002"), ("fe80::1%eth0", "fe80:0000:0000:0000")])
+def test_a_sender_is_an_ipv4_address_or_a_household_of_ipv6(address, who):
+    assert sb.sender(address) == who
+
+
+def test_addresses_that_are_remembered_are_bounded():
+    gate = sb.Gate(None, 100)
+    for n in range(3 * sb.MAX_ADDRESSES):
+        gate.count(f"10.{n // 65536}.{n // 256 % 256}.{n % 256}")
+    assert len(gate.tokens) == sb.MAX_ADDRESSES
+
+
+# -- the file
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda path: path.write_bytes(b"no database at all, but long enough to be read as one" * 40), "is no database; name another file."),
+    (lambda path: path.mkdir(), "is no regular file; name one."), (lambda path: os.mkfifo(path), "is no regular file; name one."),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE t (x)"), "is a database of another program; name another file."),
+    (lambda path: [sb.Tracker(str(path), create=True).close(), sqlite3.connect(path).execute("PRAGMA user_version = 2")],
+     "is of a newer version of StreamerBrainz (its form is 2, this one knows 1); update streamerbrainz.py.")])
+def test_a_file_that_is_no_tracker_of_ours_is_the_operators_fault(tmp_path, make, sentence):
+    path = tmp_path / "x.db"
+    make(path)
+    with Process("-tracker-db", path) as daemon:
+        assert daemon.process.wait(10) == 2
+        eventually(lambda: sentence in daemon.text())
+        assert "Traceback" not in daemon.text() and "-tracker-db: " in daemon.text()
+
+
+def test_a_folder_that_is_missing_is_told_with_the_remedy(tmp_path):
+    with Process("-tracker-db", tmp_path / "no" / "t.db") as daemon:
+        assert daemon.process.wait(10) == 2
+    assert "cannot be opened (No such file or directory); make its folder, writable by you." in daemon.text()
+    assert "the daemon and `tracker import` make it." in tracker(tmp_path / "t.db", "shows", status=2)
+
+
+def test_what_cannot_be_written_is_503_and_never_a_false_200(database, monkeypatch):
+    with Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        done(database)
+        other = sqlite3.connect(database, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")                            # another program holds the file for too long
+        assert send(daemon, {**PILOT, "ratingKey": "2"}) == 503
+        eventually(lambda: "webhooks are refused (503), for the tracker cannot be written" in daemon.text())
+        assert "database is locked" in daemon.text()
+        other.execute("ROLLBACK")
+        assert send(daemon, {**PILOT, "ratingKey": "3"}) == 200
+        eventually(lambda: "the tracker can be written again" in daemon.text())
+        assert [row["season"] for row in done(database, 2)] == [1, 1]
+
+
+def test_a_disk_that_is_full_is_503_and_what_was_acknowledged_is_there(database):
+    with sqlite3.connect(database) as connection:
+        pages, = connection.execute("PRAGMA page_count").fetchone()
+    store = sb.Tracker(str(database))
+    store.connection.execute(f"PRAGMA max_page_count = {pages + 2}")          # as a full disk: SQLITE_FULL
+    journal, safe = sb.Journal(store, ""), 0
+    with pytest.raises(sb.TrackerError, match=r"database or disk is full; see that it can be written"):
+        for _ in range(500):
+            journal.append(scrobble())
+            safe += 1
+    assert 0 < safe < 500 and len(rows(database)) == safe
+
+
+def test_half_surrogates_of_json_are_no_obstacle(database):
+    journal = sb.Journal(sb.Tracker(str(database)), "")
+    metadata = {**PILOT, "title": "\ud800", "grandparentTitle": "\udfff?", "guid": "\ud800", "ratingKey": "\ud800\0", "Guid": [{"id": "\ud800"}]}
+    for event in ("media.scrobble", "media.play\ud800"):
+        journal.append(sb.parse_payload(json.dumps({"event": event, "user": True, "Metadata": metadata, "Server": {"uuid": "\ud800"},
+                                                    "Account": {"id": "\ud800", "title": "\ud800"}}).encode()))
+    store = sb.Tracker(str(database))
+    assert sb.Worker(config("-tracker-db", "x"), store, None).drain() == 1
+    assert [row["action"] for row in rows(database)] == ["conflict_created", "event_not_scrobble"]
+    store.close()
+
+
+def test_one_commit_serves_all_that_wait(database):
+    store = sb.Tracker(str(database))
+    journal, commits = sb.Journal(store, ""), []
+    commit = journal.commit
+    journal.commit = lambda tickets: (commits.append(len(tickets)), commit(tickets))
+    with journal.committing:
+        threads = [threading.Thread(target=journal.append, args=(scrobble(),)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(journal.waiting) == 20)
+    for thread in threads:
+        thread.join(5)
+    assert commits == [20] and len(rows(database)) == 20 and journal.written.is_set()
+
+
+def test_without_a_tracker_sqlite_is_not_even_imported():
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import streamerbrainz; print('sqlite3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20).stdout == "False\n"
+
+
+def test_finished_rows_are_pruned_and_what_failed_stays(database):
+    with sqlite3.connect(database) as connection:
+        old = time.time() - 91 * 86400
+        for state, retry_at in (("success", None), ("ignored", None), ("duplicate", None), ("failed", None), (None, 9e9)):
+            connection.execute("INSERT INTO webhook_log (received_at, event, server, account_id, account, rating_key, guid, title, show_title, "
+                               "show_key, show_guid, guids, type, status, retry_at) VALUES (?, 'x', '', '', '', '', '', '', '', '', '', '', '', ?, ?)",
+                               (old, state, retry_at))
+    with Process(*flags(database, "-tracker-log-days", "0")):
+        time.sleep(0.3)
+        assert len(rows(database)) == 5
+    with Process(*flags(database)):
+        eventually(lambda: [row["status"] for row in rows(database)] == ["failed", "waiting"])
+
+
+# -- import, export and looking
+
+def episode_fields(show, season, number, **more):
+    return {"ratingKey": f"{show}{season:02}{number:03}", "grandparentRatingKey": str(show), "type": "episode", "title": f"Episode {number}",
+            "parentIndex": season, "index": number, **more}
+
+
+def library_of(library, shows=3, seasons=2, episodes=5):
+    """Fill a stand-in with a movie and shows, of which the first two episodes of each season are watched."""
+    library.answers["/library/sections"] = {"Metadata": [
+        {"key": "1", "type": "show", "title": "Series"}, {"key": "2", "type": "movie", "title": "Films"}, {"key": "3", "type": "artist", "title": "Music"}]}
+    each = [{"ratingKey": str(n), "type": "show", "guid": f"plex://show/{n}", "title": f"Show {n}", "year": 2000 + n, "Guid": [{"id": f"tmdb://{n}"}]}
+            for n in range(1000, 1000 + shows)]
+    leaves = [episode_fields(n, season, number, **({"viewCount": 2, "lastViewedAt": 1600000000 + number} if number < 3 else {}))
+              for n in range(1000, 1000 + shows) for season in range(1, 1 + seasons) for number in range(1, 1 + episodes)]
+    films = [{"ratingKey": "5", "type": "movie", "guid": "plex://movie/heat", "title": "Heat", "year": 1995, "viewCount": 1, "Guid": [{"id": "imdb://tt0113277"}]}]
+
+    def section(query):
+        start, size = int(query["X-Plex-Container-Start"]), int(query["X-Plex-Container-Size"])
+        items = {"1": films, "2": each, "4": leaves}[query["type"]]
+        return {"totalSize": len(items), "Metadata": items[start:start + size]}
+    library.answers["/library/sections/1/all"] = library.answers["/library/sections/2/all"] = section
+    return each, leaves
+
+
+def brought(path, library, token_file, status=0):
+    return tracker(path, "import", *server_flags(library, token_file), status=status)
+
+
+@pytest.mark.parametrize("xml", [False, True])
+def test_an_import_brings_all_and_twice_is_as_once(tmp_path, token_file, xml):
+    path = tmp_path / "t.db"
+    with Library(xml) as library:
+        library_of(library)
+        for _ in range(2):
+            said = brought(path, library, token_file)
+            assert said.startswith("3 shows, 30 episodes and 1 movies are here now.\n") and "Series: episodes: 30 of 30\n" in said
+            exported = json.loads(tracker(path, "export"))
+            assert [(show["title"], show["year"], show["tmdb_id"]) for show in exported["shows"]] == [(f"Show {n}", 2000 + n, n) for n in (1000, 1001, 1002)]
+            assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched_at": "2020-09-13T12:26:41Z", "plays": 2}
+            assert exported["shows"][0]["episodes"][4]["watched_at"] is None and exported["movies"][0]["plays"] == 1
+        listed = tracker(path, "shows")
+        assert re.search(r"^\d   Show 1000 \(3000\)  4 of 10  2020-09-13$", listed, re.M) and re.search(r"Heat \(1995\) +movie", listed)
+        assert tracker(path, "shows", "1001", "show").count("\n") == 2
+        assert "Season 2    ##...  " in tracker(path, "show", json.loads(tracker(path, "shows", "1000", "-json"))[0]["id"])
+
+
+def test_an_import_never_unwatches_and_an_earlier_date_stays(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        _, leaves = library_of(library, 1, 1, 3)
+        brought(path, library, token_file)
+        leaves[0].pop("viewCount")                                  # unwatched on the server
+        leaves[1].update(viewCount=3, lastViewedAt=1700000000)      # watched again
+        leaves[2].update(viewCount=1, lastViewedAt=1500000000)
+        brought(path, library, token_file)
+    watched = json.loads(tracker(path, "export"))["shows"][0]["episodes"]
+    assert [(each["plays"], each["watched_at"]) for each in watched] == [
+        (2, sb.iso_time(1600000001)), (3, sb.iso_time(1600000002)), (1, sb.iso_time(1500000000))]
+
+
+def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        library_of(library, 4, 10, 40)                              # 1,600 episodes: four pages
+        section, asked = library.answers["/library/sections/1/all"], []
+
+        def failing(query):
+            asked.append((query["type"], query["X-Plex-Container-Start"]))
+            return 500 if asked[-1] == ("4", "1000") and asked.count(("4", "1000")) == 1 else section(query)
+        library.answers["/library/sections/1/all"] = failing
+        assert "answers 500" in brought(path, library, token_file, status=1)
+        assert len(json.loads(tracker(path, "export"))["shows"]) == 4
+        assert "4 shows" not in brought(path, library, token_file)
+        assert [start for kind, start in asked if kind == "4"] == ["0", "500", "1000", "1000", "1500"]
+        brought(path, library, token_file)
+        assert [start for kind, start in asked if kind == "4"][5:] == ["0", "500", "1000", "1500"]
+    assert sum(len(show["episodes"]) for show in json.loads(tracker(path, "export"))["shows"]) == 1600
+
+
+def test_an_import_does_what_waited_for_it(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    waiting = {**PILOT, "grandparentTitle": "Show 1000", "grandparentRatingKey": "1000", "grandparentGuid": "plex://show/1000", "index": 4}
+    with Library() as library:
+        library_of(library)
+        with Process("-tracker-db", path) as daemon:
+            assert send(daemon, waiting) == 200
+            assert done(path)[0]["action"] == "conflict_created"
+            brought(path, library, token_file)
+            assert brief(rows(path)[0])[:2] == ("success", "marked_watched") and tracker(path, "conflicts") == "Nothing waits for you.\n"
+            assert send(daemon, {**waiting, "index": 6, "ratingKey": "6"}) == 200
+            assert done(path, 2)[1]["action"] == "episode_not_found"
+            library_of(library, episodes=6)
+            brought(path, library, token_file)
+            assert brief(rows(path)[1])[:2] == ("success", "marked_watched")
+
+
+def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path):
+    file, other = tmp_path / "export.json", tmp_path / "other.db"
+    file.write_text(tracker(database, "export"))
+    for _ in range(2):
+        tracker(other, "import", file)
+        assert tracker(other, "export") == file.read_text()
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key yaer; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
+    ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
+     "shows[0].episodes[1] has an unknown key seen; known are season, episode, title, watched_at, plays."),
+    ({"films": []}, "the file has an unknown key films; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year is of the wrong type."), ([], "the file is no object."),
+    ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id is of the wrong type."), ({"movies": [7]}, "movies[0] is no object."),
+    ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] has no season or no episode."),
+    ({"shows": [{"title": "A", "episodes": [{"season": -1, "episode": 1}]}]}, "shows[0].episodes[0].season is out of range."),
+    ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0].watched_at is no time such as 2026-11-21T20:15:00Z."),
+    ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0].watched_at is no time such as 2026-11-21T20:15:00Z."),
+    ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is none such as tt0903747."),
+    ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
+def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps(content))
+    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
+    assert tracker(tmp_path / "t.db", "shows") == "There is no such show; `tracker import` brings them from the server.\n"
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("tracker", "tracker: say one of import, export, shows, show, log, conflicts, resolve; see: streamerbrainz.py -h"),
+    ("tracker frob", "tracker: say one of import, export, shows, show, log, conflicts, resolve; see: streamerbrainz.py -h"),
+    ("tracker shows", "tracker: name the database: -tracker-db FILE"), ("tracker show -tracker-db {}", "tracker show: it is called as: tracker show ID"),
+    ("tracker resolve 1 -tracker-db {}", "tracker resolve: it is called as: tracker resolve ID SHOW|new|ignore"),
+    ("tracker resolve 7 new -tracker-db {}", "there is no conflict 7; `tracker conflicts` tells their ids."),
+    ("tracker show 99 -tracker-db {}", "there is no show 99; `tracker shows` tells their ids."),
+    ("tracker import /no/such -tracker-db {}", "tracker import: /no/such cannot be read as JSON (No such file or directory)."),
+    ("tracker import -tracker-db {}", "tracker import: give -plex-server-url and -plex-token-file, or a FILE.json."),
+    ("tracker log -status frob -tracker-db {}", "-status: invalid choice: 'frob' (choose from success, failed, ignored, duplicate, waiting) (see: streamerbrainz.py -h)"),
+    ("-tmdb-token-file t", "-tmdb-token-file is given, but no -tracker-db, which alone needs it."),
+    ("-rate-limit x", "-rate-limit: x is no whole number from 0 to 1000000 (see: streamerbrainz.py -h)"),
+    ("secret", "secret: name the file: -webhook-secret-file FILE"),
+    ("secret -webhook-secret-file /no/such/f", "secret: /no/such/f cannot be written (No such file or directory); make its folder, writable by you.")])
+def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentence, database):
+    done = subprocess.run([sys.executable, PROGRAM, *words.format(database).split()], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)
+    said = re.sub("choose from '(.*)'\\)", lambda found: f"choose from {found[1]})".replace("', '", ", "), done.stderr)      # Python 3.11
+    assert (done.returncode, done.stdout, said) == (2, "", f"streamerbrainz: {sentence}\n")
+
+
+def test_what_is_looked_at_fits_80_columns_and_holds_no_control_characters(tmp_path, database):
+    evil = {"shows": [{"title": "\x1b[31m" + "long " * 40 + "\u202e", "year": 2001, "episodes": [{"season": s, "episode": e} for s in (0, 1, 20) for e in range(1, 120)]}]}
+    (tmp_path / "evil.json").write_text(json.dumps(evil))
+    tracker(database, "import", tmp_path / "evil.json")
+    with Process(*flags(database)) as daemon:
+        send(daemon, {**PILOT, "grandparentTitle": "\x1b[32m" + "wide " * 50, "title": "\n"})
+        done(database)
+    for words in (("shows",), ("show", 3), ("log",), ("conflicts",)):
+        said = tracker(database, *words)
+        assert max(map(len, said.splitlines())) <= 80, said
+        assert said.replace("\n", "").isprintable(), said
+
+
+# -- matching among many
+
+WORDS = ("river night house city stone garden winter summer doctor secret lost king queen blood moon star iron silver dark bright last first dead "
+         "living north south island ocean fire glass paper bridge tower shadow mirror road train hotel hospital school")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A tracker of 100,000 shows, most of them put in at once (one by one they take half a minute)."""
+    store, chance = sb.Tracker(str(tmp_path_factory.mktemp("many") / "t.db"), create=True, lasting=False), random.Random(1)
+    titles, lists = [f"The {' '.join(chance.sample(WORDS.split(), 3))} {n % 97 or ''}".title() for n in range(100_000)], {}
+    with store.transaction():
+        for n, title in enumerate(titles[:99_000], 1):
+            plain = sb.normal(title)
+            store.write("INSERT INTO show VALUES (?, 'episode', ?, ?, ?, NULL, NULL, NULL)", n, title, plain, 1950 + n % 70)
+            for one in (each := sb.trigrams(plain)):
+                lists.setdefault((one, len(each)), array.array("I")).append(n)
+        store.connection.executemany("INSERT INTO trigram VALUES (?, ?, ?)", [(*key, shows.tobytes()) for key, shows in lists.items()])
+        for title in titles[99_000:]:
+            store.add_show(sb.Show("episode", title, 2000))
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("title", ["The River Night House 5", "Rivr Nihgt House", "Star Trek: Discovery", "Silver Mirror Hospitl 96", "The", "X",
+                                   "Dark Dark Dark", "Zzyzx Qqqq", "Living Dead Tower Bridge Shadow Garden Winter Summer Doctor Secret"])
+def test_a_title_among_a_hundred_thousand_is_matched_in_time(many, title):
+    show, times = sb.Show("episode", title, 1990, own_year=False), []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert many.match_title(show)
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[2] < 0.060, times                          # 0.020 on a quiet machine; CI is not
+    print(title, [round(t * 1000) for t in times])
+
+
+def test_the_index_finds_what_a_look_at_each_show_would_find(many):
+    chance = random.Random(2)
+    titles = {title for title, in many.all("SELECT normal FROM show")}
+    for title in [*chance.sample(sorted(titles), 6), "zzyzx qqqq"]:
+        words = list(title)
+        words[chance.randrange(len(words))] = chance.choice("abcx")
+        misspelt = sb.normal("".join(words))
+        best = max(sb.similarity(misspelt, each) for each in titles)
+        found = max((sb.similarity(misspelt, sb.normal(show.title)) for show in many.similar(misspelt, "episode")), default=0.0)
+        assert found == best or best < sb.MIN_SIMILARITY
 
 
 # === Listener ===
@@ -1848,7 +2749,7 @@ class Running:
         self.inbox, self.plex = queue.SimpleQueue(), plex
         config = sb.Config(plex_machine_id=machine_id, poll_interval_s=poll)
         self.listener = sb.Listener("127.0.0.1", 0, self.inbox, machine_id)
-        server = sb.PlexServer(plex.url, sb.TokenFile(str(token_file))) if token_file else None
+        server = sb.PlexServer(plex.url, secret_file(token_file).first) if token_file else None
         self.watcher = sb.Watcher(config, self.inbox, server, sb.Systemd(environ or {}))
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self.listener.serve, self.watcher.run)]
 
@@ -2027,7 +2928,11 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 
 
 def test_the_defaults_are_those_of_the_contract():
-    assert config() == sb.Config("run", "", "", 3001, "", "", "", "", 30.0, True, "info", "text", False, 1.0)
+    assert config() == sb.Config(
+        "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 90, True, False, "", "", "info", "text", False, "", "", 20, 1.0)
+    assert config().webhooks_a_minute == 0
+    assert config("-webhook-secret-file", "f").webhooks_a_minute == config("-tracker-db", "f").webhooks_a_minute == 100
+    assert config("-tracker-db", "f", "-rate-limit", "0").webhooks_a_minute == 0
 
 
 def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
@@ -2045,12 +2950,14 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("frob", "there is no command frob; the commands are run, players, demo."),
+    ("frob", "there is no command frob; the commands are run, players, tracker, secret, demo."),
     ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
     ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
     ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
-    ("players host SECRET", "there is a word too many. (No token goes on the command line, where ps shows it: see -plex-token-file.)"),
-    ("run SECRET", "there is a word where none belongs; the command comes first, each value after its flag."),
+    ("players host SECRET", "there is a word too many. (The command comes first, each value after its flag. No token goes on the command line, "
+     "where ps shows it: see -plex-token-file.)"),
+    ("run SECRET", "there is a word too many. (The command comes first, each value after its flag. No token goes on the command line, "
+     "where ps shows it: see -plex-token-file.)"),
     ("-webhooks-port 70000", "-webhooks-port: 70000 is no port; give a number from 1 to 65535 (see: streamerbrainz.py -h)"),
     ("-webhooks-port", "-webhooks-port: expected one argument (see: streamerbrainz.py -h)"),
     ("-poll-interval 0.5", "-poll-interval: 0.5 is no interval; give 0, or seconds from 1 to 86400 (see: streamerbrainz.py -h)"),
@@ -2302,7 +3209,8 @@ def test_readme_names_each_default_as_the_program_has_it():
     readme, defaults = (HERE / "README.md").read_text(), sb.Config()
     rows = dict(re.findall(r"^\| `-([a-z-]+) \w+` \| `([^`]+)` \|", readme, re.M))
     assert rows == {"webhooks-port": str(defaults.webhooks_port), "poll-interval": f"{defaults.poll_interval_s:g}",
-                    "log-level": defaults.log_level, "log-format": defaults.log_format, "speed": f"{defaults.speed:g}"}
+                    "log-level": defaults.log_level, "log-format": defaults.log_format, "speed": f"{defaults.speed:g}",
+                    "tracker-log-days": str(defaults.tracker_log_days), "last": str(defaults.last)}
 
 
 def test_readme_shows_the_picture_of_the_docstring():
