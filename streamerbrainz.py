@@ -73,7 +73,6 @@ import hmac
 import http.client
 import http.server
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -1210,10 +1209,10 @@ class Entry:
 
     @property
     def show_guid(self) -> str:
-        """The guid of the show or movie; "": not said."""
+        """The guid of the show or movie, without ?lang=; "": not said."""
         legacy = re.match(r"com\.plexapp\.agents\.[^/]*://[^/?]+", self.item.guid)
         own = self.item.guid if self.item.type == MOVIE else legacy[0] if legacy else ""
-        return self.scrobble.show_guid or own
+        return (self.scrobble.show_guid or own).partition("?")[0]
 
     @property
     def subject(self) -> str:
@@ -2276,8 +2275,7 @@ class Worker:
             written.clear()
             try:
                 if time.monotonic() >= history_at:
-                    history_at = time.monotonic() + HISTORY_S
-                    self.recover()
+                    history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_REST_S)
                     self.prune()
                 self.drain()
                 pause_s = min(history_at - time.monotonic(), self.tracker.next_due() - time.time())
@@ -2374,7 +2372,8 @@ class Worker:
         """The show of an entry with what the server says of it, where it is our server."""
         show, key = entry.show, entry.item.rating_key if entry.item.type == MOVIE else entry.scrobble.show_key
         for fields in self.library(entry, f"/library/metadata/{urllib.parse.quote(key, '')}?includeGuids=1", key):
-            if not entry.scrobble.show_guid or text(fields.get("guid")) in ("", entry.scrobble.show_guid):
+            guid = text(fields.get("guid")).partition("?")[0]
+            if "" in (guid, entry.show_guid) or guid == entry.show_guid:
                 known = parse_ids((*item_guids(fields), text(fields.get("guid")), entry.show_guid))
                 return Show(show.type, text(fields.get("title")) or show.title,
                             number(fields.get("year")) or show.year, known,
@@ -2436,10 +2435,10 @@ class Worker:
 
     # -- what no webhook told
 
-    def recover(self) -> None:
-        """Put into the journal what the server's history has and no webhook told."""
+    def recover(self) -> bool:
+        """Put into the journal what the server's history has and no webhook told; -> whether the server answered."""
         if not self.plex:
-            return
+            return True
         since, until = int(self.tracker.note("history")), int(time.time() - HISTORY_REST_S)
         try:
             server, accounts = self.identity(), self.accounts()
@@ -2456,6 +2455,8 @@ class Worker:
                     self.tracker.take_note("history", max([since, *(at for at in seen if at <= until)]))
         except PlexError as error:
             say(logging.DEBUG, f"the server's history was not read: {error}")
+            return error.fault not in ("unreachable", "starting")
+        return True
 
     def accounts(self) -> set[str] | None:
         """The ids by which the server knows -accounts; None: all count.  Raises PlexError."""
@@ -2517,9 +2518,8 @@ def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which is one household's."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return str(ip) if ip.version == 4 else ip.exploded[:19]
+    address = address.partition("%")[0].removeprefix("::ffff:")
+    return address if "." in address else socket.inet_pton(socket.AF_INET6, address)[:8].hex()
 
 
 class Gate:
@@ -3397,13 +3397,14 @@ class LibraryImport:
         """Add a show or movie, and what it is on the server; -> its id."""
         item, guids = parse_item(fields), item_guids(fields)
         show = Show(type, item.title, number(fields.get("year")), parse_ids((*guids, item.guid)))
-        mapped = self.tracker.mapped(Entry(0.0, "import", self.server, "", "", replace(item, type=type),
-                                           Scrobble(item.rating_key, item.guid)))
+        entry = Entry(0.0, "import", self.server, "", "", replace(item, type=type),
+                      Scrobble(item.rating_key, item.guid))
+        mapped = self.tracker.mapped(entry)
         if mapped and not mapped.show_id:
             return 0                                  # a person chose to ignore it
         show_id = upsert_show(self.tracker, show, mapped)
         if mapped is None:
-            self.tracker.map(self.server, type, item.rating_key, item.guid, Match(show_id, "import", 1.0))
+            self.tracker.map(self.server, type, item.rating_key, entry.show_guid, Match(show_id, "import", 1.0))
         self.counts[type] += 1
         return show_id
 

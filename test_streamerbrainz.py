@@ -1967,6 +1967,20 @@ def test_another_servers_keys_are_not_asked_of_ours(database, token_file):
             assert not [request for request in library.requests if "metadata" in request]
 
 
+def test_a_legacy_show_is_known_by_its_key_after_an_import(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        shows, leaves = library_of(library, 1)
+        shows[0].update(guid="com.plexapp.agents.thetvdb://81189?lang=en", Guid=[])
+        leaves[0]["guid"] = "com.plexapp.agents.thetvdb://81189/1/1?lang=en"
+        brought(path, library, token_file)
+        with Process("-tracker-db", path) as daemon:
+            assert send(daemon, legacy("com.plexapp.agents.thetvdb://81189/1/3?lang=en", index=3)) == 200
+            eventually(lambda: "by=mapping" in daemon.text())
+            assert send(daemon, legacy("com.plexapp.agents.thetvdb://999/1/4?lang=en", index=4, ratingKey="4", grandparentTitle="?")) == 200
+            assert done(path, 2)[1]["action"] == "conflict_created"        # another show has that key now
+
+
 @pytest.mark.parametrize("answer, fault", [(503, "starting"), (401, "refused")])
 def test_a_server_that_is_down_is_asked_again_and_the_show_is_not_guessed(database, token_file, answer, fault):
     with Library() as library:
@@ -2090,8 +2104,8 @@ def test_tokens_come_back_evenly_and_never_more_than_a_minutes_worth():
     assert passed == 120 - 1 or passed == 120
 
 
-@pytest.mark.parametrize("address, who", [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "2001:0db8:0001:0002"),
-                                          ("2001:db8:1:2::1", "2001:0db8:0001:0002"), ("fe80::1%eth0", "fe80:0000:0000:0000")])
+@pytest.mark.parametrize("address, who", [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "20010db800010002"),
+                                          ("2001:db8:1:2::1", "20010db800010002"), ("fe80::1%eth0", "fe80000000000000")])
 def test_a_sender_is_an_ipv4_address_or_a_household_of_ipv6(address, who):
     assert sb.sender(address) == who
 
