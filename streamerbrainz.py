@@ -113,6 +113,7 @@ MAX_PARTS = 16                # of a multipart body; Plex sends 2
 MAX_PART_HEADER = 1024        # bytes; Plex's have under 100.  email.parser's time grows with its square
 MAX_CONTENT_TYPE = 300        # characters; Plex's have 81
 MAX_HEAD = 8 * 1024           # bytes of a request's head, as nginx; Plex's have under 500.  email.parser is quadratic
+MAX_PAIRS = 16                # of a URL's query that are read
 MAX_PATH = 200                # characters of a path that are logged
 MAX_SESSIONS = 2**20          # bytes of /status/sessions; a session takes 3 to 30 kB
 MAX_EVENT = 64 * 1024         # bytes of an event of the stream; 300 are usual
@@ -156,8 +157,11 @@ MAX_GUIDS = 16                # read of an item; Plex sends 3
 MAX_CANDIDATES = 5            # shows that a person is asked about
 MAX_SIMILAR = 20              # ... or compared with
 MAX_POSTINGS = 60_000         # of the trigrams' index, that are read for them: 5 ms
-MAX_PAGE = 32 * 2**20         # bytes of a page of the library: up to 60 kB an item, 5 to 10 are usual
-PAGE = 500                    # items of a page
+MAX_PAGE = 8 * 2**20          # bytes of a page of the library: up to 40 kB an item, 5 to 10 are usual
+PAGE = 200                    # items of a page
+BATCH = 200                   # rows that are held, or deleted in one transaction: some milliseconds
+MAX_ITEMS = 2_000_000         # of a library, or of the history
+MAX_NUMBER = 100_000          # of a season or an episode; seasons can be years, a soap has 10,000 episodes
 MAX_ADDRESSES = 1000          # whose webhooks are counted; the one silent longest goes
 MAX_ATTEMPTS = 30             # to finish an entry of the journal: they take a day
 ROW_MIN_S = 30.0              # from the first of them to the next; it doubles ...
@@ -165,6 +169,7 @@ ROW_MAX_S = 3600.0            # ... up to this
 DUPLICATE_S = 300.0           # between two scrobbles of an item that are one; the contract's
 HISTORY_S = 3600.0            # between two looks into the server's history
 HISTORY_REST_S = 60.0         # that a webhook may come later than its play is in there
+HISTORY_RETRY_S = 60.0        # ... after one at a server that is down
 SAME_PLAY_S = 6 * 3600.0      # between a webhook and its play in there: the play may be dated to its end, after a pause
 FOUND_NOTHING_S = 86400.0     # that TMDB's "nothing" is believed
 DATABASE_S = 5.0              # to wait for another process that writes into the tracker
@@ -252,9 +257,10 @@ class TrackerError(Exception):
 # JSON a number may be one.  Whatever else comes counts as missing: nothing here raises.
 
 def text(value: object) -> str:
-    """A foreign value as bounded text; "" for what is no text."""
+    """A foreign value as bounded text; "" for what is no text.  Half surrogates, which JSON can hold, become "?"."""
     if isinstance(value, str):
-        return value[:MAX_TEXT]
+        value = value[:MAX_TEXT]
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
 
@@ -991,6 +997,17 @@ def advance(player: PlayerState, observation: Observation, at: float) -> Verdict
     return player, reports + news
 
 
+# === Rates: how often somebody may send (spend) ===
+
+def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
+    """What is left of an address's tokens (a minute's worth at most) after one webhook, and how long to wait for one.
+
+    since_s: since its tokens were so many.  A wait of 0: it may pass.
+    """
+    tokens = min(a_minute, tokens + since_s * a_minute / 60)
+    return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
+
+
 # === Shows: guids, titles -> Match (parse_guid, similarity, choose_show) ===
 # A mark on the wrong show is worse than a question: what is not certain becomes a conflict,
 # which a person resolves.  A movie is a show of one episode, 0x0.
@@ -1124,6 +1141,12 @@ CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}      # in the or
 TAKEN_ABOVE = 0.9                 # score of a title that is taken; the contract's
 MIN_SIMILARITY = 0.5              # of a title that a person is asked about
 YEAR_FITS, YEAR_LATER = 0.10, 0.05    # a show that began in that year, or before it; the contract's
+_NUMBER = re.compile(r"\d+|[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten")
+
+
+def numbers(title: str) -> list[str]:
+    """The numbers in a normal title: "part 1" is not "part 2", however alike they are."""
+    return [word for word in title.split() if _NUMBER.fullmatch(word)]
 
 
 def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:
@@ -1145,7 +1168,8 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
     if alike < MIN_SIMILARITY:
         return None
     score = min(1.0, alike + {1: YEAR_FITS, 0: YEAR_LATER}.get(-1 if years is None else years, 0.0))
-    doubtful = years == -1 or (title.country != known_title.country and years != 1)
+    doubtful = (years == -1 or (title.country != known_title.country and years != 1)
+                or numbers(title.normal) != numbers(known_title.normal))
     return Candidate(known, min(score, TAKEN_ABOVE) if doubtful else score, -1 if doubtful else years or 0)
 
 
@@ -1164,6 +1188,12 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
         if some:
             return Conflict("multiple_matches", tuple(found[:MAX_CANDIDATES]))
     return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
+
+
+def candidates_of(show: Show, known: Show | None) -> tuple[Candidate, ...]:
+    """One show, as what may be meant."""
+    found = candidate(show, known) if known else None
+    return (replace(found, score=min(found.score, TAKEN_ABOVE)),) if found else ()
 
 
 # === Watching: Webhook -> Entry, Outcome (first_outcome) ===
@@ -1218,17 +1248,17 @@ class Entry:
     def subject(self) -> str:
         """What the show or movie is on its server, to which a mapping is made."""
         key = self.item.rating_key if self.item.type == MOVIE else self.scrobble.show_key
-        return key or self.show_guid or self.title
+        return f"key:{key}" if key else f"guid:{self.show_guid}" if self.show_guid else f"title:{self.title}"
 
     @property
     def show(self) -> Show:
         """The show or movie, as far as this tells of it: an episode's own ids are none of its show."""
         movie = self.item.type == MOVIE
-        guids = (self.scrobble.show_guid, self.item.guid) + (self.scrobble.guids if movie else ())
+        guids = (self.item.guid, *self.scrobble.guids) if movie else (self.scrobble.show_guid, self.show_guid)
         return Show(self.item.type, self.title, self.scrobble.year, parse_ids(guids), own_year=movie)
 
 
-HISTORY = "history"               # the event of a play that no webhook told
+SCROBBLE, HISTORY = "media.scrobble", "history"       # the event of a webhook; of a play that none told
 
 
 @dataclass(frozen=True, slots=True)
@@ -1241,21 +1271,47 @@ class Outcome:
     retry: bool = False           # it can pass: try again
 
 
+def retry_after_s(attempts: int) -> float | None:
+    """How long after so many attempts and one more an entry is tried again; None: it has been tried for a day."""
+    return min(ROW_MAX_S, ROW_MIN_S * 2 ** attempts) if attempts < MAX_ATTEMPTS else None
+
+
 def entry_of(webhook: Webhook, at: float) -> Entry:
     """The Entry of a webhook that came at a Unix time."""
     return Entry(at, webhook.event, webhook.server, webhook.account_id, webhook.account, webhook.item or Item(),
                  webhook.scrobble or Scrobble())
 
 
+def is_number(value: int | None) -> bool:
+    """Whether a season or an episode can have that number."""
+    return value is not None and value <= MAX_NUMBER
+
+
 def missing_word(entry: Entry) -> str:
     """What an entry lacks to be matched; "": nothing."""
-    return "title" if not entry.title else "season" if entry.season is None else \
-        "episode number" if entry.episode is None else ""
+    return "title" if not entry.title else "season" if not is_number(entry.season) else \
+        "episode number" if not is_number(entry.episode) else ""
+
+
+def watched_state(fields: Mapping[str, Any], at: float) -> tuple[int | None, int]:
+    """When an item was watched (of `at`, where the server does not say) and how often; None: it was not."""
+    plays = number(fields.get("viewCount")) or 0
+    return min(number(fields.get("lastViewedAt")) or int(at), int(at)) if plays else None, plays
 
 
 def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
     return {name.strip().casefold() for name in accounts.split(",")} - {""}
+
+
+def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
+    """The Entry of a play in the server's history; None for what is not tracked.  accounts: None: all count."""
+    item, account = parse_item(fields), text(fields.get("accountID"))
+    key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
+    entry = Entry(float(number(fields.get("viewedAt")) or 0), HISTORY, server, account, "", item,
+                  replace(parse_scrobble(fields), show_key=key))
+    wrong = item.type not in (EPISODE, MOVIE) or not item.rating_key or missing_word(entry)
+    return None if wrong or (accounts is not None and account not in accounts) else entry
 
 
 def counts(webhook: Webhook, accounts: str) -> bool:
@@ -1265,17 +1321,17 @@ def counts(webhook: Webhook, accounts: str) -> bool:
     return bool({webhook.account.casefold(), webhook.account_id} & split_accounts(accounts))
 
 
-def first_outcome(webhook: Webhook, accounts: str) -> Outcome | None:
+def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever the tracker knows; None: the worker decides."""
-    if webhook.event != "media.scrobble":
+    if webhook.event != SCROBBLE:
         return Outcome(IGNORED, "event_not_scrobble", f"only media.scrobble tells that something was finished, "
                        f"not {webhook.event}")
-    entry = entry_of(webhook, 0.0)
     if entry.item.type not in (EPISODE, MOVIE):
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not "
                        f"{f'a {entry.item.type}' if entry.item.type else 'an item without a type'}")
     if not counts(webhook, accounts):
-        return Outcome(IGNORED, "other_account", f"the account {webhook.account} is none of -accounts")
+        return Outcome(IGNORED, "other_account",
+                       f"{webhook.account or 'the account'} is not the owner, or none of -accounts")
     if missing := missing_word(entry):
         return Outcome(FAILED, "validation_failed", f"the webhook names no {missing}")
     return None
@@ -1407,13 +1463,27 @@ def unix_time(word: str) -> int:
     return max(0, int(moment.timestamp()))
 
 
+def columns(line: str) -> int:
+    """How many columns of a terminal a line takes."""
+    return len(line) + sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+
+
+def shortened(line: str, width: int) -> str:
+    """A line in so many columns."""
+    if columns(line) <= width:
+        return line
+    while columns(line) >= max(width, 1):
+        line = line[:-1]
+    return line + "\u2026"
+
+
 def table(rows: Sequence[Sequence[str]], wide: int) -> str:
-    """Rows as columns of 80 characters at most, of which column `wide` gives way."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """Rows in columns, 80 wide at most, of which column `wide` gives way."""
+    widths = [max(map(columns, column)) for column in zip(*rows, strict=True)]
     widths[wide] = max(8, min(widths[wide], 80 - sum(widths) + widths[wide] - 2 * (len(widths) - 1)))
-    cut = [[cell if len(cell) <= width else cell[:width - 1] + "\u2026"
-            for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cut)
+    cells = ((shortened(cell, width), width) for row in rows for cell, width in zip(row, widths, strict=True))
+    padded = [cell + " " * (width - columns(cell)) for cell, width in cells]
+    return "\n".join("  ".join(padded[i:i + len(widths)]).rstrip() for i in range(0, len(padded), len(widths)))
 
 
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
@@ -1553,16 +1623,16 @@ def status_error(status: int, url: str, path: str) -> PlexError:
                      "is -plex-server-url that of Plex Media Server?")
 
 
-def network_error(error: Exception, url: str) -> PlexError:
+def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     """What went wrong on the way to a server."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
         return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
                          "address in it (...plex.direct), or its CA as -plex-ca-file.")
     if isinstance(cause, TooMuch):
-        return PlexError("nonsense", f"{url} answered more than {MAX_SESSIONS} bytes, which no list of sessions has.")
+        return PlexError("nonsense", f"{url} answered far more than Plex does.")
     if isinstance(cause, TimeoutError):
-        return PlexError("unreachable", f"{url} did not answer within {PLEX_S:g} s.")
+        return PlexError("unreachable", f"{url} did not answer within {timeout_s:g} s.")
     if not isinstance(cause, OSError):
         return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
     if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
@@ -1616,9 +1686,9 @@ class PlexServer:
             error.close()
             raise status_error(error.code, self.url, path.partition("?")[0]) from None
         except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
-            raise network_error(error, self.url) from None
+            raise network_error(error, self.url, timeout_s or PLEX_S) from None
         except (ValueError, TypeError, LookupError, OverflowError) as error:
-            raise network_error(error, self.url) from None          # http.client's, on heads and chunks without sense
+            raise network_error(error, self.url, timeout_s or PLEX_S) from None     # http.client's, on nonsense
 
     def sessions(self) -> tuple[Session, ...]:
         """What plays now, on all players, within PLEX_S; raises PlexError."""
@@ -1641,15 +1711,19 @@ class PlexServer:
     def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[Page]:
         """The items at a path in pages, from the item `start` on; raises PlexError."""
         path += "&" if "?" in path else "?"
-        while True:
+        before: object = None
+        while start < MAX_ITEMS:
             attributes, items = self.container(f"{path}X-Plex-Container-Start={start}&X-Plex-Container-Size={PAGE}",
                                                timeout_s)
             end = start + len(items)
             page = Page(items, end, number(attributes.get("totalSize")) or end)
-            yield page
-            if not items or end >= page.total:
+            if not items or items[0] == before:       # the end, or a server that does not know pages
                 return
-            start = end
+            yield page
+            if end >= page.total:
+                return
+            start, before = end, items[0]
+        raise PlexError("nonsense", f"{self.url} lists more than {MAX_ITEMS} items.")
 
     def identity(self) -> str:
         """The server's machineIdentifier; raises PlexError."""
@@ -1730,7 +1804,8 @@ def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tupl
     if not content:
         raise ConfigError(f"{flag}: {path} is empty, or no regular file; put the {name} there.")
     words = [line.strip() for line in content.split(b"\n")]
-    if len(content) > MAX_TOKEN_FILE or len(words) > most or not all(re.fullmatch(rb"[!-~]+", word) for word in words):
+    plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
+    if len(content) > MAX_TOKEN_FILE or len(words) > most or not all(re.fullmatch(plain, word) for word in words):
         raise ConfigError(f"{flag}: {path} holds more than a {name}; put one word of plain characters there"
                           f"{', or two, each on a line of its own' if most > 1 else ''}.")
     # systemd's credentials are guarded by their folder; their ACLs look like group bits
@@ -1774,7 +1849,7 @@ CREATE TABLE show (                     -- a show, or a movie
     id INTEGER PRIMARY KEY,
     type TEXT NOT NULL,                 -- episode: a show, whose episodes are watched; movie
     title TEXT NOT NULL,
-    normal TEXT NOT NULL,               -- the title as normal() makes it
+    normal TEXT NOT NULL,               -- the title as parse_title() makes it
     year INTEGER,                       -- the first; NULL: not known
     tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,         -- NULL: not known
     UNIQUE (type, tmdb_id), UNIQUE (type, tvdb_id), UNIQUE (type, imdb_id)
@@ -1796,12 +1871,13 @@ CREATE TABLE episode (                  -- of a show; a movie has one, 0x0
 CREATE TABLE mapping (                  -- what a server's show is here
     server TEXT NOT NULL,               -- its machineIdentifier
     type TEXT NOT NULL,
-    subject TEXT NOT NULL,              -- the show's rating key there; else its guid or title
+    subject TEXT NOT NULL,              -- key: and the show's rating key there; else guid: or title:
     guid TEXT NOT NULL,                 -- the show's under that key: a rebuilt library has another
     show_id INTEGER REFERENCES show,    -- NULL: a person chose to ignore it
     confidence REAL NOT NULL,
     PRIMARY KEY (server, type, subject)
 ) WITHOUT ROWID;
+CREATE INDEX mapping_show ON mapping (show_id);
 CREATE TABLE conflict (                 -- what waits for a person, or did
     id INTEGER PRIMARY KEY,
     created_at REAL NOT NULL,           -- Unix s
@@ -1825,7 +1901,8 @@ CREATE TABLE webhook_log (              -- the journal: what came, and what beca
     retry_at REAL                       -- Unix s, when it is to be done (again); NULL: it is done
 );
 CREATE INDEX webhook_log_due ON webhook_log (retry_at) WHERE retry_at IS NOT NULL;
-CREATE INDEX webhook_log_play ON webhook_log (rating_key, received_at) WHERE rating_key <> '';
+CREATE INDEX webhook_log_play ON webhook_log (rating_key, received_at) WHERE rating_key IS NOT NULL;
+CREATE INDEX webhook_log_old ON webhook_log (received_at) WHERE retry_at IS NULL AND status <> 'failed';
 CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL;
 CREATE TABLE found (                    -- what TMDB found
     source TEXT NOT NULL, external_id TEXT NOT NULL,
@@ -1835,11 +1912,6 @@ CREATE TABLE found (                    -- what TMDB found
 ) WITHOUT ROWID;
 CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;   -- how far an import or the history came
 """
-
-
-def sound(value: str) -> str:
-    """Text without half surrogates, which JSON can hold and a database cannot."""
-    return value if value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 class Tracker:
@@ -1854,6 +1926,7 @@ class Tracker:
         import sqlite3  # here: without -tracker-db it costs nothing
 
         self.path, self.writing, self.Error = path, writing or threading.Lock(), sqlite3.Error
+        self.inode = 0                                # 0: it is being opened
         try:
             with contextlib.suppress(FileExistsError):        # (to open and close one drops SQLite's locks on it)
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600) if create else os.open(path, os.O_PATH))
@@ -1868,6 +1941,7 @@ class Tracker:
             self.begin()
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
+        self.inode = os.stat(path).st_ino
 
     def begin(self) -> None:
         """See that the file is a tracker of ours that can be written, or make it one."""
@@ -1892,7 +1966,7 @@ class Tracker:
         try:
             yield
         except self.Error as error:
-            if error.sqlite_errorname == "SQLITE_NOTADB":
+            if self.inode == 0 and getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
                 raise ConfigError(f"-tracker-db: {self.path} is no database; name another file.") from error
             raise TrackerError(f"{self.path}: {error}; see that it can be written, that the disk has room, "
                                "and that it is no damaged file.") from error
@@ -1900,6 +1974,9 @@ class Tracker:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All of it or nothing."""
+        version = file_version(self.path)
+        if version is None or version[0] != self.inode:
+            raise TrackerError(f"{self.path} was deleted or replaced; start again.")
         with self.writing, self.guarded():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
@@ -1943,25 +2020,31 @@ class Tracker:
     def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
         """A row for an entry.  outcome None: to be done by the worker."""
         item, more = entry.item, entry.scrobble
-        row: dict[str, object] = {"received_at": entry.received_at, "event": sound(entry.event),
-                                  "server": sound(entry.server), "account_id": sound(entry.account_id),
-                                  "account": sound(entry.account), "type": item.type, "title": sound(item.title)}
+        row: dict[str, object] = {"received_at": entry.received_at, "event": entry.event,
+                                  "server": entry.server, "account_id": entry.account_id,
+                                  "account": entry.account, "type": item.type, "title": item.title}
         if outcome is None or outcome.action != "event_not_scrobble":
-            row |= {"rating_key": sound(item.rating_key), "guid": sound(item.guid),
-                    "show_title": sound(item.grandparent_title), "season": entry.season, "episode": entry.episode,
-                    "year": more.year, "show_key": sound(more.show_key), "show_guid": sound(more.show_guid),
-                    "guids": sound(" ".join(more.guids))}
+            row |= {"rating_key": item.rating_key, "guid": item.guid,
+                    "show_title": item.grandparent_title, "season": entry.season, "episode": entry.episode,
+                    "year": more.year, "show_key": more.show_key, "show_guid": more.show_guid,
+                    "guids": " ".join(more.guids)}
         if outcome:
-            row |= {"status": outcome.status, "action": outcome.action, "reason": sound(outcome.reason)}
+            row |= {"status": outcome.status, "action": outcome.action, "reason": outcome.reason}
         else:
             row["retry_at"] = 0.0
         self.write(f"INSERT INTO webhook_log ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", *row.values())
 
-    def due_entries(self, at: float) -> list[Entry]:
-        """Some entries that are to be done by then, the oldest first."""
+    def due_entries(self, at: float, conflict_id: int | None = None) -> list[Entry]:
+        """Some entries that are to be done by then, the oldest first.  conflict_id: only what waits for that one."""
+        if conflict_id:
+            return self.entries("conflict_id = ? AND retry_at <= ? ORDER BY id", conflict_id, at)
+        return self.entries("retry_at <= ? ORDER BY retry_at, id LIMIT ?", at, BATCH)
+
+    def entries(self, condition: str, *values: object) -> list[Entry]:
+        """The entries for which a condition holds."""
         rows = self.all("SELECT received_at, event, server, account_id, account, type, rating_key, guid, title, "
                         "show_title, season, episode, show_key, show_guid, guids, year, id, attempts FROM webhook_log "
-                        "WHERE retry_at <= ? ORDER BY retry_at, id LIMIT 100", at)
+                        "WHERE " + condition, *values)
         return [Entry(row[0], row[1], row[2], row[3], row[4],
                       Item(row[5], row[6], row[7], row[8], "", row[9], parent_index=row[10], index=row[11]),
                       Scrobble(row[12], row[13], tuple(row[14].split()), row[15]), row[16], row[17]) for row in rows]
@@ -1971,36 +2054,40 @@ class Tracker:
         at = self.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at IS NOT NULL")[0]
         return math.inf if at is None else float(at)
 
-    def is_due(self, entry: Entry) -> bool:
-        """Whether an entry is still to be done; another process may have done it."""
-        return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND retry_at IS NOT NULL", entry.id) is not None
+    def is_done(self, entry: Entry) -> bool:
+        """Whether an entry has been done meanwhile, by another process."""
+        return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL AND "
+                        "action <> 'episode_not_found'", entry.id) is not None
 
     def is_duplicate(self, entry: Entry) -> bool:
         """Whether the same account finished the same item just before or after, and that was a success."""
-        same, key = ("rating_key", entry.item.rating_key) if entry.item.rating_key else ("guid", entry.item.guid)
-        return self.one(f"SELECT 1 FROM webhook_log WHERE {same} = ? AND {same} <> '' AND received_at BETWEEN ? AND ? "
-                        "AND server = ? AND account_id = ? AND account = ? AND status = 'success' AND id <> ?", key,
+        item = entry.item
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND (rating_key <> '' OR (guid = ? AND "
+                        "title = ? AND show_title = ? AND season IS ? AND episode IS ?)) AND received_at BETWEEN ? AND ? AND "
+                        "server = ? AND account_id = ? AND account = ? AND status = 'success' AND id <> ?",
+                        item.rating_key, item.guid, item.title, item.grandparent_title, entry.season, entry.episode,
                         entry.received_at - DUPLICATE_S, entry.received_at + DUPLICATE_S, entry.server,
                         entry.account_id, entry.account, entry.id) is not None
 
     def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
         """Whether a play in the server's history is in the journal."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND rating_key <> '' AND "
-                        "received_at BETWEEN ? AND ? AND server IN (?, '') "
-                        "AND event IN ('media.scrobble', 'history')", rating_key, viewed_at - SAME_PLAY_S,
-                        viewed_at + SAME_PLAY_S, server) is not None
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND "
+                        "server IN (?, '') AND event IN (?, ?) AND action IS NOT 'other_account'",
+                        rating_key, viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE,
+                        HISTORY) is not None
 
     def finish(self, entry: Entry, outcome: Outcome, retry_at: float | None, conflict_id: int | None) -> None:
         """What became of an entry."""
         self.write("UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
                    "attempts = attempts + 1, retry_at = ? WHERE id = ?", outcome.status, outcome.action,
-                   sound(outcome.reason), outcome.match.show_id or None if outcome.match else None, conflict_id,
+                   outcome.reason, outcome.match.show_id or None if outcome.match else None, conflict_id,
                    retry_at, entry.id)
 
-    def prune(self, before: float) -> None:
-        """Delete some finished rows that are older; what failed stays."""
-        self.write("DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? AND "
-                   "status <> 'failed' AND retry_at IS NULL LIMIT 5000)", before)
+    def prune(self, before: float) -> bool:
+        """Delete some finished rows that are older; what failed stays.  -> Whether there may be more."""
+        deleted = self.write("DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? "
+                             "AND status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
+        return int(deleted) == BATCH
 
     # -- shows
 
@@ -2016,16 +2103,19 @@ class Tracker:
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids, the surest first."""
+        surer = Ids()
         for column, confidence in CONFIDENCE.items():
             if value := getattr(show.ids, column):
                 for known in self.shows(f"type = ? AND {column} = ?", show.type, value):
-                    return Match(known.id, column, confidence)
+                    if not known.ids.contradicts(surer):
+                        return Match(known.id, column, confidence)
+                surer = replace(surer, **{column: value})
         return None
 
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
-        wanted = normal(show.title)
-        exact = self.shows("normal = ? AND type = ?", sound(wanted), show.type)
+        wanted = parse_title(show.title).normal
+        exact = self.shows("normal = ? AND type = ?", wanted, show.type)
         verdict = choose_show(show, exact)
         if isinstance(verdict, Match):
             return verdict
@@ -2038,7 +2128,7 @@ class Tracker:
         person may be asked about are, as far as MAX_POSTINGS of the index tell.
         """
         for share, most in ((TAKEN_ABOVE - YEAR_FITS, math.inf), (MIN_SIMILARITY, MAX_POSTINGS)):
-            ids = self.sharing(sorted(map(sound, trigrams(wanted))), share, most)
+            ids = self.sharing(sorted(trigrams(wanted)), share, most)
             found = self.all(f"SELECT normal, id FROM show WHERE id IN ({', '.join('?' * len(ids))}) AND +type = ?",
                              *ids, type)
             alike = [(each, row[1]) for row in found if (each := similarity(wanted, row[0])) >= share]
@@ -2047,7 +2137,7 @@ class Tracker:
         return []
 
     def sharing(self, each: Sequence[str], share: float, most: float) -> list[int]:
-        """The ids of the shows, 200 at most, that may share so much with n trigrams.
+        """The ids of the shows, BATCH at most, that may share so much with n trigrams.
 
         A title that does has neither too few trigrams nor too many, and one at least of the
         rarest n - share * n + 1 of these: the long lists of the usual ones are not read.
@@ -2068,7 +2158,7 @@ class Tracker:
             least = share * (len(each) + size) / (1 + share) - (len(each) - len(read)) - 1e-9
             shared = collections.Counter(memoryview(b"".join(lists[size])).cast("I"))
             counts.update({show_id: count for show_id, count in shared.items() if count >= least})
-        return [show_id for show_id, _ in counts.most_common(200)]
+        return [show_id for show_id, _ in counts.most_common(BATCH)]
 
     def mapped(self, entry: Entry) -> Match | None:
         """The show that an entry's was found to be before; None: not known, or another one has its key now."""
@@ -2078,16 +2168,22 @@ class Tracker:
             return None
         return Match(row[0] or 0, "mapping", row[1])
 
+    def is_another(self, entry: Entry, show_id: int) -> bool:
+        """Whether a show is on an entry's server already, under another guid of Plex's: each show has but one."""
+        return entry.show_guid.startswith("plex://") and self.one(
+            "SELECT 1 FROM mapping WHERE show_id = ? AND server = ? AND guid LIKE 'plex://%' AND guid <> ?", show_id,
+            entry.server, entry.show_guid) is not None
+
     def map(self, server: str, type: str, subject: str, guid: str, match: Match) -> None:
         """Remember what a server's show is; where a show is deleted, so is the mapping."""
-        self.write("INSERT OR REPLACE INTO mapping VALUES (?, ?, ?, ?, ?, ?)", sound(server), type, sound(subject),
-                   sound(guid), match.show_id or None, match.confidence)
+        self.write("INSERT OR REPLACE INTO mapping VALUES (?, ?, ?, ?, ?, ?)", server, type, subject,
+                   guid, match.show_id or None, match.confidence)
 
     def add_show(self, show: Show) -> int:
         """Add a show; -> its id."""
-        plain = sound(normal(show.title))
+        plain = parse_title(show.title).normal
         show_id = self.write("INSERT INTO show (type, title, normal, year) VALUES (?, ?, ?, ?)", show.type,
-                             sound(show.title), plain, show.year).lastrowid
+                             show.title, plain, show.year).lastrowid
         each = trigrams(plain)
         self.connection.executemany(
             "INSERT INTO trigram VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
@@ -2108,7 +2204,7 @@ class Tracker:
             "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), "
             "watched_at = min(coalesce(watched_at, excluded.watched_at), coalesce(excluded.watched_at, watched_at))",
-            [(*row[:3], sound(row[3]), *row[4:]) for row in rows])
+            [(*row[:3], row[3], *row[4:]) for row in rows])
 
     def has_episode(self, show_id: int, season: int | None, episode: int | None) -> bool:
         """Whether a show has an episode."""
@@ -2127,22 +2223,22 @@ class Tracker:
 
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
         """The open conflict about an entry's show, and whether it is new."""
-        key = (sound(entry.server), entry.item.type, sound(entry.subject))
+        key = (entry.server, entry.item.type, entry.subject)
         known = self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND resolution IS NULL",
                          *key)
         if known:
             return known[0], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         ids = show.ids
-        row = (time.time(), conflict.kind, *key, sound(entry.show_guid), sound(show.title), show.year, ids.tmdb_id,
+        row = (time.time(), conflict.kind, *key, entry.show_guid, show.title, show.year, ids.tmdb_id,
                ids.tvdb_id, ids.imdb_id, candidates, None)
         return self.write(f"INSERT INTO conflict VALUES (NULL, {', '.join('?' * len(row))})", *row).lastrowid, True
 
-    def resolve(self, conflict_id: int, match: Match) -> None:
-        """End a conflict: remember what its show is, and let what waited be done.  Twice is as once."""
-        self.write("INSERT OR REPLACE INTO mapping SELECT server, type, subject, guid, ?, ? FROM conflict WHERE id = ?",
-                   match.show_id or None, match.confidence, conflict_id)
-        self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(match.show_id or "ignore"), conflict_id)
+    def resolve(self, conflict_id: int, show_id: int) -> None:
+        """End a conflict: remember what its show is (0: ignored), and let what waited be done.  Twice is as once."""
+        self.write("INSERT OR REPLACE INTO mapping SELECT server, type, subject, guid, ?, 1.0 FROM conflict "
+                   "WHERE id = ?", show_id or None, conflict_id)
+        self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
 
@@ -2161,7 +2257,7 @@ class _Ticket:
     def __init__(self, entry: Entry, outcome: Outcome | None):
         self.entry, self.outcome = entry, outcome
         self.done = False
-        self.error: TrackerError | None = None
+        self.error: TrackerError | None = TrackerError("the journal failed")      # until it is committed
 
 
 class Journal:
@@ -2177,12 +2273,12 @@ class Journal:
         self.waiting: collections.deque[_Ticket] = collections.deque()
         self.committing = threading.Lock()
         self.written = threading.Event()              # there is something for the worker
-        self.error: TrackerError | None = None        # of the latest commit; None: it went well
-        self.said_at = -math.inf
+        self.fails, self.said_at = False, -math.inf  # the latest commit; when that was said
 
     def append(self, webhook: Webhook) -> None:
         """Commit a webhook's row to the disk; raises TrackerError."""
-        ticket = _Ticket(entry_of(webhook, time.time()), first_outcome(webhook, self.accounts))
+        entry = entry_of(webhook, time.time())
+        ticket = _Ticket(entry, first_outcome(webhook, entry, self.accounts))
         self.waiting.append(ticket)
         with self.committing:
             if not ticket.done:
@@ -2198,17 +2294,22 @@ class Journal:
             with self.tracker.transaction():
                 for ticket in tickets:
                     self.tracker.add_entry(ticket.entry, ticket.outcome)
-            if self.error:
+            for ticket in tickets:
+                ticket.error = None
+            if self.fails:
                 say(logging.INFO, "the tracker can be written again")
-            self.error = None
+            self.fails = False
         except TrackerError as error:
             if time.monotonic() >= self.said_at + WARN_AGAIN_S:
                 self.said_at = time.monotonic()
                 say(logging.ERROR, f"webhooks are refused (503), for the tracker cannot be written: {error}")
-            self.error = error
-        for ticket in tickets:
-            ticket.done, ticket.error = True, self.error
-        if any(ticket.outcome is None for ticket in tickets):
+            self.fails = True
+            for ticket in tickets:
+                ticket.error = error
+        finally:
+            for ticket in tickets:
+                ticket.done = True
+        if any(ticket.outcome is None and not ticket.error for ticket in tickets):
             self.written.set()
 
 
@@ -2243,16 +2344,6 @@ class Tmdb:
         return number(mapping(found[0]).get("id")) if isinstance(found, list) and len(found) == 1 else None
 
 
-def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
-    """The Entry of a play in the server's history; None for what is not tracked.  accounts: None: all count."""
-    item, account = parse_item(fields), text(fields.get("accountID"))
-    key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
-    entry = Entry(float(number(fields.get("viewedAt")) or 0), HISTORY, server, account, "", item,
-                  replace(parse_scrobble(fields), show_key=key))
-    wrong = item.type not in (EPISODE, MOVIE) or not item.rating_key or missing_word(entry)
-    return None if wrong or (accounts is not None and account not in accounts) else entry
-
-
 class Worker:
     """Finishes the journal's entries: finds the show, and marks what was watched or makes a conflict.
 
@@ -2265,30 +2356,31 @@ class Worker:
         self.tmdb = Tmdb(SecretFile("-tmdb-token-file", config.tmdb_token_file).first) if config.tmdb_token_file \
             else None
         self.machine_identifier = ""                  # the server's, when it has said it
-        self.down: PlexError | None = None            # why the server cannot be asked, in this round
+        self.down: PlexError | TmdbError | None = None        # why nobody can be asked any more, in this round
 
     def run(self, written: threading.Event) -> None:
         """For ever: what is due, and what no webhook told.  written: set when there is more to do."""
-        history_at, pause_s = 0.0, 0.0
+        history_at, pause_s, fails = 0.0, 0.0, False
         while True:
-            written.wait(pause_s)
+            written.wait(max(0.0, pause_s))
             written.clear()
             try:
                 if time.monotonic() >= history_at:
-                    history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_REST_S)
+                    history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
                     self.prune()
                 self.drain()
                 pause_s = min(history_at - time.monotonic(), self.tracker.next_due() - time.time())
+                if fails:
+                    say(logging.INFO, "the tracker goes on")
+                fails = False
             except TrackerError as error:
-                say(logging.ERROR, f"the tracker cannot go on for now: {error}")
-                pause_s = TRACKER_RETRY_S
-                written.clear()
-            pause_s = max(pause_s, 0.0)
+                say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot go on for now: {error}")
+                pause_s, fails = TRACKER_RETRY_S, True
 
-    def drain(self) -> int:
-        """Finish all that is due; -> how many there were."""
+    def drain(self, conflict_id: int | None = None) -> int:
+        """Finish all that is due, or that waits for a conflict; -> how many there were."""
         count, self.down = 0, None
-        while entries := self.tracker.due_entries(time.time()):
+        while entries := self.tracker.due_entries(time.time(), conflict_id):
             for entry in entries:
                 self.finish(entry)
             count += len(entries)
@@ -2308,21 +2400,27 @@ class Worker:
             verdict = error
         new = False
         with self.tracker.transaction():
-            if not self.tracker.is_due(entry):
+            if self.tracker.is_done(entry):
                 return
+            if not isinstance(verdict, Match) or verdict.by != "mapping":
+                verdict = self.tracker.mapped(entry) or verdict       # another process may have written meanwhile
+            if isinstance(verdict, Conflict):
+                verdict = self.tracker.match_ids(show) or self.tracker.match_title(show)
+            if isinstance(verdict, Match) and verdict.by == "title" and self.tracker.is_another(entry, verdict.show_id):
+                verdict = Conflict("ambiguous", candidates_of(show, self.tracker.show(verdict.show_id)))
             outcome, conflict_id = self.conclude(entry, show, verdict, episodes), None
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
                 conflict_id, new = self.tracker.add_conflict(entry, show, verdict)
-            retry = outcome.retry and entry.attempts < MAX_ATTEMPTS
-            wait_s = min(ROW_MAX_S, ROW_MIN_S * 2 ** min(entry.attempts, 20))
-            self.tracker.finish(entry, outcome, time.time() + wait_s if retry else None, conflict_id)
+            wait_s = retry_after_s(entry.attempts) if outcome.retry else None
+            self.tracker.finish(entry, outcome, None if wait_s is None else time.time() + wait_s, conflict_id)
         report_outcome(entry, outcome, conflict_id if new else None)
 
     def conclude(self, entry: Entry, show: Show, verdict: Match | Conflict | PlexError | TmdbError,
                  episodes: Sequence[tuple[int, int, str]]) -> Outcome:
         """What becomes of an entry, done within the transaction that writes it down."""
         if self.tracker.is_duplicate(entry):
-            return Outcome(DUPLICATE, "ignored_duplicate", f"the same was finished within {DUPLICATE_S:.0f} s of this")
+            return Outcome(DUPLICATE, "ignored_duplicate", f"the same was finished within {DUPLICATE_S:.0f} s of this",
+                           verdict if isinstance(verdict, Match) else None)
         if isinstance(verdict, Match):
             return self.mark(entry, show, verdict, episodes)
         if not isinstance(verdict, Conflict):
@@ -2374,10 +2472,9 @@ class Worker:
         for fields in self.library(entry, f"/library/metadata/{urllib.parse.quote(key, '')}?includeGuids=1", key):
             guid = text(fields.get("guid")).partition("?")[0]
             if "" in (guid, entry.show_guid) or guid == entry.show_guid:
-                known = parse_ids((*item_guids(fields), text(fields.get("guid")), entry.show_guid))
-                return Show(show.type, text(fields.get("title")) or show.title,
-                            number(fields.get("year")) or show.year, known,
-                            own_year=number(fields.get("year")) is not None or show.own_year)
+                known, year = parse_ids((*item_guids(fields), guid, entry.show_guid)), number(fields.get("year"))
+                return Show(show.type, text(fields.get("title")) or show.title, year or show.year, known,
+                            own_year=year is not None or show.own_year)
         return show
 
     def episodes(self, entry: Entry) -> list[tuple[int, int, str]]:
@@ -2385,14 +2482,14 @@ class Worker:
         key = entry.scrobble.show_key if entry.item.type == EPISODE else ""
         found = (parse_item(fields) for fields in
                  self.library(entry, f"/library/metadata/{urllib.parse.quote(key, '')}/allLeaves", key))
-        return [(item.parent_index, item.index, item.title) for item in found
-                if item.parent_index is not None and item.index is not None]
+        return [(item.parent_index or 0, item.index or 0, item.title) for item in found
+                if is_number(item.parent_index) and is_number(item.index)]
 
     def library(self, entry: Entry, path: str, key: str) -> list[Mapping[str, Any]]:
         """What our server's library has at a path; nothing where the entry is of another server."""
-        if not self.plex or not key or self.down:
-            if self.down:
-                raise self.down
+        if self.down:
+            raise self.down
+        if not self.plex or not key:
             return []
         try:
             if entry.server not in ("", self.identity()):
@@ -2401,7 +2498,7 @@ class Worker:
         except PlexError as error:
             if error.fault == "missing":
                 return []
-            self.down = error
+            self.down = error if error.fault != "nonsense" else None      # that may be this one item's
             raise
 
     def identity(self) -> str:
@@ -2427,7 +2524,13 @@ class Worker:
         row = self.tracker.one("SELECT tmdb_id, at FROM found WHERE source = ? AND external_id = ?", source, value)
         if row and (row[0] or time.time() - row[1] < FOUND_NOTHING_S):
             return int(row[0]) if row[0] else None
-        tmdb_id = self.tmdb.find(column, value, type)
+        if self.down:
+            raise self.down
+        try:
+            tmdb_id = self.tmdb.find(column, value, type)
+        except TmdbError as error:
+            self.down = error
+            raise
         with self.tracker.transaction():
             self.tracker.write("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", source, str(value), tmdb_id,
                                time.time())
@@ -2474,9 +2577,10 @@ class Worker:
 
     def prune(self) -> None:
         """Delete old rows that are finished."""
-        if days := self.config.tracker_log_days:
-            with self.tracker.transaction():
-                self.tracker.prune(time.time() - days * 86400)
+        more = self.config.tracker_log_days > 0
+        while more:
+            with self.tracker.transaction():          # short ones: answers wait for them
+                more = self.tracker.prune(time.time() - self.config.tracker_log_days * 86400)
 
 
 # === Listener: sockets -> inbox ===
@@ -2505,15 +2609,6 @@ class Stop:
 @dataclass(frozen=True, slots=True)
 class Reload:
     """A signal to read the token again."""
-
-
-def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
-    """What is left of an address's tokens (a minute's worth at most) after one webhook, and how long to wait for one.
-
-    since_s: since its tokens were so many.  A wait of 0: it may pass.
-    """
-    tokens = min(a_minute, tokens + since_s * a_minute / 60)
-    return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
 
 def sender(address: str) -> str:
@@ -2546,21 +2641,33 @@ class Gate:
             raise WebhookError(429, f"More than {self.a_minute} webhooks a minute came from your address; "
                                "try again in a moment.", math.ceil(wait_s))
 
+    def plain(self, path: str) -> str:
+        """A path as it may be logged: what was pasted wrongly may have the secret in it."""
+        path = re.match(r"[\w/.~-]*", path, re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+        for word in self.secret.words if self.secret else ():
+            path = path.replace(word, "...")
+        return path
+
     def check(self, query: str) -> None:
         """Check the secret in a URL's query; raises WebhookError 401."""
         if self.secret is None:
             return
         with self.lock:
             words = self.secret.renewed()
-        given = [value.encode("utf-8", "replace") for name, value in urllib.parse.parse_qsl(query[:MAX_HEAD])
-                 if name in ("token", "secret")]
-        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given[:4] for word in words]
+        pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
+        given = [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret")]
+        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given for word in words]
         if not any(known):
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.")
 
 
 Message = Webhook | Notification | Stream | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
+
+
+def webhook_url(host: str, port: int) -> str:
+    """The URL of our webhooks."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{WEBHOOK_PATH}"
 
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -2654,8 +2761,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what is wrong, and tell of it."""
         self.retry_s = error.retry_s
         self.answer(error.status, f"{error}\n")
-        self.server.tell(Refused(error.status, str(error), self.target()[:MAX_PATH], self.client_address[0],
-                                 self.headers.get("User-Agent", "").startswith("PlexMediaServer/")))
+        from_plex = self.headers.get("User-Agent", "").startswith("PlexMediaServer/")
+        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(self.target()),
+                                 self.client_address[0], from_plex))
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -3184,9 +3292,8 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     if config.tracker_db:
         listener.journal = Journal(Tracker(config.tracker_db, create=True), config.accounts)
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
-    host = config.webhooks_host or socket.gethostname()
-    host = f"[{host}]" if ":" in host else host
-    say(logging.INFO, "listening", version=VERSION, webhook_url=f"http://{host}:{listener.port}{WEBHOOK_PATH}")
+    url = webhook_url(config.webhooks_host or socket.gethostname(), listener.port)
+    say(logging.INFO, "listening", version=VERSION, webhook_url=url + ("?token=..." if listener.gate.secret else ""))
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     elif config.plex_events:
@@ -3336,8 +3443,9 @@ class Progress:
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
     """The id of a show in the tracker, which gets it if it lacks it; within a transaction."""
     if not (found := mapped or tracker.match_ids(show)):
-        same = [known for known in tracker.shows("normal = ? AND type = ?", sound(normal(show.title)), show.type)
-                if known.year == show.year and not known.ids.contradicts(show.ids)]
+        title = parse_title(show.title)
+        same = [known for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type)
+                if (known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)]
         if not same:
             return tracker.add_show(show)
         found = Match(same[0].id, "title", 1.0)
@@ -3345,18 +3453,11 @@ def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> in
     return found.show_id
 
 
-def watched_state(fields: Mapping[str, Any], at: float) -> tuple[int | None, int]:
-    """When an item was watched (of `at`, where the server does not say) and how often; None: it was not."""
-    plays = number(fields.get("viewCount")) or 0
-    return (number(fields.get("lastViewedAt")) or int(at)) if plays else None, plays
-
-
 class LibraryImport:
     """The import of a server's libraries: a page a transaction, so that an import that was ended goes on there."""
 
     def __init__(self, tracker: Tracker, plex: PlexServer):
         self.tracker, self.plex, self.server = tracker, plex, plex.identity()
-        self.counts: collections.Counter[str] = collections.Counter()
 
     def run(self) -> None:
         """Bring all; raises PlexError, TrackerError."""
@@ -3370,12 +3471,12 @@ class LibraryImport:
                 self.section(key, 4, f"{title}: episodes", self.add_episodes)
         with self.tracker.transaction():
             self.tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
-            self.settle()
 
     def section(self, key: str, kind: int, name: str, add: Callable[[Sequence[Mapping[str, Any]]], None]) -> None:
         """Bring what a section has of one of Plex's numbered types, from where an import before was ended."""
         note, progress = f"import {self.server} {key} {kind}", Progress(name)
-        path = f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&includeGuids={int(kind != 4)}"
+        path = (f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&includeGuids={int(kind != 4)}"
+                "&sort=addedAt:asc")                  # what is new comes last, and moves no page
         for page in self.plex.pages(path, int(self.tracker.note(note) or 0), IMPORT_S):
             with self.tracker.transaction():
                 add(page.items)
@@ -3404,29 +3505,31 @@ class LibraryImport:
             return 0                                  # a person chose to ignore it
         show_id = upsert_show(self.tracker, show, mapped)
         if mapped is None:
-            self.tracker.map(self.server, type, item.rating_key, entry.show_guid, Match(show_id, "import", 1.0))
-        self.counts[type] += 1
+            self.tracker.map(self.server, type, entry.subject, entry.show_guid, Match(show_id, "import", 1.0))
         return show_id
 
     def add_episodes(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Add a page of episodes, each with whether it was watched."""
-        keys = {text(fields.get("grandparentRatingKey")) for fields in items}
+        keys = {f"key:{text(fields.get('grandparentRatingKey'))}" for fields in items}
         found = self.tracker.all("SELECT subject, show_id FROM mapping WHERE server = ? AND type = 'episode' AND "
                                  f"show_id NOT NULL AND subject IN ({', '.join('?' * len(keys))})", self.server, *keys)
         shows, rows, now = dict(found), [], time.time()
         for fields in items:
-            item, show_id = parse_item(fields), shows.get(text(fields.get("grandparentRatingKey")))
-            if show_id and item.parent_index is not None and item.index is not None:
-                rows.append((show_id, item.parent_index, item.index, item.title, *watched_state(fields, now)))
+            item, show_id = parse_item(fields), shows.get(f"key:{text(fields.get('grandparentRatingKey'))}")
+            if show_id and is_number(item.parent_index) and is_number(item.index):
+                rows.append((show_id, item.parent_index or 0, item.index or 0, item.title, *watched_state(fields, now)))
         self.tracker.add_episodes(rows)
-        self.counts["episodes"] += len(rows)
 
-    def settle(self) -> None:
-        """Let be done what waited for what has come."""
-        for row in self.tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping "
-                                    "USING (server, type, subject) WHERE resolution IS NULL AND show_id NOT NULL"):
-            self.tracker.resolve(row[0], Match(row[1], "import", 1.0))
-        self.tracker.write("UPDATE webhook_log SET retry_at = 0 WHERE action = 'episode_not_found'")
+    def settled(self) -> list[int]:
+        """The conflicts whose shows have come, ended."""
+        with self.tracker.transaction():
+            found = self.tracker.all(
+                "SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
+                "WHERE resolution IS NULL AND show_id NOT NULL AND "
+                "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))")
+            for conflict_id, show_id in found:
+                self.tracker.resolve(conflict_id, show_id)
+        return [row[0] for row in found]
 
 
 def checked(value: object, place: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
@@ -3456,7 +3559,7 @@ def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
     imdb_id = fields.get("imdb_id")
     if imdb_id is not None and not re.fullmatch(r"tt\d{5,10}", imdb_id, re.ASCII):
         raise ConfigError(f"tracker import: {place}.imdb_id is none such as tt0903747.")
-    return Show(type, fields["title"][:MAX_TEXT], fields.get("year"),
+    return Show(type, text(fields["title"]), fields.get("year"),
                 Ids(fields.get("tmdb_id") or None, fields.get("tvdb_id") or None, imdb_id))
 
 
@@ -3472,7 +3575,7 @@ def read_plays(fields: Mapping[str, Any], place: str) -> tuple[int | None, int]:
 def read_file(path: str) -> Iterator[tuple[Show, list[tuple[int, int, str, int | None, int]]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open("/dev/stdin" if path == "-" else path, encoding="utf-8") as file:
             whole = checked(json.load(file), "the file", {"shows": list, "movies": list})
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"tracker import: {path} cannot be read as JSON ({why(error)}).") from error
@@ -3481,15 +3584,30 @@ def read_file(path: str) -> Iterator[tuple[Show, list[tuple[int, int, str, int |
         show, rows = checked(each, place, {**SHOW_KEYS, "episodes": list}), []
         for j, each in enumerate(show.get("episodes") or ()):
             fields = checked(each, f"{place}.episodes[{j}]", EPISODE_KEYS)
-            if fields.get("season") is None or fields.get("episode") is None:
-                raise ConfigError(f"tracker import: {place}.episodes[{j}] has no season or no episode.")
-            rows.append((fields["season"], fields["episode"], fields.get("title") or "",
+            if not is_number(fields.get("season")) or not is_number(fields.get("episode")):
+                raise ConfigError(f"tracker import: {place}.episodes[{j}] has no season or no episode that can be.")
+            rows.append((fields["season"], fields["episode"], text(fields.get("title")),
                          *read_plays(fields, f"{place}.episodes[{j}]")))
         yield read_show(show, EPISODE, place), rows
     for i, each in enumerate(whole.get("movies") or ()):
         movie = checked(each, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS})
-        yield read_show(movie, MOVIE, f"movies[{i}]"), [(0, 0, movie.get("title") or "",
+        yield read_show(movie, MOVIE, f"movies[{i}]"), [(0, 0, text(movie.get("title")),
                                                          *read_plays(movie, f"movies[{i}]"))]
+
+
+def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: Callable[[], str], nothing: str) -> int:
+    """Rows as JSON where -json asks for it, else as lines."""
+    print(json.dumps(rows, indent=2, ensure_ascii=False) if config.json else lines() if rows else nothing)
+    return 0
+
+
+def said_counts(config: Config, tracker: Tracker) -> int:
+    """Print how much is in the tracker."""
+    row = tracker.one("SELECT count(*) FILTER (WHERE type = 'episode'), count(*) FILTER (WHERE type = 'movie'), "
+                      "(SELECT count(*) FROM episode) FROM show")
+    counts = {"shows": row[0], "episodes": row[2] - row[1], "movies": row[1]}
+    return print_rows(config, [counts], lambda: "{shows} shows, {episodes} episodes and {movies} movies are here now."
+                      .format_map(counts), "")
 
 
 def tracker_import(config: Config, tracker: Tracker) -> int:
@@ -3500,8 +3618,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
             for show, rows in read:
                 show_id = upsert_show(tracker, show)
                 tracker.add_episodes((show_id, *row) for row in rows)
-        print(f"{len(read)} shows and movies with {sum(len(rows) for _, rows in read)} episodes were read.")
-        return 0
+        return said_counts(config, tracker)
     plex = server_of(config)
     if plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
@@ -3511,10 +3628,12 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     except KeyboardInterrupt:
         print("\nstreamerbrainz: the import was ended; run it again, and it goes on where it was.", file=sys.stderr)
         return 1
-    counts = library.counts
-    print(f"{counts[EPISODE]} shows, {counts['episodes']} episodes and {counts[MOVIE]} movies are here now.")
-    Worker(config, tracker, plex).drain()
-    return 0
+    worker = Worker(config, tracker, plex)
+    for conflict_id in library.settled():
+        worker.drain(conflict_id)
+    for entry in tracker.entries("action = 'episode_not_found'"):
+        worker.finish(entry)
+    return said_counts(config, tracker)
 
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
@@ -3542,12 +3661,6 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     return 0
 
 
-def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: Callable[[], str], nothing: str) -> int:
-    """Rows as JSON where -json asks for it, else as lines."""
-    print(json.dumps(rows, indent=2, ensure_ascii=False) if config.json else lines() if rows else nothing)
-    return 0
-
-
 def local_day(at: float | None) -> str:
     """A day, in local time."""
     return "" if at is None else time.strftime("%Y-%m-%d", time.localtime(at))
@@ -3555,8 +3668,8 @@ def local_day(at: float | None) -> str:
 
 def tracker_shows(config: Config, tracker: Tracker) -> int:
     """Print each show and movie, the one that was watched last first."""
-    words = normal(" ".join(config.words[1:])).split() if config.words[1:] else []
-    condition = "".join(" AND normal LIKE ?" for _ in words)
+    words = normal(text(" ".join(config.words[1:]))).split() if config.words[1:] else []
+    condition = "".join(" AND normal || ' ' || show.title LIKE ?" for _ in words)
     found = tracker.all(
         "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(watched_at), count(episode), "
         "max(watched_at) FROM show LEFT JOIN episode ON show_id = show.id WHERE 1" + condition +
@@ -3570,7 +3683,8 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
             (str(row[0]), printable(named(row[2], row[3])),
              ("movie" if row[7] else "movie, not") if row[1] == MOVIE else f"{row[7]} of {row[8]}", local_day(row[9]))
             for row in found], 1)
-    return print_rows(config, rows, lines, "There is no such show; `tracker import` brings them from the server.")
+    nothing = "No title is like that." if words else "It is empty; `tracker import` brings what the server has."
+    return print_rows(config, rows, lines, nothing)
 
 
 def show_of(tracker: Tracker, word: str) -> Show:
@@ -3605,25 +3719,29 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
     if config.status:
         conditions.append("coalesce(status, 'waiting') = ?")
         values.append(config.status)
-    if config.show:
-        conditions.append("(show_id = ? OR show_title LIKE ? OR title LIKE ?)")
-        values += [str(number(config.show) or 0), f"%{config.show}%", f"%{config.show}%"]
+    if number(config.show) is not None:
+        conditions.append("show_id = ?")
+        values.append(config.show)
+    else:
+        for word in text(config.show).split():
+            conditions.append("(show_title LIKE ? OR (type = 'movie' AND title LIKE ?))")
+            values += [f"%{word}%"] * 2
     names = ("received_at", "event", "account", "title", "season", "episode", "status", "action", "reason", "show_id",
              "type", "show", "conflict_id")
     found = tracker.all("SELECT received_at, event, account, title, season, episode, coalesce(status, 'waiting'), "
                         "action, reason, show_id, type, show_title, conflict_id FROM webhook_log "
-                        f"WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT ?", *values, config.last)[::-1]
+                        f"WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT ?", *values, config.last or -1)[::-1]
     rows = [dict(zip(names, row, strict=True)) | {"received_at": iso_time(row[0])} for row in found]
 
     def line(row: Sequence[Any]) -> str:
         numbers = f" S{row[4]:02}E{row[5]:02}" if row[10] == EPISODE and None not in row[4:6] else ""
-        what = f"{row[11] or row[3] or ''}{numbers}"
-        stamp = time.strftime("%m-%d %H:%M", time.localtime(row[0]))
-        first = f"{stamp}  {row[6]:9}  {row[7] or row[1]:18}  {what}"
+        first = f"{time.strftime('%m-%d %H:%M', time.localtime(row[0]))}  {row[6]:9}  {row[7] or row[1]:18}  "
+        what = shortened(printable(row[11] or row[3] or ""), 80 - len(first) - len(numbers)) + numbers
         indent = " " * 13
         reason = textwrap.fill(printable(row[8] or ""), 80, initial_indent=indent, subsequent_indent=indent)
-        return printable(first)[:80] + (f"\n{reason}" if row[8] and row[6] == FAILED else "")
-    return print_rows(config, rows, lambda: "\n".join(map(line, found)), "Nothing came yet.")
+        return printable(first) + what + (f"\n{reason}" if row[8] and row[6] in (FAILED, IGNORED) else "")
+    nothing = "No row is like that." if config.status or config.show else "Nothing came yet."
+    return print_rows(config, rows, lambda: "\n".join(map(line, found)), nothing)
 
 
 def tracker_conflicts(config: Config, tracker: Tracker) -> int:
@@ -3642,10 +3760,10 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
         said = []
         for row in rows:
             name = printable(named(row["title"], row["year"]))
-            said.append(f"{row['id']}: {name:.40} ({row['kind']}, {row['waiting']} waiting)")
+            said.append(f"{row['id']}: {shortened(name, 45)} ({row['kind']}, {row['waiting']} waiting)")
             said += [f"    tracker resolve {row['id']} {each['show_id']}   # {each['score']:.2f} "
                      f"{printable(named(each['title'], each['year']))}"[:80] for each in row["candidates"]]
-            said.append(f"    tracker resolve {row['id']} new|ignore")
+            said += [f"    tracker resolve {row['id']} {word}" for word in ("new", "ignore")]
         return "\n".join(said)
     return print_rows(config, rows, lines, "Nothing waits for you.")
 
@@ -3669,10 +3787,12 @@ def tracker_resolve(config: Config, tracker: Tracker) -> int:
             waited = tracker.all("SELECT season, episode, title FROM webhook_log WHERE conflict_id = ? AND "
                                  "season IS NOT NULL", number(conflict_id))
             tracker.add_episodes((show_id, *each, None, 0) for each in waited)
-        tracker.resolve(number(conflict_id) or 0, Match(show_id, "mapping", 1.0))
-    done = Worker(config, tracker, server_of(config)).drain()
-    print(f"Conflict {conflict_id} is resolved; {done} that waited {'is' if done == 1 else 'are'} done.")
-    return 0
+        tracker.resolve(number(conflict_id) or 0, show_id)
+    done = Worker(config, tracker, server_of(config)).drain(number(conflict_id))
+    stays = " What was marked before stays." if row[6] not in (None, str(show_id or "ignore")) else ""
+    said = f"Conflict {conflict_id} is resolved; {done} that waited {'is' if done == 1 else 'are'} done.{stays}"
+    return print_rows(config, [{"conflict": number(conflict_id), "show_id": show_id or None, "done": done}],
+                      lambda: said, "")
 
 
 # command -> its function, the words that it takes, how many of them at least, and whether it makes the file
@@ -3692,7 +3812,7 @@ def tracker_command(config: Config) -> int:
     if not least <= len(config.words) - 1 <= (99 if "..." in words else len(words.split())):
         raise ConfigError(f"tracker {name}: it is called as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
-        raise ConfigError("tracker: name the database: -tracker-db FILE")
+        raise ConfigError("tracker: name the database, -tracker-db FILE, or the @FILE that has its flag.")
     tracker = Tracker(config.tracker_db, create)
     try:
         return command(config, tracker)
@@ -3727,9 +3847,8 @@ def make_secret(config: Config) -> int:
     except OSError as error:
         raise ConfigError(f"secret: {path} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
-    host = config.webhooks_host or guess_address(config)
-    host = f"[{host}]" if ":" in host else host
-    print(f"http://{host}:{config.webhooks_port}{WEBHOOK_PATH}?token={secret}")
+    host = guess_address(config) if config.webhooks_host in ("", "0.0.0.0", "::") else config.webhooks_host
+    print(f"{webhook_url(host, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex's Settings > Webhooks.{' The one before it still works.' if before else ''} "
           f"The secret is in {path}.", file=sys.stderr)
     return 0
@@ -4065,7 +4184,7 @@ def parse_config(words: Sequence[str]) -> Config:
         flags, unknown = flag_parser().parse_known_args(words)
     except UnicodeDecodeError as error:                 # Python 3.11; later ones decode what is none as surrogates
         raise ConfigError(NOT_UTF_8) from error
-    if any(word.startswith("-") for word in unknown):
+    if any(word.startswith("-") and word != "-" for word in unknown):
         raise ConfigError(unknown_words(unknown))
     if len(unknown) > {"players": 1, "tracker": 99}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "

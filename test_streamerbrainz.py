@@ -1200,7 +1200,7 @@ def test_an_episodes_own_ids_never_identify_its_show():
     entry = sb.entry_of(scrobble(), 1.0)
     assert entry.scrobble.guids == ("imdb://tt0959621", "tmdb://62085", "tvdb://349232")
     assert entry.show == sb.Show("episode", "Breaking Bad", 2008, sb.Ids(), own_year=False)
-    assert (entry.season, entry.episode, entry.subject, entry.show_guid) == (1, 1, "1000", "plex://show/bb")
+    assert (entry.season, entry.episode, entry.subject, entry.show_guid) == (1, 1, "key:1000", "plex://show/bb")
 
 
 def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
@@ -1210,7 +1210,7 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     assert entry.show_guid == "com.plexapp.agents.thetvdb://81189"
     movie = {"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "guid": "plex://movie/x", "Guid": [{"id": "tmdb://949"}]}
     entry = sb.entry_of(scrobble(movie), 1.0)
-    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949)) and (entry.season, entry.episode, entry.subject) == (0, 0, "5")
+    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949)) and (entry.season, entry.episode, entry.subject) == (0, 0, "key:5")
 
 
 @pytest.mark.parametrize("webhook, accounts, expected", [
@@ -1225,7 +1225,7 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     (scrobble({**PILOT, "grandparentTitle": ""}), "", ("failed", "validation_failed")), (scrobble({**PILOT, "parentIndex": 0}), "", None),
     (scrobble(), "", None)])
 def test_what_marks_nothing_is_known_at_once(webhook, accounts, expected):
-    outcome = sb.first_outcome(webhook, accounts)
+    outcome = sb.first_outcome(webhook, sb.entry_of(webhook, 1.0), accounts)
     assert (outcome and (outcome.status, outcome.action)) == expected
     assert outcome is None or outcome.reason
 
@@ -1448,9 +1448,9 @@ NO_PLEX = "is -plex-server-url that of Plex Media Server?"
     (http_answer(sessions_xml(session_xml())[:150]), "nonsense", NOT_XML),
     (http_answer(sessions_xml(session_xml())[:150], length=9999), "nonsense", NOT_XML),
     (http_answer(b"<!DOCTYPE a><a/>"), "nonsense", DOCTYPE),
-    (huge, "nonsense", "{} answered more than 1048576 bytes, which no list of sessions has."),
+    (huge, "nonsense", "{} answered far more than Plex does."),
     (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 3_000_000), "nonsense",
-     "{} answered more than 1048576 bytes, which no list of sessions has."),
+     "{} answered far more than Plex does."),
     (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nabc"), "nonsense",
      "{} does not speak HTTP as Plex does (ValueError)."),
     (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x; boundary*=x; boundary*0=y\r\n\r\n"), "nonsense",
@@ -1753,7 +1753,7 @@ def database(tmp_path):
     path = tmp_path / "tracker.db"
     file = tmp_path / "shows.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
-    assert tracker(path, "import", file) == "2 shows and movies with 4 episodes were read.\n"
+    assert tracker(path, "import", file) == "1 shows, 3 episodes and 1 movies are here now.\n"
     return path
 
 
@@ -1877,7 +1877,7 @@ def test_what_a_person_ignores_stays_ignored(database):
         assert send(daemon, stranger) == 200
         row, = done(database)
         assert row["reason"] == "ambiguous: Braking Bad (2008) may be Breaking Bad (2008) (0.74)" and row["conflict_id"] == 1
-        assert "tracker resolve 1 1   # 0.74 Breaking Bad (2008)\n    tracker resolve 1 new|ignore" in tracker(database, "conflicts")
+        assert "tracker resolve 1 1   # 0.74 Breaking Bad (2008)\n    tracker resolve 1 new\n    tracker resolve 1 ignore\n" in tracker(database, "conflicts")
         tracker(database, "resolve", 1, "ignore")
         assert send(daemon, {**stranger, "ratingKey": "9"}) == 200
         assert [brief(row) for row in done(database, 2)] == [("ignored", "auto_mark_disabled", 1, 1, None)] * 2
@@ -1897,7 +1897,7 @@ def test_what_is_no_finished_episode_is_a_small_row_with_its_reason(database):
             ("ignored", "event_not_scrobble"), ("ignored", "not_supported_type"), ("ignored", "other_account"), ("failed", "validation_failed")]
         assert [row["reason"] for row in found] == [
             "only media.scrobble tells that something was finished, not media.play", "only episodes and movies are tracked, not a track",
-            "the account Anna is none of -accounts", "the webhook names no episode number"]
+            "Anna is not the owner, or none of -accounts", "the webhook names no episode number"]
         eventually(lambda: 'webhook status=failed action=validation_failed show="Breaking Bad" season=1 episode="" reason=' in daemon.text())
     with sqlite3.connect(database) as connection:
         assert connection.execute("SELECT rating_key, guid, show_title FROM webhook_log WHERE id = 1").fetchone() == (None, None, None)
@@ -2054,6 +2054,182 @@ def test_a_kill_between_the_answer_and_the_mark_loses_and_doubles_nothing(databa
     assert show["episodes"][1]["plays"] == sent
 
 
+@pytest.fixture
+def store(database):
+    """The tracker of `database`, opened."""
+    tracker = sb.Tracker(str(database))
+    yield tracker
+    tracker.close()
+
+
+def finish(store, plex=None, metadata=PILOT, words=(), **more):
+    """What a worker makes of a webhook."""
+    worker = sb.Worker(config("-tracker-db", store.path, *words), store, plex)
+    with store.transaction():
+        store.add_entry(sb.entry_of(scrobble(metadata, **more), time.time()), None)
+    worker.drain()
+    return store.one("SELECT status, action, show_id FROM webhook_log ORDER BY id DESC LIMIT 1")
+
+
+def test_entries_that_can_pass_are_tried_for_a_day_less_and_less_often():
+    waits = list(itertools.takewhile(lambda wait_s: wait_s is not None, map(sb.retry_after_s, itertools.count())))
+    assert waits[:3] == [30, 60, 120] and waits[-1] == 3600 and 80000 < sum(waits) < 90000
+
+
+@pytest.mark.parametrize("one, two", [("Part 1", "Part 2"), ("Part One", "Part Two"), ("Episode II", "Episode III"), ("Vol. 2", "Vol. 3"), ("", "2")])
+def test_titles_that_differ_in_a_number_are_never_taken_for_one_another(store, one, two):
+    title = "Harry Potter and the Deathly Hallows: "
+    with store.transaction():
+        store.add_show(sb.Show("movie", title + one, 2010))
+    movie = {"type": "movie", "ratingKey": "5", "title": title + two, "year": 2011, "guid": "plex://movie/x"}
+    assert finish(store, metadata=movie) == ("failed", "conflict_created", None)
+
+
+@pytest.mark.parametrize("title, year, known", [("You (2018)", None, "You"), ("24", 2001, "24 (2001)"), ("The Office", 2005, "The Office (US)")])
+def test_short_titles_meet_their_qualified_form(store, title, year, known):
+    with store.transaction():
+        show_id = store.add_show(sb.Show("episode", known, year or 2018))
+    assert finish(store, metadata={**PILOT, "grandparentTitle": title, "year": year or 2018})[2] == show_id
+
+
+def test_castle_and_castle_2009_are_two_shows(store):
+    with store.transaction():
+        for title, year in (("Castle", 2003), ("Castle (2009)", None)):
+            store.add_show(sb.Show("episode", title, year))
+    assert finish(store, metadata={**PILOT, "grandparentTitle": "Castle", "year": 2012})[:2] == ("failed", "conflict_created")
+    assert "multiple_matches" in store.one("SELECT kind FROM conflict")
+    assert sb.upsert_show(store, sb.Show("episode", "The Office (US)")) != sb.upsert_show(store, sb.Show("episode", "The Office (UK)"))
+
+
+def test_an_episodes_guid_in_another_database_is_none_of_its_show(store):
+    with store.transaction():
+        other = store.add_show(sb.Show("episode", "Other", 2001, sb.Ids(62085)))
+        store.add_episodes([(other, 1, 1, "", None, 0)])
+    assert finish(store, metadata={**PILOT, "guid": "tmdb://62085", "grandparentGuid": None}) == ("success", "marked_watched", 1)
+
+
+def test_an_id_that_a_surer_one_contradicts_is_not_believed(store):
+    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396, 5))) == sb.Match(1, "tmdb_id", 1.0)
+    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(999, 81189))) is None
+
+
+def test_a_title_and_a_rating_key_that_look_alike_are_two_things(store):
+    with store.transaction():
+        store.map("0" * 40, "episode", "key:24", "", sb.Match(1, "title", 1.0))
+    assert finish(store, metadata={**PILOT, "grandparentTitle": "24", "grandparentRatingKey": None, "grandparentGuid": None})[1] == "conflict_created"
+
+
+def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
+    with store.transaction():
+        store.map("0" * 40, "episode", "key:3", "plex://show/three", sb.Match(1, "import", 1.0))
+    assert finish(store, metadata={**PILOT, "year": None})[1] == "conflict_created"
+    assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
+
+
+def test_two_servers_may_have_the_same_key(store):
+    assert finish(store)[1] == "marked_watched"
+    assert finish(store, metadata={**PILOT, "grandparentTitle": "Unheard Of"}, Server={"uuid": "f" * 40})[1] == "conflict_created"
+
+
+def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
+    class Slow:
+        """A server, during whose answer a person resolves the conflict."""
+        def identity(self):
+            return "0" * 40
+
+        def pages(self, path):
+            other = sb.Tracker(str(database))
+            with other.transaction():
+                other.map("0" * 40, "episode", "key:1000", "plex://show/bb", sb.Match(1, "mapping", 1.0))
+            other.close()
+            return iter(())
+    assert finish(store, Slow(), {**PILOT, "grandparentTitle": "Unheard Of"}) == ("success", "marked_watched", 1)
+    assert store.one("SELECT count(*) FROM conflict") == (0,)
+
+
+def test_a_listing_without_end_ends(token_file):
+    with Library() as library:
+        library.answers["/library/sections/1/all"] = lambda query: {"totalSize": 2 ** 52, "Metadata": [{"ratingKey": "1"}]}
+        plex = sb.PlexServer(library.url, secret_file(token_file).first)
+        assert [page.end for page in plex.pages("/library/sections/1/all")] == [1]
+
+
+@pytest.mark.parametrize("accounts, ids", [("", {"1"}), ("*", None), ("Anna, 12", {"anna", "12", "7"}), ("Nobody", {"nobody"})])
+def test_accounts_are_known_to_the_history_by_their_ids(store, token_file, accounts, ids):
+    with Library() as library:
+        library.answers["/accounts"] = {"Metadata": [{"id": 1, "name": "me"}, {"id": 7, "name": "Anna"}]}
+        plex = sb.PlexServer(library.url, secret_file(token_file).first)
+        worker = sb.Worker(config("-tracker-db", "x", "-accounts", accounts), store, plex)
+        assert worker.accounts() == ids
+        del library.answers["/accounts"]
+        assert worker.accounts() == (ids - {"7"} if ids else ids)
+
+
+@pytest.mark.parametrize("answer", [404, 403, 500])
+def test_a_server_without_a_history_is_no_error(store, token_file, lines, answer):
+    with Library() as library:
+        library.answers["/status/sessions/history/all"] = answer
+        assert sb.Worker(config("-tracker-db", "x"), store, sb.PlexServer(library.url, secret_file(token_file).first)).recover()
+    assert [line for line in lines if not line.startswith("<7>")] == []
+
+
+def test_a_movie_is_found_by_tmdb_and_added_where_that_is_wanted(store, token_file, monkeypatch):
+    movie = {"type": "movie", "ratingKey": "5", "title": "Hitze", "year": 1995, "guid": "com.plexapp.agents.imdb://tt0113277?lang=de"}
+    with Library() as tmdb:
+        tmdb.answers["/3/find/tt0113277"] = {"tv_results": [{"id": 7}], "movie_results": [{"id": 949}]}
+        monkeypatch.setenv("STREAMERBRAINZ_TMDB_URL", tmdb.url)
+        assert finish(store, metadata=movie, words=("-tmdb-token-file", str(token_file))) == ("success", "marked_watched", 2)
+    other = {**movie, "ratingKey": "6", "guid": "com.plexapp.agents.imdb://tt0078748", "title": "Alien", "year": 1979}
+    assert finish(store, metadata=other, words=("-auto-add-shows",)) == ("success", "auto_added_show", 3)
+    assert finish(store, metadata={**other, "ratingKey": "7"}) == ("success", "already_watched", 3)
+
+
+def test_the_cli_leaves_to_the_daemon_what_is_the_daemons(database):
+    with sqlite3.connect(database) as connection:
+        connection.execute("INSERT INTO conflict (created_at, kind, server, type, subject, guid, title, candidates) "
+                           "VALUES (1, 'no_match', '', 'episode', 'key:9', '', 'X', '[]')")
+    store = sb.Tracker(str(database))
+    with store.transaction():
+        store.add_entry(sb.entry_of(scrobble(), 1.0), None)
+    store.close()
+    assert tracker(database, "resolve", 1, "ignore") == "Conflict 1 is resolved; 0 that waited are done.\n"
+    assert [row["status"] for row in rows(database)] == ["waiting"]
+
+
+def test_a_file_that_is_damaged_or_deleted_meanwhile_is_503_and_the_daemon_lives(database):
+    with Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        done(database)
+        database.rename(database.with_name("away.db"))
+        assert send(daemon, {**PILOT, "ratingKey": "2"}) == 503
+        eventually(lambda: "was deleted or replaced; start again." in daemon.text())
+        assert daemon.process.poll() is None and "Traceback" not in daemon.text()
+
+
+@pytest.mark.parametrize("content, sentence", [
+    ("a&b", "holds more than a webhook secret; put one word of plain characters there, or two, each on a line of its own."),
+    ("a\nb\nc", "holds more than a webhook secret; put one word of plain characters there, or two, each on a line of its own.")])
+def test_a_secret_must_survive_a_url(tmp_path, content, sentence):
+    file = tmp_path / "secret"
+    file.write_text(content)
+    with pytest.raises(sb.ConfigError, match=re.escape(sentence)):
+        sb.SecretFile("-webhook-secret-file", str(file), 2)
+
+
+def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_logged(tmp_path):
+    file = tmp_path / "secret"
+    file.write_text("SECRET+of/base64=")
+    file.chmod(0o600)
+    gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(file), 2))
+    gate.check("token=SECRET+of/base64=")
+    gate.check("token=SECRET%2Bof%2Fbase64%3D")
+    for path in ("/webhooks/plex%3Ftoken=SECRET+of/base64=", "/webhooks/plex&token=SECRET+of/base64=", "/x;SECRET+of/base64="):
+        assert "SECRET" not in gate.plain(path)
+    file.write_text("SECRETpath")
+    gate.check("token=SECRETpath")
+    assert gate.plain("/webhooks/plex/SECRETpath") == "/webhooks/plex/..."
+
+
 # -- the secret and the rate limit
 
 def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(tmp_path):
@@ -2171,9 +2347,9 @@ def test_a_disk_that_is_full_is_503_and_what_was_acknowledged_is_there(database)
 
 def test_half_surrogates_of_json_are_no_obstacle(database):
     journal = sb.Journal(sb.Tracker(str(database)), "")
-    metadata = {**PILOT, "title": "\ud800", "grandparentTitle": "\udfff?", "guid": "\ud800", "ratingKey": "\ud800\0", "Guid": [{"id": "\ud800"}]}
-    for event in ("media.scrobble", "media.play\ud800"):
-        journal.append(sb.parse_payload(json.dumps({"event": event, "user": True, "Metadata": metadata, "Server": {"uuid": "\ud800"},
+    metadata = {**PILOT, "title": "\ud800", "thumb": "\ud800", "grandparentTitle": "\udfff?", "guid": "\ud800", "ratingKey": "\ud800\0", "Guid": [{"id": "\ud800"}]}
+    for event, kind in (("media.scrobble", "episode"), ("media.play\ud800", "\ud800")):
+        journal.append(sb.parse_payload(json.dumps({"event": event, "user": True, "Metadata": {**metadata, "type": kind}, "Server": {"uuid": "\ud800"},
                                                     "Account": {"id": "\ud800", "title": "\ud800"}}).encode()))
     store = sb.Tracker(str(database))
     assert sb.Worker(config("-tracker-db", "x"), store, None).drain() == 1
@@ -2208,11 +2384,12 @@ def test_finished_rows_are_pruned_and_what_failed_stays(database):
             connection.execute("INSERT INTO webhook_log (received_at, event, server, account_id, account, rating_key, guid, title, show_title, "
                                "show_key, show_guid, guids, type, status, retry_at) VALUES (?, 'x', '', '', '', '', '', '', '', '', '', '', '', ?, ?)",
                                (old, state, retry_at))
-    with Process(*flags(database, "-tracker-log-days", "0")):
-        time.sleep(0.3)
-        assert len(rows(database)) == 5
-    with Process(*flags(database)):
-        eventually(lambda: [row["status"] for row in rows(database)] == ["failed", "waiting"])
+    store = sb.Tracker(str(database))
+    sb.Worker(config(*map(str, flags(database, "-tracker-log-days", "0"))), store, None).prune()
+    assert len(rows(database)) == 5
+    sb.Worker(config(*map(str, flags(database))), store, None).prune()
+    assert [row["status"] for row in rows(database)] == ["failed", "waiting"]
+    store.close()
 
 
 # -- import, export and looking
@@ -2279,7 +2456,7 @@ def test_an_import_never_unwatches_and_an_earlier_date_stays(tmp_path, token_fil
 def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
     path = tmp_path / "t.db"
     with Library() as library:
-        library_of(library, 4, 10, 40)                              # 1,600 episodes: four pages
+        library_of(library, 4, 10, 40)                              # 1,600 episodes: eight pages
         section, asked = library.answers["/library/sections/1/all"], []
 
         def failing(query):
@@ -2288,10 +2465,10 @@ def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
         library.answers["/library/sections/1/all"] = failing
         assert "answers 500" in brought(path, library, token_file, status=1)
         assert len(json.loads(tracker(path, "export"))["shows"]) == 4
-        assert "4 shows" not in brought(path, library, token_file)
-        assert [start for kind, start in asked if kind == "4"] == ["0", "500", "1000", "1000", "1500"]
+        assert brought(path, library, token_file).startswith("4 shows, 1600 episodes and 1 movies are here now.\n")
+        assert [start for kind, start in asked if kind == "4"] == [str(n) for n in (0, 200, 400, 600, 800, 1000, 1000, 1200, 1400)]
         brought(path, library, token_file)
-        assert [start for kind, start in asked if kind == "4"][5:] == ["0", "500", "1000", "1500"]
+        assert [start for kind, start in asked if kind == "4"][9:] == [str(n) for n in range(0, 1600, 200)]
     assert sum(len(show["episodes"]) for show in json.loads(tracker(path, "export"))["shows"]) == 1600
 
 
@@ -2327,7 +2504,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"films": []}, "the file has an unknown key films; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year is of the wrong type."), ([], "the file is no object."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id is of the wrong type."), ({"movies": [7]}, "movies[0] is no object."),
-    ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] has no season or no episode."),
+    ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] has no season or no episode that can be."),
     ({"shows": [{"title": "A", "episodes": [{"season": -1, "episode": 1}]}]}, "shows[0].episodes[0].season is out of range."),
     ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0].watched_at is no time such as 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0].watched_at is no time such as 2026-11-21T20:15:00Z."),
@@ -2337,13 +2514,13 @@ def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content
     file = tmp_path / "f.json"
     file.write_text(json.dumps(content))
     assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
-    assert tracker(tmp_path / "t.db", "shows") == "There is no such show; `tracker import` brings them from the server.\n"
+    assert tracker(tmp_path / "t.db", "shows") == "It is empty; `tracker import` brings what the server has.\n"
 
 
 @pytest.mark.parametrize("words, sentence", [
     ("tracker", "tracker: say one of import, export, shows, show, log, conflicts, resolve; see: streamerbrainz.py -h"),
     ("tracker frob", "tracker: say one of import, export, shows, show, log, conflicts, resolve; see: streamerbrainz.py -h"),
-    ("tracker shows", "tracker: name the database: -tracker-db FILE"), ("tracker show -tracker-db {}", "tracker show: it is called as: tracker show ID"),
+    ("tracker shows", "tracker: name the database, -tracker-db FILE, or the @FILE that has its flag."), ("tracker show -tracker-db {}", "tracker show: it is called as: tracker show ID"),
     ("tracker resolve 1 -tracker-db {}", "tracker resolve: it is called as: tracker resolve ID SHOW|new|ignore"),
     ("tracker resolve 7 new -tracker-db {}", "there is no conflict 7; `tracker conflicts` tells their ids."),
     ("tracker show 99 -tracker-db {}", "there is no show 99; `tracker shows` tells their ids."),
