@@ -2063,11 +2063,12 @@ class Tracker:
         """Whether the same account finished the same item just before or after, and that was a success."""
         item = entry.item
         return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND (rating_key <> '' OR (guid = ? AND "
-                        "title = ? AND show_title = ? AND season IS ? AND episode IS ?)) AND received_at BETWEEN ? AND ? AND "
-                        "server = ? AND account_id = ? AND account = ? AND status = 'success' AND id <> ?",
-                        item.rating_key, item.guid, item.title, item.grandparent_title, entry.season, entry.episode,
-                        entry.received_at - DUPLICATE_S, entry.received_at + DUPLICATE_S, entry.server,
-                        entry.account_id, entry.account, entry.id) is not None
+                        "title = ? AND show_title = ? AND season IS ? AND episode IS ?)) AND "
+                        "received_at BETWEEN ? AND ? AND server = ? AND account_id = ? AND account = ? AND "
+                        "status = 'success' AND id <> ?", item.rating_key, item.guid, item.title,
+                        item.grandparent_title, entry.season, entry.episode, entry.received_at - DUPLICATE_S,
+                        entry.received_at + DUPLICATE_S, entry.server, entry.account_id, entry.account,
+                        entry.id) is not None
 
     def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
         """Whether a play in the server's history is in the journal."""
