@@ -6,7 +6,8 @@ chosen player (mostly Plexamp), and logs each change of that player:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
-It also keeps, where that is wanted, what was watched: see "The watch tracker" below.
+It also shows it on a page, runs a command for it, and keeps what was watched ("The watch
+tracker" below); and it finds out why webhooks do not arrive (`doctor`).
 
 A webhook says that something happened, the server's event stream says each change as it
 happens, /status/sessions says what is so now.  Each of them lies at times: webhooks get
@@ -15,29 +16,31 @@ player for minutes.  So they are witnesses, and one pure function, advance(), is
 Its promise: each true change is reported once, in order and soon, nothing is reported that
 was not true, and every playing ends in one stopped.
 
-    Plex Media Server          (curl, a second start by cron)
-      |  POST /webhooks/plex     |  GET /healthz
+    Plex Media Server          (a browser, curl, Prometheus)
+      |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics
       v                          v
     Listener ---- bytes -> Webhook -----> inbox <--- signals
       |  a thread for each connection       |   ^
-      |                                     |   +--- Notification <- event stream
-      v  with -tracker-db                   v
-    Journal: committed, then 200         Watcher ---- "look" ----> PlexServer
-      |                                   |  ^                  GET /status/sessions
+      |                 ^                   |   +--- Notification <- event stream
+      v  with           +---- Board         v
+    Journal  -tracker-db   Status ^----- Watcher ---- "look" ----> PlexServer
+      |  committed, then 200              |  ^                  GET /status/sessions
       v       advance(player, ..., at) ---+  +------ bytes -> (Session, ...)
     Worker -> Match -> marked             |
-                                          +--> Change -> log line, systemd's STATUS=
+                                          +--> Change -> log line, Hooks, systemd's STATUS=
 
 thread              owns                               never
 main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the resolver)
 listener            the listening socket, deadlines    reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex, decides
 worker              the tracker's shows and marks      delays an answer or the Watcher
+hooks               the one command that runs          delays the Watcher
 stream              its connection to the server       decides
 signals             the signals, blocked elsewhere     does more than put into the inbox
 What crosses threads are values that never change, through the inbox (a SimpleQueue) or by
-replacing one reference.  The exceptions: Listener.deadlines, a dict with one entry for each
-connection, which its thread moves on; and what has a lock, the Gate and the Journal.
+replacing one reference (Board.status).  The exceptions: Listener.deadlines, a dict with one
+entry for each connection, which its thread moves on; Board.streams, a list of queues; and
+what has a lock: the Gate, the Journal and the Covers.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -65,11 +68,13 @@ import datetime
 import email.errors
 import email.message
 import email.parser
+import email.utils
 import errno
 import functools
 import getpass
 import heapq
 import hmac
+import html
 import http.client
 import http.server
 import io
@@ -83,7 +88,9 @@ import queue
 import random
 import re
 import secrets
+import select
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -99,7 +106,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 from xml.etree import ElementTree
 
@@ -179,14 +187,27 @@ IMPORT_S = 60.0               # for a page of an import: a small NAS takes secon
 FROZEN_S = 41.0               # a playing view_offset that stands still for three renewals of 10 to 15 s; a prime, so
                               # that a short track on repeat is not seen at one place by each slow look
 
+MAX_STREAMS = 16              # listeners of /events at once; each holds a thread
+MAX_UNREAD = 20               # events that one may have left unread; then it is dropped
+EVENT_ALIVE_S = 15.0          # between two comments that keep it alive
+MAX_RECENT = 10               # changes on the page
+MAX_COVER = 4 * 2**20         # bytes of a picture from the server
+MAX_OUTPUT = 4096             # bytes of a hook's output that are read
+MAX_LOGS = 256 * 2**20        # bytes of the server's logs, which doctor reads
+HOOK_S = 30.0                 # for a hook; an amplifier takes one
+HOOK_GRACE_S = 2.0            # from SIGTERM to SIGKILL
+STALL_S = 15.0                # that the main loop may be busy: a look takes PLEX_S, and the resolver its time
+UNHEALTHY_S = 300.0           # of an outage, or a webhook that waits; the contract's
+CLOCK_S = 60.0                # that two clocks may differ
+WATCH_REST_S = 0.25           # between two looks of `doctor -watch`
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """What the flags say, checked; made by parse_config()."""
-    command: str = "run"           # run, players, tracker, secret, demo
-    words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker
+    command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
+    words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker, an event for hook
     webhooks_host: str = ""        # address to listen on; "": all, IPv4 and IPv6
     webhooks_port: int = 3001      # 0: a free one (demo and tests)
     webhook_secret_file: str = ""  # path; "": webhooks need no secret
@@ -197,6 +218,8 @@ class Config:
     plex_machine_id: str = ""      # Plex's machineIdentifier of the player
     poll_interval_s: float = 30.0  # between slow looks; 0: none
     plex_events: bool = True       # open the server's event stream
+    on_event: str = ""             # command to run on each change
+    active_timeout_s: float = 10.0  # from the last playing to the hook's `inactive`
     tracker_db: str = ""           # path of the watch tracker's database; "": no tracker
     tracker_log_days: int = 90     # that finished rows are kept; 0: for ever
     auto_mark_watched: bool = True  # False: find the show, mark nothing
@@ -209,6 +232,7 @@ class Config:
     status: str = ""               # tracker log: only such rows; "": all
     show: str = ""                 # tracker log: only this show's, by id or words; "": all
     last: int = 20                 # tracker log: rows at most
+    watch_s: float = 0.0           # doctor: how long to watch the witnesses
     speed: float = 1.0             # demo: times faster
 
     @property
@@ -291,6 +315,9 @@ class Item:
     parent_index: int | None = None   # season; None: not said
     index: int | None = None      # episode or track; None: not said
     duration: int | None = None   # ms; None: not said
+    thumb: str = ""               # path of its picture on the server; "": not said
+    sample_rate: int | None = None    # Hz; None: not said (webhooks)
+    bit_depth: int | None = None  # None: not said (webhooks, lossy formats)
 
     @property
     def identity(self) -> str:
@@ -303,6 +330,12 @@ class Item:
         return self.original_title or self.grandparent_title
 
 
+def library_path(value: object) -> str:
+    """A foreign path of the server's library; "" for anything else, to which no token must go."""
+    path = text(value)
+    return path if re.fullmatch(r"/library/[\w/.-]+", path, re.ASCII) else ""
+
+
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item of Plex's attributes (JSON Metadata, or an XML element's)."""
     return Item(type=text(attributes.get("type")), rating_key=text(attributes.get("ratingKey")),
@@ -311,7 +344,7 @@ def parse_item(attributes: Mapping[str, Any]) -> Item:
                 grandparent_title=text(attributes.get("grandparentTitle")),
                 original_title=text(attributes.get("originalTitle")),
                 parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
-                duration=number(attributes.get("duration")))
+                duration=number(attributes.get("duration")), thumb=library_path(attributes.get("thumb")))
 
 
 # === Webhook: bytes -> Webhook (parse_webhook) ===
@@ -350,6 +383,17 @@ class Webhook:
     account: str = ""             # Account.title: a name, or an e-mail address
     user: bool = False            # the account whose webhook it is did it
     scrobble: Scrobble | None = None      # of a media.scrobble
+
+
+def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
+    """Content-Type and body of a webhook in the form in which Plex sends it."""
+    boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
+    part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
+    parts = [(b'"payload"', b"application/json", payload)]
+    if thumb:
+        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
+    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
+    return f"multipart/form-data; boundary={boundary}", body
 
 
 Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
@@ -497,6 +541,14 @@ _CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE,
 _REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
 
 
+def parse_session_item(element: ElementTree.Element) -> Item:
+    """The Item of a session, with what its audio stream tells."""
+    item = parse_item(element.attrib)
+    audio = element.find("Media/Part/Stream[@streamType='2']")
+    return item if audio is None else replace(item, sample_rate=number(audio.get("samplingRate")),
+                                              bit_depth=number(audio.get("bitDepth")))
+
+
 def parse_session(element: ElementTree.Element) -> Session | None:
     """The Session of a Track, Video, Photo or other element; None where no player has it."""
     player, user = element.find("Player"), element.find("User")
@@ -506,7 +558,7 @@ def parse_session(element: ElementTree.Element) -> Session | None:
     return Session(session_key=text(element.get("sessionKey")),
                    machine_identifier=text(player.get("machineIdentifier")),
                    state=state if state in (PLAYING, PAUSED) else BUFFERING,
-                   item=parse_item(element.attrib), view_offset=number(element.get("viewOffset")),
+                   item=parse_session_item(element), view_offset=number(element.get("viewOffset")),
                    player_title=text(player.get("title")), product=text(player.get("product")),
                    platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
 
@@ -555,7 +607,7 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
     if not isinstance(container, dict):
         raise PlexError("nonsense", "The server's answer is neither JSON nor XML of Plex's, or is cut short. "
                         "Does -plex-server-url point to Plex Media Server?")
-    lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account"))
+    lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting"))
     found = next((each for each in lists if isinstance(each, list)), [])
     return container, [each for each in found if isinstance(each, dict)]
 
@@ -1496,6 +1548,302 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
 
+# === Status: what the daemon knows -> JSON, page, metrics, hook environment ===
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the Watcher knows; it publishes a new one after each change of it."""
+    player: PlayerState | None = None     # the one that changed last
+    changes: tuple[tuple[float, Change], ...] = ()      # the last, newest first, with their Unix times
+    has_server: bool = False
+    stream_open: bool = False     # the event stream
+    webhook_at: float | None = None   # monotonic s, the last; None: none yet
+    webhook_time: float = 0.0     # the same in Unix s; 0: none yet
+    webhooks: Mapping[tuple[str, str], int] = field(default_factory=dict)      # by (event, result)
+    looks: Mapping[str, int] = field(default_factory=dict)                     # by result
+    reported: Mapping[tuple[str, str], int] = field(default_factory=dict)      # changes by (state, by)
+
+
+# The events of Plex's documentation, as a label of the metrics; all others are "other".
+EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
+                    "admin.database.corrupted", "device.new"))
+
+
+def proof_sentence(status: Status, at: float) -> str:
+    """Whether webhooks arrive, in words."""
+    proof = status.player.proof if status.player else Proof()
+    heard = "none has come yet" if status.webhook_at is None else f"the last came {at - status.webhook_at:.0f} s ago"
+    if proof.in_a_row >= PROOF_MISSES:
+        return (f"Webhooks do not arrive: {proof.in_a_row} changes in a row came without one ({heard}). "
+                "Ask `streamerbrainz.py doctor`; without Plex Pass none are sent, and all is well.")
+    if proof.delays_s:
+        return f"Webhooks arrive ({proof.arrived} belonged to a change, {proof.missed} were missed; {heard})."
+    return f"Whether webhooks arrive is not known yet ({heard})."
+
+
+def witnesses(status: Status, at: float) -> dict[str, dict[str, object]]:
+    """How each of the three witnesses is, in words."""
+    outage = status.player.outage if status.player else None
+    sessions = "no server is configured" if not status.has_server else \
+        outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
+    return {"webhooks": {"up": None if status.webhook_at is None else True, "words": proof_sentence(status, at)},
+            "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
+            "events": {"up": None if not status.has_server else status.stream_open,
+                       "words": "the event stream is open" if status.stream_open else "no event stream"}}
+
+
+def now_fields(status: Status, at: float, name_machine: bool = False) -> dict[str, object]:
+    """What plays, as /now tells it: the log's keys, then how that is known."""
+    player = status.player
+    item = player.item if player else None
+    fields: dict[str, object] = {"state": STOPPED, "title": "", "artist": "", "album": "", "position_ms": 0,
+                                 "duration_ms": 0, "player": player.player_title if player else ""}
+    if player and item:
+        fields = change_fields(Change(player.state, "", item, position_ms(player, at), player.player_title,
+                                      player.machine_identifier, ""), name_machine=False)
+    return {**fields, "type": item.type if item else "", "machine_id": player.machine_identifier if player else "",
+            "cover": f"cover?key={urllib.parse.quote(item.identity, '')}" if item else "",
+            "witnesses": witnesses(status, at), "version": VERSION,
+            "webhooks": {"last_s": None if status.webhook_at is None else round(at - status.webhook_at, 1),
+                         "count": sum(n for (_, result), n in status.webhooks.items() if result == "ok"),
+                         "refused": {result: n for (_, result), n in status.webhooks.items() if result != "ok"},
+                         "arrived": player.proof.arrived if player else 0,
+                         "missed": player.proof.missed if player else 0,
+                         "in_a_row_missed": player.proof.in_a_row if player else 0},
+            "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
+                        for when, change in status.changes]}
+
+
+def health(status: Status, busy_s: float, waiting_s: float, broken: str, at: float) -> tuple[int, dict[str, object]]:
+    """The HTTP status of /healthz and its JSON.
+
+    busy_s: that the main loop has not come to wait; waiting_s: the age of the oldest
+    journalled webhook that the tracker's worker has not touched; broken: why the tracker
+    cannot be read, "" where it can.
+    """
+    player, reasons, degraded = status.player, [broken] if broken else [], []
+    if busy_s > STALL_S:
+        reasons.append(f"the main loop has been busy for {busy_s:.0f} s")
+    if player and player.outage and player.outage.fault in ("refused", "forbidden"):
+        reasons.append(player.outage.sentence)
+    elif player and player.outage and at - player.outage_at >= UNHEALTHY_S:
+        reasons.append(f"the server has not answered for {at - player.outage_at:.0f} s: {player.outage.sentence}")
+    elif player and player.outage:
+        degraded.append(player.outage.sentence)
+    if waiting_s >= UNHEALTHY_S:
+        reasons.append(f"a journalled webhook has been waiting for {waiting_s:.0f} s")
+    if player and player.proof.in_a_row >= PROOF_MISSES:
+        degraded.append(proof_sentence(status, at))
+    word = "failing" if reasons else "degraded" if degraded else "ok"
+    return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
+
+
+def metric_lines(status: Status, rows: Mapping[str, int], process: Mapping[str, float], at: float) -> str:
+    """All figures in Prometheus' text format.  rows: of the tracker's journal, by status; process: name -> value."""
+    player = status.player
+    proof = player.proof if player else Proof()
+    state = player.state if player else STOPPED
+    families: list[tuple[str, str, str, Mapping[tuple[tuple[str, str], ...], float]]] = [
+        ("streamerbrainz_build_info", "gauge", "The version.", {(("version", VERSION),): 1}),
+        ("streamerbrainz_player_state", "gauge", "1 for what the player does.",
+         {(("state", each),): each == state for each in (PLAYING, PAUSED, STOPPED)}),
+        ("streamerbrainz_player_position_seconds", "gauge", "Where the player is in its item.",
+         {(): position_ms(player, at) / 1000 if player else 0}),
+        ("streamerbrainz_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
+         {(("event", event), ("result", result)): n for (event, result), n in status.webhooks.items()}),
+        ("streamerbrainz_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.",
+         {(): status.webhook_time}),
+        ("streamerbrainz_webhook_missed_total", "counter", "Changes that came without their webhook.",
+         {(): proof.missed}),
+        ("streamerbrainz_looks_total", "counter", "Queries of the sessions by result.",
+         {(("result", result),): n for result, n in status.looks.items()}),
+        ("streamerbrainz_changes_total", "counter", "Reported changes by state and by what they are believed for.",
+         {(("state", state), ("by", by)): n for (state, by), n in status.reported.items()}),
+        ("streamerbrainz_tracker_rows_total", "gauge", "Rows of the tracker's journal by status.",
+         {(("status", each),): n for each, n in rows.items()})]
+    for name, value in process.items():
+        families.append((name, "counter" if name.endswith("_total") else "gauge", "Of this process.", {(): value}))
+    if status.has_server:
+        up = bool(status.looks) and not (player and player.outage)
+        families.insert(0, ("plex_up", "gauge", "Whether the last look at the sessions went well.", {(): up}))
+    lines = []
+    for name, kind, words, samples in families:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"] if samples else []
+        for labels, value in samples.items():
+            each = ",".join(f'{label}="{word}"' for label, word in labels)
+            lines.append(f"{name}{{{each}}} {float(value):.10g}" if labels else f"{name} {float(value):.10g}")
+    return "\n".join(lines) + "\n"
+
+
+def hook_event(change: Change) -> str:
+    """What librespot's --onevent would call a change."""
+    return "track_changed" if change.state == change.old_state else change.state
+
+
+def hook_environment(change: Change, event: str) -> dict[str, str]:
+    """A hook's environment, with librespot's names, so that people's scripts work, and some of Plex."""
+    item = change.item
+    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
+              "ARTISTS": item.artist, "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0,
+              "POSITION_MS": change.position_ms, "PLEX_PLAYER_ID": change.machine_identifier,
+              "PLEX_PLAYER_TITLE": change.player_title, "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key,
+              "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth,
+              "OLD_STATE": change.old_state, "REASON": change.reason}
+    return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
+
+
+@dataclass(frozen=True, slots=True)
+class Amplifier:
+    """Whether the hook has been told that the player is active, and when it will be told that it is not."""
+    active: bool = False
+    off_at: float | None = None   # monotonic s; None: not before something changes
+
+
+def after_change(amplifier: Amplifier, state: str, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
+    """The amplifier after a change of the player, and whether it has to be told `active` first."""
+    if state == PLAYING:
+        return Amplifier(True), not amplifier.active
+    off_at = at + active_timeout_s if amplifier.active and amplifier.off_at is None else amplifier.off_at
+    return replace(amplifier, off_at=off_at), False
+
+
+def enqueue(waiting: Sequence[tuple[str, dict[str, str]]], event: str, environment: dict[str, str]
+            ) -> list[tuple[str, dict[str, str]]]:
+    """What waits for the hook when there is one event more: the newest change wins over those that wait."""
+    switches = ("active", "inactive")
+    if event in switches:
+        before = [name for name, _ in waiting if name in switches]
+        if before and before[-1] != event:                # on and off again before anybody was told
+            return [each for each in waiting if each[0] not in switches]
+        return [*waiting, (event, environment)]
+    return [*(each for each in waiting if each[0] in switches), (event, environment)]
+
+
+# === Page: what plays -> HTML (page) ===
+
+STYLE = """
+:root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
+.now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
+img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
+p { margin: .2rem 0; overflow-wrap: anywhere } .dim, time { color: var(--dim) }
+.bad { color: #dc2626 } .good { color: #16a34a }
+progress { width: 100%; height: .4rem; accent-color: var(--accent) } li { margin: .2rem 0; overflow-wrap: anywhere }
+ul { padding: 0; margin: 0; list-style: none }
+code { overflow-wrap: anywhere; background: var(--line); padding: .1rem .3rem; border-radius: .2rem }
+button { font: inherit; padding: .2rem .8rem } footer { margin-top: 2rem; font-size: .85rem }
+"""
+
+SCRIPT = """
+const main = () => document.querySelector("main"), bar = () => document.querySelector("progress");
+const query = location.search;
+const secret = new URLSearchParams(query).get("token") || new URLSearchParams(query).get("secret");
+const clock = s => Math.floor(s / 60) + ":" + String(Math.floor(s % 60)).padStart(2, "0");
+let since = performance.now(), shown = false;
+const dress = () => {
+  for (const b of document.querySelectorAll("button")) b.hidden = b.id === "show" && !secret;
+  const url = document.getElementById("url");
+  if (shown && secret) url.textContent = url.dataset.plain + "?token=" + encodeURIComponent(secret);
+};
+const refresh = async () => {
+  const answer = await fetch(location.href);
+  if (!answer.ok) return;
+  main().replaceWith(new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main"));
+  since = performance.now(); dress();
+};
+document.addEventListener("click", event => {
+  const url = document.getElementById("url");
+  if (event.target.id === "show") { shown = true; dress(); }
+  if (event.target.id === "copy") {
+    const before = url.textContent;
+    url.textContent = url.dataset.plain + (secret ? "?token=" + encodeURIComponent(secret) : "");
+    const range = document.createRange(); range.selectNodeContents(url);
+    getSelection().removeAllRanges(); getSelection().addRange(range);
+    document.execCommand("copy"); getSelection().removeAllRanges();
+    url.textContent = before; event.target.textContent = "Copied";
+  }
+});
+setInterval(() => {
+  const p = bar(); if (!p || !p.dataset.playing) return;
+  const at = Math.min(p.max, +p.dataset.position + performance.now() - since);
+  p.value = at; document.getElementById("position").textContent = clock(at / 1000);
+}, 1000);
+const stream = new EventSource("events" + query);
+stream.addEventListener("change", refresh);
+let opened = false; stream.onopen = () => { if (opened) refresh(); opened = true; };
+dress();
+"""
+
+
+def clock(ms: int) -> str:
+    """A position or duration as people read it: 4:24."""
+    return f"{ms // 60000}:{ms // 1000 % 60:02}"
+
+
+def item_words(item: Item) -> tuple[str, str]:
+    """What stands under an item's title: whose it is, and of what."""
+    if item.type == EPISODE:
+        season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
+        return item.grandparent_title, season
+    return (item.artist, item.parent_title) if item.type == "track" else ("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What the page shows of the watch tracker."""
+    marked: tuple[tuple[float, str], ...] = ()        # the last, with their Unix times
+    conflicts: tuple[tuple[int, str, str], ...] = ()  # open ones: id, name, kind
+
+
+def page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
+         seen: Glance | None) -> str:
+    """The status page.  url: to paste into Plex, without the secret, which is never in the page."""
+    escape = html.escape
+    player, item = status.player, status.player.item if status.player else None
+    position, state = position_ms(player, at) if player else 0, player.state if player else STOPPED
+    now = "<h1>Nothing has played yet</h1>"
+    if player and item:
+        whose, of = item_words(item)
+        bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
+               f'data-playing="{1 if state == PLAYING else ""}"></progress><p class=dim><span id=position>'
+               f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
+        cover = f'<img alt="" src="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
+        now = (f"{cover}<div><p class=dim>{escape(state)}"
+               f"{escape(f' on {player.player_title}' if player.player_title else '')}</p><h1>{escape(item.title)}</h1>"
+               f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
+    marks = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
+             None: "<span class=dim>\u2013</span>"}
+    told = "".join(f"<li>{marks[each['up'] if isinstance(each['up'], bool) else None]} <b>{name}</b>: "
+                   f"{escape(str(each['words']))}</li>" for name, each in witnesses(status, at).items())
+    changes = "".join(
+        f"<li><time>{time.strftime('%H:%M:%S', time.localtime(when))}</time> {escape(change.state)} "
+        f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} <span class=dim>({escape(change.by)})"
+        "</span></li>" for when, change in status.changes)
+    tracked = ""
+    if seen:
+        marked = "".join(f"<li><time>{time.strftime('%m-%d %H:%M', time.localtime(when))}</time> {escape(name)}</li>"
+                         for when, name in seen.marked)
+        waiting = "".join(f"<li>{escape(name)} ({kind}): <code>streamerbrainz.py tracker resolve {number} "
+                          "SHOW|new|ignore</code></li>" for number, name, kind in seen.conflicts)
+        tracked = (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
+                   (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
+    dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
+<body><main><section class=now>{now}</section>
+<h2>Witnesses</h2><ul>{told}</ul>
+<h2>The URL to paste into Plex</h2>
+<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
+<p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
+<h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
+{tracked}</main>
+<footer class=dim>StreamerBrainz {VERSION}</footer>
+<script nonce="{nonce}">{SCRIPT}</script></body></html>
+"""
+
+
 # =============== below this line the program touches the world, and decides nothing ===============
 
 log = logging.getLogger("streamerbrainz")
@@ -1920,9 +2268,14 @@ class Tracker:
     Methods that write are to be called within transaction().
     """
 
-    def __init__(self, path: str, create: bool = False, lasting: bool = True, writing: threading.Lock | None = None):
-        """Open the file.  lasting: a commit waits for the disk; else only a lasting one after it makes it so.
-        writing: shared by the connections of a process, so that they wait for one another and not for SQLite."""
+    def __init__(self, path: str, create: bool = False, lasting: bool = True, writing: threading.Lock | None = None,
+                 write: bool = True):
+        """Open the file.
+
+        write: False: it is only read, and waits for nobody who writes.  lasting: a commit
+        waits for the disk; else only a lasting one after it makes it so.  writing: shared by
+        the connections of a process, so that they wait for one another and not for SQLite.
+        """
         import sqlite3  # here: without -tracker-db it costs nothing
 
         self.path, self.writing, self.Error = path, writing or threading.Lock(), sqlite3.Error
@@ -1938,16 +2291,16 @@ class Tracker:
         with self.guarded():
             self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=DATABASE_S)
             self.connection.execute("PRAGMA cache_size = -1000")
-            self.begin()
+            self.begin(write)
             self.connection.execute("PRAGMA journal_mode = WAL")
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
         self.inode = os.stat(path).st_ino
 
-    def begin(self) -> None:
+    def begin(self, write: bool) -> None:
         """See that the file is a tracker of ours that can be written, or make it one."""
-        self.connection.execute("BEGIN IMMEDIATE")
+        self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         ours, version = self.one("PRAGMA application_id")[0], self.one("PRAGMA user_version")[0]
-        if not ours and not self.one("SELECT count(*) FROM sqlite_schema")[0]:
+        if write and not ours and not self.one("SELECT count(*) FROM sqlite_schema")[0]:
             for statement in SCHEMA.split(";\n"):
                 self.connection.execute(statement)
             self.connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -2584,7 +2937,102 @@ class Worker:
                 more = self.tracker.prune(time.time() - self.config.tracker_log_days * 86400)
 
 
-# === Listener: sockets -> inbox ===
+# === Listener: sockets -> inbox; Status -> sockets ===
+
+class Board:
+    """What the Watcher tells the request threads: references that it replaces, and a queue for each stream."""
+
+    def __init__(self) -> None:
+        self.status = Status()
+        self.busy_since: float | None = None          # monotonic s; None: the main loop waits for something to do
+        self.streams: list[queue.SimpleQueue[bytes | None]] = []
+        self.room = threading.BoundedSemaphore(MAX_STREAMS)
+
+    def publish(self, status: Status, changes: Sequence[Change]) -> None:
+        """Replace what is known, and tell each stream of the changes; one that reads too slowly is dropped."""
+        self.status = status
+        for change in changes:
+            fields = json_line({**change_fields(change, name_machine=True), "by": change.by})
+            for stream in self.streams[:]:
+                stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[queue.SimpleQueue[bytes | None]]:
+        """A queue of events, each as it is sent; None: the end.  Raises WebhookError 503 where there are too many."""
+        if not self.room.acquire(blocking=False):
+            raise WebhookError(503, f"{MAX_STREAMS} listen to the events already.")
+        stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.streams.append(stream)
+        try:
+            yield stream
+        finally:
+            self.streams.remove(stream)
+            self.room.release()
+
+
+class Covers:
+    """The server's pictures, the latest kept.  One request thread at a time asks the server for one."""
+
+    def __init__(self, plex: PlexServer | None):
+        self.plex, self.lock, self.latest = plex, threading.Lock(), ("", b"")
+
+    def get(self, item: Item) -> bytes:
+        """The picture of an item; b"": there is none."""
+        with self.lock:
+            if self.latest[0] != item.identity:
+                self.latest = item.identity, self.fetch(item.thumb) if item.thumb else b""
+            return self.latest[1]
+
+    def fetch(self, path: str) -> bytes:
+        """What the server has at a path of its library; b"": nothing, or too much."""
+        with contextlib.suppress(PlexError):
+            if self.plex:
+                with self.plex.open(path) as response:
+                    response.reader.room = MAX_COVER
+                    return response.read()
+        return b""
+
+
+def picture_type(picture: bytes) -> str:
+    """What kind of picture these bytes are; "": none that a page shows."""
+    kinds = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
+    return next((kind for begin, kind in kinds.items() if picture.startswith(begin)), "")
+
+
+def process_figures(started_at: float) -> dict[str, float]:
+    """The figures of this process, by Prometheus' names."""
+    figures = {"process_start_time_seconds": started_at, "process_cpu_seconds_total": time.process_time(),
+               "process_threads": threading.active_count()}
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
+        figures["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+    return figures
+
+
+def glance(path: str) -> Glance:
+    """What the page shows of a tracker; raises TrackerError, ConfigError."""
+    store = Tracker(path, write=False)
+    try:
+        marked = store.all("SELECT received_at, type, show_title, season, episode, title FROM webhook_log WHERE "
+                           "status = 'success' ORDER BY id DESC LIMIT 5")
+        conflicts = store.all("SELECT id, title, year, kind FROM conflict WHERE resolution IS NULL ORDER BY id LIMIT 5")
+    finally:
+        store.close()
+    return Glance(tuple((row[0], f"{row[2]} S{row[3]:02}E{row[4]:02}" if row[1] == EPISODE else row[5])
+                        for row in marked),
+                  tuple((row[0], named(row[1], row[2]), row[3]) for row in conflicts))
+
+
+def journal_figures(path: str) -> tuple[dict[str, int], float]:
+    """Rows of the journal by status, and the age of the oldest that was not begun; raises TrackerError, ConfigError."""
+    store = Tracker(path, write=False)
+    try:
+        rows = dict(store.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1"))
+        oldest = store.one("SELECT min(received_at) FROM webhook_log WHERE retry_at IS NOT NULL AND status IS NULL")[0]
+    finally:
+        store.close()
+    return rows, 0.0 if oldest is None else time.time() - oldest
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -2664,6 +3112,16 @@ class Gate:
 
 Message = Webhook | Notification | Stream | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
+TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
+
+
+def guess_address(plex_url: str) -> str:
+    """This machine's address as its network, or the server, sees it; no packet is sent."""
+    server = urllib.parse.urlsplit(plex_url).hostname or "192.0.2.1"
+    with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server, 9))
+        return str(probe.getsockname()[0])
+    return socket.gethostname()
 
 
 def webhook_url(host: str, port: int) -> str:
@@ -2703,6 +3161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
+    retry_s = 5                      # of an answer 429 or 503
     server: Listener
     rfile: io.BufferedReader
 
@@ -2769,15 +3228,100 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
         path = self.target()
+        pages = {"/": self.show_page, "/now": self.tell_now, "/events": self.tell_events, "/cover": self.show_cover,
+                 "/healthz": self.tell_health, "/metrics": self.tell_metrics}
         if path == WEBHOOK_PATH:
             self.allow("POST")
-            self.server.take(*parse_webhook(self.headers.get("Content-Type", ""), body))
-            self.answer(200)
-        elif path == "/healthz":
+            webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
+            if webhook.event != TEST_EVENT:           # doctor's: it changes nothing
+                self.server.take(webhook, thumb)
+            self.answer(200, f"{TEST_EVENT} has arrived\n" if webhook.event == TEST_EVENT else "")
+        elif path in pages:
             self.allow("GET", "HEAD")
-            self.answer(200, json.dumps({"status": "ok", "version": VERSION}) + "\n", "application/json")
+            pages[path]()
         else:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
+
+    def show_page(self) -> None:
+        """The status page."""
+        nonce, has_secret = secrets.token_urlsafe(16), self.server.gate.secret is not None
+        shown = None
+        with contextlib.suppress(TrackerError, ConfigError):
+            shown = glance(self.server.tracker_db) if self.server.tracker_db else None
+        status = self.server.board.status
+        item = status.player.item if status.player else None
+        has_picture = item is not None and bool(item.thumb or self.server.thumb[0] == item.identity)
+        content = page(status, time.monotonic(), self.own_url(), has_secret, nonce, has_picture, shown)
+        self.answer(200, content, "text/html; charset=utf-8", {
+            "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+            f"form-action 'none'; frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'",
+            "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+
+    def own_url(self) -> str:
+        """The URL of our webhooks, as whoever asks for the page sees this machine; the server is elsewhere, perhaps."""
+        host = self.headers.get("Host", "")
+        here = re.match(r"localhost|127\.|\[::1\]", host)
+        if here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
+            return webhook_url(guess_address(self.server.plex_url), self.server.port)
+        return f"http://{host}{WEBHOOK_PATH}"
+
+    def show_cover(self) -> None:
+        """The picture of what plays: the webhook's, else the server's."""
+        player = self.server.board.status.player
+        item = player.item if player else None
+        picture = b""
+        if item:
+            identity, jpeg = self.server.thumb
+            picture = jpeg if identity == item.identity else self.server.covers.get(item)
+        if not (kind := picture_type(picture)):
+            raise WebhookError(404, "There is no picture of what plays.")
+        self.answer(200, picture, kind, {"Cache-Control": "private, max-age=3600"})
+
+    def tell_now(self) -> None:
+        """What plays, as JSON."""
+        fields = now_fields(self.server.board.status, time.monotonic())
+        self.answer(200, json_line(fields) + "\n", "application/json", {"Cache-Control": "no-store"})
+
+    def tell_events(self) -> None:
+        """Each change, as it is reported, until whoever listens goes or is too slow."""
+        with self.server.board.stream() as stream, contextlib.suppress(OSError):
+            self.close_connection = True
+            self.server.deadlines[self.connection] = math.inf      # nothing is read any more
+            self.connection.settimeout(PLEX_S)
+            self.send_response(200)
+            for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"),
+                                ("Connection", "close"), ("X-Content-Type-Options", "nosniff")):
+                self.send_header(name, value)
+            self.end_headers()
+            event: bytes | None = b": StreamerBrainz\n\n"
+            while event is not None and self.command != "HEAD":
+                self.wfile.write(event)
+                self.wfile.flush()
+                try:
+                    event = stream.get(timeout=EVENT_ALIVE_S)
+                except queue.Empty:
+                    event = b": alive\n\n"
+
+    def tell_health(self) -> None:
+        """Whether all is well, as JSON; 503 with the reasons where it is not."""
+        board, waiting_s, broken = self.server.board, 0.0, ""
+        try:
+            waiting_s = journal_figures(self.server.tracker_db)[1] if self.server.tracker_db else 0.0
+        except (TrackerError, ConfigError) as error:
+            broken = str(error)
+        busy_since = board.busy_since
+        busy_s = time.monotonic() - busy_since if busy_since is not None else 0.0
+        status, fields = health(board.status, busy_s, waiting_s, broken, time.monotonic())
+        self.answer(status, json_line(fields) + "\n", "application/json", {"Cache-Control": "no-store"})
+
+    def tell_metrics(self) -> None:
+        """All figures, for Prometheus."""
+        rows: dict[str, int] = {}
+        with contextlib.suppress(TrackerError, ConfigError):
+            rows = journal_figures(self.server.tracker_db)[0] if self.server.tracker_db else {}
+        figures = process_figures(self.server.started_at)
+        content = metric_lines(self.server.board.status, rows, figures, time.monotonic())
+        self.answer(200, content, "text/plain; version=0.0.4; charset=utf-8", {"Cache-Control": "no-store"})
 
     def target(self) -> str:
         """The path that is asked for, without its query; proxies put scheme and host before it."""
@@ -2871,9 +3415,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
         return True
 
-    def answer(self, status: int, body: str = "", media_type: str = "text/plain; charset=utf-8") -> None:
+    def answer(self, status: int, body: str | bytes = "", media_type: str = "text/plain; charset=utf-8",
+               headers: Mapping[str, str] = MappingProxyType({})) -> None:
         """Send a whole answer."""
-        content = body.encode("utf-8", "replace")
+        content = body if isinstance(body, bytes) else body.encode("utf-8", "replace")
         if len(self.server.deadlines) >= MAX_CONNECTIONS and time.monotonic() - self.opened_at > CROWDED_S:
             self.close_connection = True              # others wait for a thread
         self.send_response(status)
@@ -2881,6 +3426,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content:
             self.send_header("Content-Type", media_type)
             self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in headers.items():
+            self.send_header(name, value)
         if status == 405:
             self.send_header("Allow", self.allowed)
         if status in (429, 503):
@@ -2926,10 +3473,12 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 1024        # a burst of connections waits here, not for TCP to try again
 
     def __init__(self, host: str, port: int, inbox: queue.SimpleQueue[Message], machine_identifier: str = "",
-                 gate: Gate | None = None):
+                 gate: Gate | None = None, board: Board | None = None):
         """host "": all addresses.  port 0: a free one.  Raises OSError as bind() does."""
         self.inbox, self.machine_identifier, self.gate = inbox, machine_identifier, gate or Gate()
         self.journal: Journal | None = None                  # with a tracker: what is written before the answer
+        self.tracker_db, self.plex_url, self.started_at = "", "", time.time()
+        self.board, self.covers = board or Board(), Covers(None)
         self.deadlines: dict[socket.socket, float] = {}      # of each open connection; its thread moves it on
         self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
@@ -2953,7 +3502,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         while not self.closing.is_set():
             if self.room.acquire(timeout=REAP_S):    # the connection one too many waits in the kernel
                 self.room.release()                  # (none but process_request, called below, takes it for good)
-                self.timeout = REAP_S if self.deadlines else None
+                soon = any(deadline < math.inf for deadline in list(self.deadlines.values()))
+                self.timeout = REAP_S if soon else None
                 self.handle_request()
             for connection, deadline in list(self.deadlines.items()):
                 if time.monotonic() > deadline:
@@ -3022,6 +3572,125 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.thumb = webhook.item.identity, bytes(thumb)
 
 
+# === Hooks: Change -> a command (Hooks) ===
+
+def hook_command(words: str) -> list[str]:
+    """The resolved path and the arguments of -on-event; raises ConfigError."""
+    try:
+        arguments = shlex.split(words)
+    except ValueError as error:
+        raise ConfigError(f"-on-event: {words} has a quote without its end; put both or none.") from error
+    path = shutil.which(arguments[0]) if arguments else None
+    if path is None:
+        raise ConfigError(f"-on-event: {arguments[0] if arguments else 'the command'} is missing or not executable; "
+                          "give its whole path, and chmod +x it.")
+    return [os.path.abspath(path), *arguments[1:]]
+
+
+def exit_status(waited: int) -> int:
+    """What a shell would call the end of a process: its status, or 128 and the signal that ended it."""
+    code = os.waitstatus_to_exitcode(waited)
+    return code if code >= 0 else 128 - code
+
+
+def run_hook(command: Sequence[str], environment: dict[str, str]) -> tuple[int | None, bytes]:
+    """Run a command; -> its exit status (128 and the signal's number where one ended it; None: its time was up), and
+    the begin of its output.  Its whole process group is ended when its time is up.
+
+    By posix_spawn, which is quick, and alone can undo that we block SIGNALS.
+    """
+    ours = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "JOURNAL_STREAM"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    reader, writer = os.pipe()
+    try:
+        pid = os.posix_spawn(command[0], list(command), inherited | environment, setpgroup=0, setsigmask=(),
+                             setsigdef=(signal.SIGPIPE,), file_actions=[
+                                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                                 (os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)])
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    exited, output, deadline = os.pidfd_open(pid), b"", time.monotonic() + HOOK_S
+    try:
+        watched = [reader, exited]
+        while (left := deadline - time.monotonic()) > 0:
+            ready = select.select(watched, (), (), left)[0]
+            if reader in ready:
+                data = os.read(reader, 65536)
+                output = (output + data)[:MAX_OUTPUT]
+                if not data:
+                    watched.remove(reader)
+            elif exited in ready:
+                return exit_status(os.waitpid(pid, 0)[1]), output
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+            select.select([exited], (), (), HOOK_GRACE_S)
+        os.waitpid(pid, 0)
+        return None, output
+    finally:
+        os.close(reader)
+        os.close(exited)
+
+
+class Hooks:
+    """Runs the -on-event command, one event at a time, in a thread of its own; the newest change wins."""
+
+    def __init__(self, command: Sequence[str], active_timeout_s: float, level: int = logging.DEBUG):
+        """level: of the line that says that the command ran."""
+        self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
+        self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
+        self.amplifier, self.latest = Amplifier(), dict[str, str]()
+        self.waiting: list[tuple[str, dict[str, str]]] = []
+
+    def run(self) -> None:
+        """For ever."""
+        while True:
+            self.receive(None if self.waiting else self.amplifier.off_at)
+            if self.waiting:
+                event, environment = self.waiting.pop(0)
+                self.call(event, environment)
+
+    def receive(self, until: float | None) -> None:
+        """Queue the changes that came; wait for one where nothing waits for the command."""
+        with contextlib.suppress(queue.Empty):
+            if not self.waiting:
+                self.take(self.inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic())))
+            while True:
+                self.take(self.inbox.get_nowait())
+        if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
+            self.amplifier = Amplifier()
+            self.waiting = enqueue(self.waiting, "inactive", {**self.latest, "PLAYER_EVENT": "inactive"})
+
+    def take(self, change: Change) -> None:
+        """Queue what a change is to the command."""
+        event = hook_event(change)
+        self.latest = hook_environment(change, event)
+        self.amplifier, switched_on = after_change(self.amplifier, change.state, time.monotonic(),
+                                                   self.active_timeout_s)
+        if switched_on:
+            self.waiting = enqueue(self.waiting, "active", {**self.latest, "PLAYER_EVENT": "active"})
+        self.waiting = enqueue(self.waiting, event, self.latest)
+
+    def call(self, event: str, environment: dict[str, str]) -> None:
+        """Run the command once, and log how it ended."""
+        try:
+            status, output = run_hook(self.command, environment)
+        except OSError as error:
+            say(logging.WARNING, f"the -on-event command could not be started ({why(error)})", event=event,
+                command=self.command[0])
+            return
+        said = output.decode("utf-8", "replace").strip()
+        if status is None:
+            say(logging.WARNING, f"the -on-event command took more than {HOOK_S:g} s, and was ended", event=event)
+        elif status:
+            say(logging.WARNING, "the -on-event command failed", event=event, status=status, output=said[-MAX_TEXT:])
+        else:
+            say(self.level, "the -on-event command ran", event=event, output=said[:MAX_TEXT])
+
+
 # === systemd: READY, STATUS, WATCHDOG, STOPPING ===
 
 class Systemd:
@@ -3046,7 +3715,9 @@ class Systemd:
 class Watcher:
     """Takes messages from the inbox, looks when a look is due, and reports what advance() says."""
 
-    def __init__(self, config: Config, inbox: queue.SimpleQueue[Message], plex: PlexServer | None, systemd: Systemd):
+    def __init__(self, config: Config, inbox: queue.SimpleQueue[Message], plex: PlexServer | None, systemd: Systemd,
+                 board: Board | None = None, hooks: Hooks | None = None):
+        self.board, self.hooks = board or Board(), hooks
         self.config, self.inbox, self.plex, self.systemd = config, inbox, plex, systemd
         self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
         if plex:
@@ -3058,7 +3729,13 @@ class Watcher:
         self.ping_at = time.monotonic()
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.stream_missed = False                   # the server has been found to have no event stream
+        self.stream_open = False
+        self.webhook_time = 0.0                      # as webhook_at, in Unix s
+        self.webhooks: collections.Counter[tuple[str, str]] = collections.Counter()     # by (event, result)
+        self.looks: collections.Counter[str] = collections.Counter()                    # by result
         self.changes: collections.Counter[tuple[str, str]] = collections.Counter()      # by (state, by)
+        self.recent: collections.deque[tuple[float, Change]] = collections.deque(maxlen=MAX_RECENT)
+        self.news: list[Change] = []                 # reported, and not published yet
         self.stopping = False
 
     def run(self) -> None:
@@ -3068,7 +3745,15 @@ class Watcher:
                 self.handle(message)
             if (due := self.due()) is not None and due <= time.monotonic() and not self.stopping:
                 self.look()
+            self.publish()
             self.tell_systemd()
+
+    def publish(self) -> None:
+        """Tell the request threads what is known now."""
+        status = Status(self.players.get(self.latest), tuple(self.recent)[::-1], bool(self.plex), self.stream_open,
+                        self.webhook_at, self.webhook_time, dict(self.webhooks), dict(self.looks), dict(self.changes))
+        self.board.publish(status, self.news)
+        self.news = []
 
     def due(self) -> float | None:
         """When the next look is due; None: not before something is heard."""
@@ -3077,8 +3762,11 @@ class Watcher:
     def receive(self) -> Iterator[Message]:
         """What is in the inbox, after a wait for something to do."""
         times = [at for at in (self.due(), self.ping_at if self.systemd.ping_s else None) if at is not None]
+        self.board.busy_since = None
         with contextlib.suppress(queue.Empty):
-            yield self.inbox.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            message = self.inbox.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            self.board.busy_since = time.monotonic()
+            yield message
             for _ in range(self.inbox.qsize()):
                 yield self.inbox.get_nowait()
 
@@ -3090,6 +3778,7 @@ class Watcher:
             case Notification():
                 self.judge(message)
             case Stream():
+                self.stream_open = message.event == "opened"
                 self.judge(message)
                 self.note_stream(message)
             case Refused():
@@ -3109,6 +3798,8 @@ class Watcher:
                   404: f"a Plex server sends webhooks to a wrong path; the URL in Plex must end in {WEBHOOK_PATH}",
                   429: "more webhooks than -rate-limit allows came from one address, and were refused"}
         ours = refused.from_plex if refused.status == 404 else refused.path == WEBHOOK_PATH
+        if ours:
+            self.webhooks["other", str(refused.status)] += 1
         again_at = self.warned_at.get(refused.status, -math.inf) + WARN_AGAIN_S
         if refused.status in causes and ours and time.monotonic() >= again_at:
             self.warned_at[refused.status] = time.monotonic()
@@ -3118,7 +3809,8 @@ class Watcher:
 
     def hear(self, webhook: Webhook) -> None:
         """A webhook: every player it may concern."""
-        self.webhook_at = time.monotonic()
+        self.webhook_at, self.webhook_time = time.monotonic(), time.time()
+        self.webhooks[webhook.event if webhook.event in EVENTS else "other", "ok"] += 1
         chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
         if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
             self.meet(webhook)
@@ -3156,10 +3848,13 @@ class Watcher:
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
         assert self.plex
+        self.board.busy_since = time.monotonic()
         try:
             self.judge(Look(self.plex.sessions()))
+            self.looks["ok"] += 1
         except PlexError as error:
             self.judge(Outage(error.fault, str(error)))
+            self.looks[error.fault] += 1
         time.sleep(REST_S)
 
     def judge(self, observation: Observation) -> int:
@@ -3178,6 +3873,10 @@ class Watcher:
             case Change():
                 self.changes[report.state, report.by] += 1
                 say(logging.INFO, "", **change_fields(report, not self.plex, log.isEnabledFor(logging.DEBUG)))
+                if self.hooks:
+                    self.hooks.inbox.put(report)
+                self.recent.append((time.time(), report))
+                self.news.append(report)
             case Outage():
                 level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
                 say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
@@ -3186,8 +3885,7 @@ class Watcher:
             case WebhooksMissing():
                 say(logging.WARNING, f"webhooks do not arrive: {report.in_a_row} changes in a row came without one. "
                     "The Plex server cannot reach the URL, or the account's webhooks do not have it, or there is no "
-                    "Plex Pass (then all is well: the other witnesses tell). See README, Troubleshooting, or "
-                    "`streamerbrainz.py doctor` where your version has it")
+                    "Plex Pass (then all is well: the other witnesses tell). `streamerbrainz.py doctor` finds out")
             case WebhooksBack():
                 say(logging.INFO, f"webhooks arrive again, after {report.missed} that were missed")
 
@@ -3255,10 +3953,7 @@ def watch_stream(plex: PlexServer, inbox: queue.SimpleQueue[Message]) -> None:
     def pause(pause_s: float) -> None:
         plex.renewed.wait(pause_s)
         plex.renewed.clear()
-    try:
-        follow_stream(plex, tell, pause)
-    except Exception as error:                        # a bug of ours: the main thread raises it
-        inbox.put(Crash(error))
+    follow_stream(plex, tell, pause)
 
 
 SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
@@ -3278,17 +3973,21 @@ def take_signals(inbox: queue.SimpleQueue[Message]) -> None:
     os._exit(1)
 
 
-def work(worker: Worker, journal: Journal, inbox: queue.SimpleQueue[Message]) -> None:
-    """The worker's thread."""
+def carefully(target: Callable[[], None], inbox: queue.SimpleQueue[Message]) -> None:
+    """A thread whose bug ends the process from the main thread."""
     try:
-        worker.run(journal.written)
-    except Exception as error:                        # a bug of ours: the main thread raises it
+        target()
+    except Exception as error:
         inbox.put(Crash(error))
 
 
-def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None) -> None:
+def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None,
+          hooks: Hooks | None = None) -> None:
     """Listen and watch until Stop is in the inbox."""
     systemd = Systemd(os.environ)
+    listener.tracker_db, listener.plex_url, listener.covers = config.tracker_db, config.plex_server_url, Covers(plex)
+    if hooks:
+        threading.Thread(target=carefully, args=(hooks.run, inbox), name="hooks", daemon=True).start()
     threading.Thread(target=take_signals, args=(inbox,), name="signals", daemon=True).start()
     if config.tracker_db:
         listener.journal = Journal(Tracker(config.tracker_db, create=True), config.accounts)
@@ -3298,14 +3997,15 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     elif config.plex_events:
-        threading.Thread(target=watch_stream, args=(plex, inbox), name="stream", daemon=True).start()
+        watch = functools.partial(watch_stream, plex, inbox)
+        threading.Thread(target=carefully, args=(watch, inbox), name="stream", daemon=True).start()
     if listener.journal:
         tracker = Tracker(config.tracker_db, lasting=False, writing=listener.journal.tracker.writing)
-        worker = Worker(config, tracker, plex)
-        threading.Thread(target=work, args=(worker, listener.journal, inbox), name="worker", daemon=True).start()
+        work = functools.partial(Worker(config, tracker, plex).run, listener.journal.written)
+        threading.Thread(target=carefully, args=(work, inbox), name="worker", daemon=True).start()
     systemd.notify("READY=1")
     try:
-        Watcher(config, inbox, plex, systemd).run()
+        Watcher(config, inbox, plex, systemd, listener.board, hooks).run()
     finally:
         systemd.notify("STOPPING=1")
         listener.close()
@@ -3357,6 +4057,21 @@ def listening_error(error: OSError, config: Config) -> ConfigError:
                        "give an address of this machine.")
 
 
+def check_complete(config: Config) -> None:
+    """Raise ConfigError for half a configuration."""
+    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file,
+                "-plex-machine-id": config.plex_machine_id}
+    missing = [flag for flag, value in together.items() if not value]
+    if missing and (config.plex_server_url or config.plex_token_file):
+        hint = " (`streamerbrainz.py players` shows the identifiers.)" if "-plex-machine-id" in missing else ""
+        raise ConfigError(f"half a configuration: give {' and '.join(missing)}, too, to ask the server; "
+                          f"or neither -plex-server-url nor -plex-token-file, for webhooks alone.{hint}")
+    if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
+        raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
+    if config.tmdb_token_file and not config.tracker_db:
+        raise ConfigError("-tmdb-token-file is given, but no -tracker-db, which alone needs it.")
+
+
 def server_of(config: Config) -> PlexServer | None:
     """The configured server; None: there is none."""
     if not config.plex_server_url or not config.plex_token_file:
@@ -3383,7 +4098,8 @@ def run(config: Config) -> int:
             return 0
         raise listening_error(error, config) from error
     with listener:
-        serve(config, inbox, listener, server_of(config))
+        hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
+        serve(config, inbox, listener, server_of(config), hooks)
     return 0
 
 
@@ -3419,6 +4135,485 @@ def players(config: Config) -> int:
     else:
         print(f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again.")
     return 0
+
+
+# === Doctor: why do webhooks not arrive? (doctor) ===
+# Each check is a method of Doctor that yields findings; it asks, and never changes anything.
+
+OK, FAIL, SKIP = "ok", "FAIL", "skip"
+PLEX_TV = "https://plex.tv"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found."""
+    status: str                   # OK, FAIL, or SKIP: it could not be known
+    check: str                    # what was looked at
+    evidence: str
+    remedy: str = ""              # of a FAIL: the command or click that mends it
+    likely: int = 0               # 1 to 9: how likely this is why webhooks do not arrive; 0: it is not
+
+
+def without_secrets(url: str) -> str:
+    """A URL without the secrets in it."""
+    return re.sub(r"//[^/@]*@", "//", re.sub(r"(?<==)[^&#]+", "...", url))
+
+
+def own_addresses() -> set[str]:
+    """The IPv4 addresses of this machine, 127.0.0.1 among them."""
+    found = {"127.0.0.1"}
+    with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as lines:
+        address = ""
+        for line in lines:
+            if "|--" in line:
+                address = line.split()[-1]
+            elif "/32 host LOCAL" in line:
+                found.add(address)
+    return found
+
+
+def resolved(host: str) -> set[str]:
+    """The IPv4 addresses of a name; empty: it has none."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return {str(each[4][0]) for each in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)}
+    return set()
+
+
+def http_get(url: str, **headers: str) -> tuple[int, str, bytes]:
+    """Status, Server header and begin of the body of any answer within PLEX_S; raises OSError where there is none."""
+    opener = plain_opener(ssl.create_default_context() if url.startswith("https:") else None)
+    request = urllib.request.Request(url, headers={"User-Agent": f"StreamerBrainz/{VERSION}", **headers})
+    try:
+        with opener.open(request, timeout=PLEX_S) as response:
+            return response.status, response.headers.get("Server", ""), response.read(MAX_SESSIONS)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers.get("Server", ""), error.read(4096)
+    except (http.client.HTTPException, ValueError, TypeError, LookupError) as error:
+        raise OSError(why(error)) from error
+
+
+def text_list(value: object) -> list[str]:
+    """Words with commas between them."""
+    return [word for word in (value if isinstance(value, str) else "").split(",") if word]
+
+
+class Doctor:
+    """The checks, in the order in which they build on one another."""
+
+    def __init__(self, config: Config):
+        self.config, self.port = config, config.webhooks_port
+        self.plex: PlexServer | None = None           # when it is configured and its token can be read
+        self.answers = False                          # it does
+        self.secrets: tuple[str, ...] = ()            # of webhooks
+        self.url_host = ""                            # of the webhook in the account that points here
+        self.urls: list[str] = []                     # of the account's webhooks
+        self.plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", PLEX_TV)       # a test's
+
+    def run(self) -> Iterator[Finding]:
+        """All findings."""
+        for check in (self.configuration, self.server, self.account, self.player, self.webhook, self.daemon,
+                      self.delivery, self.server_log, self.tracker):
+            yield from check()
+
+    # -- what we are told
+
+    def configuration(self) -> Iterator[Finding]:
+        try:
+            check_complete(self.config)
+            yield Finding(OK, "flags", "they are complete" if self.config.plex_server_url else
+                          "no server is configured: the webhooks alone tell")
+        except ConfigError as error:
+            yield Finding(FAIL, "flags", str(error), "give the flags as an @FILE, as the daemon gets them")
+        for flag, path, most in (("-plex-token-file", self.config.plex_token_file, 1),
+                                 ("-webhook-secret-file", self.config.webhook_secret_file, 2),
+                                 ("-tmdb-token-file", self.config.tmdb_token_file, 1)):
+            if path:
+                yield self.secret_file(flag, path, most)
+        if self.config.plex_server_url and self.config.plex_token_file:
+            with contextlib.suppress(ConfigError):
+                self.plex = server_of(self.config)
+
+    def secret_file(self, flag: str, path: str, most: int) -> Finding:
+        """A file that holds a secret."""
+        try:
+            words, _ = read_secrets(flag, path, most)
+        except ConfigError as error:
+            return Finding(FAIL, flag, str(error), f"install -m 600 /dev/stdin {shlex.quote(path)}   # type it, Ctrl-D",
+                           5 if flag == "-webhook-secret-file" else 0)
+        if flag == "-webhook-secret-file":
+            self.secrets = words
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if mode & 0o077 and os.path.dirname(path) != os.environ.get("CREDENTIALS_DIRECTORY"):
+            return Finding(FAIL, flag, f"others can read {path} (mode {mode:o})", f"chmod 600 {shlex.quote(path)}")
+        return Finding(OK, flag, f"{path}, readable by you alone")
+
+    # -- the server
+
+    def server(self) -> Iterator[Finding]:
+        if self.plex is None:
+            yield Finding(SKIP, "server", "no server is configured, or its token cannot be read")
+            return
+        host = urllib.parse.urlsplit(self.plex.url).hostname or ""
+        addresses = resolved(host)
+        start = time.monotonic()
+        try:
+            with self.plex.open("/identity", Accept="application/json") as response:
+                attributes, date = parse_container(response.read())[0], response.headers.get("Date", "")
+        except PlexError as error:
+            yield Finding(FAIL, "server", f"{error} ({host}: {', '.join(sorted(addresses)) or 'it has no address'})",
+                          f"curl -i {self.plex.url}/identity   # from here; then see that it runs, and the address")
+            return
+        self.answers = True
+        where = ", ".join(sorted(addresses)) or host
+        yield Finding(OK, "server", f"version {text(attributes.get('version'))} at {where} "
+                      f"answers after {(time.monotonic() - start) * 1000:.0f} ms")
+        yield self.clock(date)
+
+    def clock(self, date: str) -> Finding:
+        """Our clock beside the server's Date header."""
+        try:
+            off_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+        except (ValueError, TypeError, OverflowError):
+            return Finding(SKIP, "clock", "the server does not tell its time")
+        if abs(off_s) > CLOCK_S:
+            how = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's"
+            return Finding(FAIL, "clock", f"it is {how}",
+                           "sudo timedatectl set-ntp true   # here and on the server")
+        return Finding(OK, "clock", f"within {CLOCK_S:.0f} s of the server's")
+
+    def account(self) -> Iterator[Finding]:
+        if not self.plex or not self.answers:
+            yield Finding(SKIP, "token", "the server does not answer")
+            return
+        try:
+            root = self.plex.container("/")[0]
+            self.plex.container("/status/sessions")
+        except PlexError as error:
+            yield Finding(FAIL, "token", str(error), "README, Install, step 2: put the owner's token into the file")
+            return
+        yield Finding(OK, "token", f"accepted as the owner's of {text(root.get('friendlyName')) or 'the server'}")
+        features = text_list(root.get("ownerFeatures"))
+        if not features:
+            yield Finding(SKIP, "Plex Pass", "the server does not tell its owner's features")
+        elif "webhooks" in features:
+            yield Finding(OK, "Plex Pass", "the owner's features have webhooks")
+        else:
+            yield Finding(FAIL, "Plex Pass", "the owner's features have no webhooks: none is ever sent",
+                          "get Plex Pass at https://plex.tv/plex-pass, or leave it: the event stream tells all", 9)
+        signed_in = text(root.get("myPlexSigninState"))
+        if signed_in and signed_in != "ok":
+            yield Finding(FAIL, "signed in", f"the server is not signed in to plex.tv ({signed_in})",
+                          "Plex Web: Settings > General > Sign in", 6)
+        elif signed_in:
+            yield Finding(OK, "signed in", "the server is signed in to plex.tv")
+        try:
+            settings = {text(each.get("id")): text(each.get("value")) or str(each.get("value"))
+                        for each in self.plex.container("/:/prefs")[1]}
+        except PlexError as error:
+            settings = {"": str(error)}
+        value = settings.get("webHooksEnabled", "").lower()
+        if value in ("0", "false"):
+            yield Finding(FAIL, "webhooks switch", "webhooks are off in the server's settings",
+                          "Plex Web: Settings > Network > Webhooks: on", 8)
+        else:
+            yield Finding(OK if value else SKIP, "webhooks switch", "on" if value else "the server does not tell it")
+
+    def player(self) -> Iterator[Finding]:
+        if not self.plex or not self.answers:
+            yield Finding(SKIP, "player", "the server does not answer")
+            return
+        try:
+            sessions = self.plex.sessions()
+        except PlexError as error:
+            yield Finding(SKIP, "player", str(error))
+            return
+        ours = self.config.plex_machine_id
+        if any(session.machine_identifier == ours for session in sessions):
+            yield Finding(OK, "player", f"{ours} has a session")
+        elif not sessions:
+            yield Finding(SKIP, "player", "nothing plays: press play on it, and run this again")
+        else:
+            said, known = self.ask_daemon("/now")[1], "; ".join(
+                f"{session.player_title or 'a player'} is {session.machine_identifier}" for session in sessions[:5])
+            title = text(said.get("player"))
+            same = [session for session in sessions if session.machine_identifier.lower() == ours.lower()
+                    or (title and session.player_title == title)]
+            near = f"{same[0].player_title} has another identifier now: {same[0].machine_identifier}, not {ours}" \
+                if same else f"{ours} has no session, but others have: {known}"
+            best = same[0] if same else sessions[0]
+            yield Finding(FAIL, "player", near,
+                          f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
+
+    # -- the webhook in the account
+
+    def webhook(self) -> Iterator[Finding]:
+        if not self.plex:
+            yield Finding(SKIP, "webhook in the account", "there is no token to ask plex.tv with")
+            return
+        try:
+            status, _, body = http_get(f"{self.plex_tv}/api/v2/user/webhooks", Accept="application/json", **{
+                "X-Plex-Token": self.plex.current_token, "X-Plex-Client-Identifier": "streamerbrainz"})
+            found = json.loads(body) if status == 200 else None
+        except (OSError, ValueError, RecursionError) as error:
+            cause = why(getattr(error, "reason", error))
+            yield Finding(SKIP, "webhook in the account", f"plex.tv cannot be asked ({cause})")
+            return
+        if not isinstance(found, list):
+            yield Finding(SKIP, "webhook in the account", f"plex.tv answers {status}")
+            return
+        self.urls = [text(mapping(each).get("url")) for each in found[:100]]
+        ranked = sorted(((self.differences(url), url) for url in self.urls), key=lambda pair: len(pair[0]))
+        add = f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url()}"
+        if not ranked:
+            yield Finding(FAIL, "webhook in the account", "the account has no webhook at all", add, 9)
+            return
+        differences, url = ranked[0]
+        if not differences:
+            yield Finding(OK, "webhook in the account", without_secrets(url))
+        else:
+            yield Finding(FAIL, "webhook in the account", f"of {len(ranked)}, {without_secrets(url)} is nearest, but " +
+                          "; ".join(differences), f"replace it by {self.right_url()}", 9)
+
+    def right_url(self) -> str:
+        """The URL that should be there; the secret is the operator's to put in."""
+        url = webhook_url(guess_address(self.config.plex_server_url), self.port)
+        return f"{url}?token=..." if self.secrets else url
+
+    def differences(self, url: str) -> list[str]:
+        """In what a URL differs from one that works, each in words."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            return ["it is no URL"]
+        found, addresses = [], resolved(host)
+        server = urllib.parse.urlsplit(self.config.plex_server_url).hostname or "localhost"
+        if any(each.startswith("127.") for each in addresses) or host == "::1":
+            if not resolved(server) & own_addresses():
+                found.append(f"{host} is the server itself there; the address of this machine is "
+                             f"{guess_address(self.config.plex_server_url)}")
+        elif not addresses:
+            found.append(f"the host {host} has no address (a container's name?); this machine is "
+                         f"{guess_address(self.config.plex_server_url)}")
+        elif not addresses & own_addresses():
+            found.append(f"the host {host} is not this machine, which is {guess_address(self.config.plex_server_url)}")
+        if parts.scheme == "https":
+            found.append("it is https, and StreamerBrainz speaks http; "
+                         "Plex does not deliver to a certificate of your own")
+        if port != self.port:
+            found.append(f"the port is {port}, not {self.port}")
+        if parts.path != WEBHOOK_PATH:
+            found.append(f"the path is {parts.path or '/'}, not {WEBHOOK_PATH}")
+        given = {value for name, value in urllib.parse.parse_qsl(parts.query) if name in ("token", "secret")}
+        if self.secrets and not given & set(self.secrets):
+            found.append("the secret is another one" if given else "the secret is missing")
+        return found
+
+    # -- delivery
+
+    def ask_daemon(self, path: str) -> tuple[int, Mapping[str, Any], str]:
+        """Status, JSON and Server header of our own daemon; status 0: nothing listens there."""
+        host = self.config.webhooks_host or "127.0.0.1"
+        secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
+        try:
+            status, server, body = http_get(webhook_url(host, self.port).removesuffix(WEBHOOK_PATH) + path + secret)
+        except OSError:
+            return 0, {}, ""
+        try:
+            return status, mapping(json.loads(body)), server
+        except (ValueError, RecursionError):
+            return status, {}, server
+
+    def daemon(self) -> Iterator[Finding]:
+        status, said, server = self.ask_daemon("/healthz")
+        if not status:
+            yield Finding(FAIL, "daemon", f"nothing listens on port {self.port}",
+                          "systemctl --user start streamerbrainz   # or as README, Install, step 5", 8)
+            return
+        if not server.startswith("StreamerBrainz/"):
+            yield Finding(FAIL, "daemon", f"port {self.port} is held by {port_holder(self.port)}",
+                          "end that, or give another -webhooks-port, and change the URL in Plex", 8)
+            return
+        version, reasons = server.partition("/")[2], said.get("reasons")
+        words = "; ".join(map(text, reasons)) if isinstance(reasons, list) else ""
+        if version != VERSION:
+            yield Finding(FAIL, "daemon", f"it is version {version}, and this is {VERSION}",
+                          "systemctl --user restart streamerbrainz")
+        elif status != 200:
+            yield Finding(FAIL, "daemon", f"/healthz answers {status}: {words}", "mend what it says")
+        else:
+            yield Finding(OK, "daemon", f"version {version}, healthy")
+        status, now, _ = self.ask_daemon("/now")
+        if status != 200:
+            yield Finding(FAIL, "webhooks so far", f"/now answers {status}",
+                          "give doctor the daemon's -webhook-secret-file", 2)
+            return
+        seen = mapping(now.get("webhooks"))
+        refused = ", ".join(f"{count} with {status}" for status, count in mapping(seen.get("refused")).items())
+        last, verdict = seen.get("last_s"), text(mapping(mapping(now.get("witnesses")).get("webhooks")).get("words"))
+        heard = f"the last came {last} s ago" if last is not None else "none has come since the daemon started"
+        if refused:
+            yield Finding(FAIL, "webhooks so far", f"{heard}; refused: {refused}", "compare the URL in Plex with "
+                          f"{self.right_url()} (401: the secret, 404: the path, 413: too large)", 7)
+        else:
+            yield Finding(OK if last is not None else SKIP, "webhooks so far", heard)
+        bad = (number(seen.get("in_a_row_missed")) or 0) >= PROOF_MISSES
+        yield Finding(FAIL if bad else OK if last is not None else SKIP, "proof", verdict,
+                      "see the other failures" if bad else "", 0)
+
+    def delivery(self) -> Iterator[Finding]:
+        here = own_addresses()
+        urls = [url for url in self.urls if not self.differences(url)]
+        secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
+        hosts = {self.config.webhooks_host} if self.config.webhooks_host else here
+        for url in [*urls, *(webhook_url(host, self.port) + secret for host in sorted(hosts))]:
+            content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
+            request = urllib.request.Request(url, body, {"Content-Type": content_type})
+            try:
+                with plain_opener(None).open(request, timeout=PLEX_S) as response:
+                    arrived = TEST_EVENT.encode() in response.read(1000)
+                words = "arrives" if arrived else "is answered, but not by StreamerBrainz"
+            except urllib.error.HTTPError as error:
+                error.close()
+                arrived, words = False, f"is refused with {error.code}"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                arrived, words = False, f"fails ({why(getattr(error, 'reason', error))})"
+            yield Finding(OK if arrived else FAIL, "test webhook", f"to {without_secrets(url)} {words}",
+                          "" if arrived else "see `daemon` above; a firewall? sudo ufw allow "
+                          f"{self.port}/tcp", 0 if arrived else 6)
+
+    def server_log(self) -> Iterator[Finding]:
+        import zipfile  # here: no other command needs it
+
+        if not self.plex or not self.answers:
+            yield Finding(SKIP, "server's log", "the server does not answer")
+            return
+        try:
+            with self.plex.open("/diagnostics/logs", IMPORT_S) as response, tempfile.TemporaryFile() as copy:
+                response.reader.room = MAX_LOGS
+                shutil.copyfileobj(response, copy)
+                with zipfile.ZipFile(copy) as logs:
+                    lines = [line for name in logs.namelist()[:50] if name.endswith("Plex Media Server.log")
+                             for line in logs.open(name).read(MAX_LOGS).splitlines()
+                             if b"Webhook: Error delivering payload" in line]
+        except (PlexError, zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+            yield Finding(SKIP, "server's log", "the server does not give it")
+            return
+        if lines:
+            last = without_secrets(lines[-1].decode("utf-8", "replace"))[:MAX_TEXT]
+            yield Finding(FAIL, "server's log", f"{len(lines)} deliveries failed; the last: {last}",
+                          "see that the server's machine can reach the URL: curl -i URL from there", 7)
+        else:
+            yield Finding(OK, "server's log", "no delivery failed")
+
+    def tracker(self) -> Iterator[Finding]:
+        if not self.config.tracker_db:
+            return
+        try:
+            store = Tracker(self.config.tracker_db, write=False)
+        except (ConfigError, TrackerError) as error:
+            yield Finding(FAIL, "tracker", str(error), "mend the file, or `tracker import` into a new one", 4)
+            return
+        try:
+            intact = store.one("PRAGMA quick_check")[0]
+            count = dict(store.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1"))
+            last = store.one("SELECT max(received_at) FROM webhook_log")[0]
+            conflicts = store.one("SELECT count(*) FROM conflict WHERE resolution IS NULL")[0]
+        except TrackerError as error:
+            intact, count, last, conflicts = str(error), {}, None, 0
+        finally:
+            store.close()
+        if intact != "ok":
+            yield Finding(FAIL, "tracker", f"the file is damaged: {intact}",
+                          "`tracker export` what can be read, and `tracker import` it into a new file", 4)
+            return
+        yield Finding(OK, "tracker", f"intact, form {SCHEMA_VERSION}; last webhook: {iso_time(last) or 'none yet'}; "
+                      f"{conflicts} open conflicts, {count.get(FAILED, 0)} failed rows")
+
+
+def finding_lines(finding: Finding, colours: bool) -> str:
+    """A finding as lines of 80 columns."""
+    colour = {OK: "32", FAIL: "31", SKIP: "33"}[finding.status]
+    word = f"\x1b[{colour}m{finding.status:4}\x1b[0m" if colours else f"{finding.status:4}"
+    said = textwrap.fill(printable(f"{finding.check}: {finding.evidence}"), 75, subsequent_indent="      ")
+    remedy = textwrap.fill(printable(finding.remedy), 70, initial_indent="      -> ", subsequent_indent="         ",
+                           break_long_words=False, break_on_hyphens=False)
+    return f"{word}  {said}" + (f"\n{remedy}" if finding.remedy else "")
+
+
+def doctor(config: Config) -> int:
+    """Print each finding, and the likely causes, best first."""
+    log.setLevel(logging.ERROR)                       # what would be warned of is a finding
+    checks = Doctor(config)
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    findings = []
+    for finding in checks.run():
+        findings.append(finding)
+        if not config.json:
+            print(finding_lines(finding, colours), flush=True)
+    causes = sorted((each for each in findings if each.status == FAIL and each.likely), key=lambda each: -each.likely)
+    if config.json:
+        print(json.dumps({"findings": [{"status": each.status, "check": each.check, "evidence": each.evidence,
+                                        "remedy": each.remedy} for each in findings],
+                          "causes": [each.evidence for each in causes]}, indent=2))
+    elif causes:
+        print("\nWhy webhooks may not arrive, the likeliest first:")
+        for i, each in enumerate(causes, 1):
+            print(textwrap.fill(printable(f"{i}. {each.check}: {each.evidence}"), 80, subsequent_indent="   "))
+    if config.watch_s:
+        watch_witnesses(checks, config.watch_s)
+    return int(any(each.status == FAIL for each in findings))
+
+
+def see_sessions(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when a look shows what the one before did not."""
+    before: frozenset[object] | None = None
+    while checks.plex and time.monotonic() < end:
+        with contextlib.suppress(PlexError):
+            now = frozenset((each.key, each.state) for each in checks.plex.sessions()
+                            if each.machine_identifier == checks.config.plex_machine_id)
+            if before is not None and now - before:
+                saw("sessions")
+            before = now
+        time.sleep(WATCH_REST_S)
+
+
+def see_events(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when the event stream tells of the player."""
+    with contextlib.suppress(PlexError):
+        for notification in checks.plex.notifications() if checks.plex else ():
+            if notification and notification.client_identifier in ("", checks.config.plex_machine_id):
+                saw("events")
+
+
+def see_webhooks(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when the daemon has got one more webhook."""
+    before: object = None
+    while time.monotonic() < end:
+        now = mapping(checks.ask_daemon("/now")[1].get("webhooks")).get("count")
+        if None not in (before, now) and now != before:
+            saw("webhook")
+        before = before if now is None else now
+        time.sleep(WATCH_REST_S)
+
+
+def watch_witnesses(checks: Doctor, watch_s: float) -> None:
+    """Tell for so long which witness sees a play, and how long after the first one."""
+    print("\nPress play now, on the player.", flush=True)
+    inbox: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+    seen: dict[str, float] = {}
+    end = time.monotonic() + watch_s
+    for see in (see_webhooks, see_sessions, see_events):
+        threading.Thread(target=see, args=(checks, end, lambda name: inbox.put((name, time.monotonic()))),
+                         daemon=True).start()
+    while (left := end - time.monotonic()) > 0 and len(seen) < 3:
+        with contextlib.suppress(queue.Empty):
+            name, at = inbox.get(timeout=left)
+            if seen.setdefault(name, at) == at:
+                print(f"{name:9} saw it {at - min(seen.values()):.1f} s after the first", flush=True)
+    for name in {"webhook", "sessions", "events"} - seen.keys():
+        print(f"{name:9} saw nothing in {watch_s:g} s", flush=True)
 
 
 # === Tracker commands: import, export, shows, show, log, conflicts, resolve ===
@@ -3814,7 +5009,7 @@ def tracker_command(config: Config) -> int:
         raise ConfigError(f"tracker {name}: it is called as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database, -tracker-db FILE, or the @FILE that has its flag.")
-    tracker = Tracker(config.tracker_db, create)
+    tracker = Tracker(config.tracker_db, create, write=create or name == "resolve")
     try:
         return command(config, tracker)
     except PlexError as error:
@@ -3822,15 +5017,6 @@ def tracker_command(config: Config) -> int:
         return 1
     finally:
         tracker.close()
-
-
-def guess_address(config: Config) -> str:
-    """This machine's address as its network sees it; no packet is sent."""
-    server = urllib.parse.urlsplit(config.plex_server_url).hostname or "192.0.2.1"
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server, 9))
-        return str(probe.getsockname()[0])
-    return socket.gethostname()
 
 
 def make_secret(config: Config) -> int:
@@ -3848,25 +5034,44 @@ def make_secret(config: Config) -> int:
     except OSError as error:
         raise ConfigError(f"secret: {path} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
-    host = guess_address(config) if config.webhooks_host in ("", "0.0.0.0", "::") else config.webhooks_host
+    everywhere = config.webhooks_host in ("", "0.0.0.0", "::")
+    host = guess_address(config.plex_server_url) if everywhere else config.webhooks_host
     print(f"{webhook_url(host, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex's Settings > Webhooks.{' The one before it still works.' if before else ''} "
           f"The secret is in {path}.", file=sys.stderr)
     return 0
 
 
+# === Hook by hand ===
+
+SAMPLE = Item("track", "101", "plex://track/5d07cdb2403c640290f4b12a", "Karma Police", "OK Computer", "Radiohead",
+              duration=264000, sample_rate=44100, bit_depth=16)
+
+HOOK_EVENTS = ("playing", "paused", "stopped", "track_changed", "active", "inactive")
+
+
+def hook(config: Config) -> int:
+    """Run the -on-event command once, with sample values, and show all of it."""
+    if len(config.words) != 1 or config.words[0] not in HOOK_EVENTS:
+        raise ConfigError(f"hook: name one event of {', '.join(HOOK_EVENTS)}, as in: hook playing -on-event COMMAND")
+    if not config.on_event:
+        raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', or the @FILE that has its flag.")
+    command, state = hook_command(config.on_event), config.words[0] if config.words[0] in (PAUSED, STOPPED) else PLAYING
+    change = Change(state, STOPPED if state == PLAYING else PLAYING, SAMPLE, 61000, "Living Room", "sample-player",
+                    "hook")
+    environment = hook_environment(change, config.words[0])
+    values = (f"    {name}={shlex.quote(value)}" for name, value in environment.items())
+    print("\n".join([shlex.join(command), *values]), flush=True)
+    try:
+        status, output = run_hook(command, environment)
+    except OSError as error:
+        raise ConfigError(f"-on-event: {command[0]} could not be started ({why(error)}).") from error
+    print(output.decode("utf-8", "replace"), end="" if output.endswith(b"\n") or not output else "\n")
+    print(f"exit status {status}" if status is not None else f"it took more than {HOOK_S:g} s, and was ended")
+    return int(status != 0)
+
+
 # === Demo: an evening of a player, without any Plex ===
-
-def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
-    """Content-Type and body of a webhook in the form in which Plex sends it."""
-    boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
-    part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
-    parts = [(b'"payload"', b"application/json", payload)]
-    if thumb:
-        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
-    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
-    return f"multipart/form-data; boundary={boundary}", body
-
 
 class _StandInHandler(http.server.BaseHTTPRequestHandler):
     """GET /status/sessions, with the token in its header."""
@@ -3989,17 +5194,21 @@ def demo(config: Config) -> int:
                          poll_interval_s=10 / config.speed)
         listener = Listener(config.webhooks_host, 0, inbox, config.plex_machine_id)
         length_s = EVENING[-1][0] / config.speed
-        print(f"A stand-in for Plex plays an evening of {length_s:.0f} seconds; Ctrl-C ends it.", flush=True)
+        print(f"A stand-in for Plex plays an evening of {length_s:.0f} seconds; Ctrl-C ends it.\n"
+              f"Look at it: http://127.0.0.1:{listener.port}/ (also /now, /events, /healthz, /metrics)", flush=True)
+        sample = "/bin/sh -c 'echo amplifier, lamp or curl: $PLAYER_EVENT $NAME'"
+        hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
         threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
-        serve(config, inbox, listener, PlexServer(plex.url, SecretFile("-plex-token-file", token_file).first))
+        serve(config, inbox, listener, PlexServer(plex.url, SecretFile("-plex-token-file", token_file).first), hooks)
         plex.shutdown()
     return 0
 
 
 # === main ===
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "tracker": tracker_command,
-                                                "secret": make_secret, "demo": demo}
+COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
+                                                "tracker": tracker_command, "secret": make_secret, "hook": hook,
+                                                "demo": demo}
 
 USAGE = "streamerbrainz.py [COMMAND] [FLAGS] [@FILE]"
 
@@ -4008,6 +5217,7 @@ DESCRIPTION = """Tells what your Plex player is doing.
 commands:
   run                  the daemon (this is what happens without a command)
   players [HOST:PORT]  every player in the sessions, with its machine identifier
+  doctor               why do webhooks not arrive?
   tracker ...          the watch tracker:
     import [FILE]        all shows and movies, and what is watched
     export               the same as JSON, as import FILE reads it
@@ -4017,6 +5227,7 @@ commands:
     conflicts            what waits for you
     resolve ID SHOW|new|ignore   end a conflict
   secret               makes a webhook secret, and prints the URL to paste
+  hook EVENT           runs the -on-event command once, by hand
   demo                 an evening of a player, without any Plex"""
 
 EPILOG = """@FILE reads flags from a file, one a line, with # comments.
@@ -4123,6 +5334,9 @@ def flag_parser() -> FlagParser:
     flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s",
           help="seconds between slow looks, in case all else is lost (default 30; 0 for none)")
     flags("--no-plex-events", action="store_false", dest="plex_events", help="do not open the server's event stream")
+    flags("--on-event", metavar="COMMAND", help="command to run on each change, with its arguments")
+    flags("--active-timeout", type=interval_s, metavar="S", dest="active_timeout_s",
+          help="seconds from the last playing to the command's inactive (default 10)")
     flags("--tracker-db", metavar="FILE", help="SQLite file of the watch tracker; turns the tracker on")
     flags("--tracker-log-days", type=whole_number, metavar="N",
           help="days that finished rows of its journal are kept (default 90; 0 for ever)")
@@ -4134,7 +5348,9 @@ def flag_parser() -> FlagParser:
     flags("--tmdb-token-file", metavar="FILE", help="TMDB API token, for shows that only TMDB can identify")
     flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
     flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
-    flags("--json", action="store_true", help="players, tracker: print JSON")
+    flags("--json", action="store_true", help="players, doctor, tracker: print JSON")
+    flags("--watch", type=interval_s, metavar="S", dest="watch_s",
+          help="doctor: then tell for so many seconds which witness sees a play")
     flags("--status", choices=(SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"), metavar="STATUS",
           help="tracker log: success, failed, ignored, duplicate or waiting")
     flags("--show", metavar="SHOW", help="tracker log: of this show, by its id or words of its title")
@@ -4160,21 +5376,6 @@ def unknown_words(words: Sequence[str]) -> str:
     return f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}"
 
 
-def check_complete(config: Config) -> None:
-    """Raise ConfigError for half a configuration."""
-    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file,
-                "-plex-machine-id": config.plex_machine_id}
-    missing = [flag for flag, value in together.items() if not value]
-    if missing and (config.plex_server_url or config.plex_token_file):
-        hint = " (`streamerbrainz.py players` shows the identifiers.)" if "-plex-machine-id" in missing else ""
-        raise ConfigError(f"half a configuration: give {' and '.join(missing)}, too, to ask the server; "
-                          f"or neither -plex-server-url nor -plex-token-file, for webhooks alone.{hint}")
-    if config.plex_ca_file and not config.plex_server_url.startswith("https:"):
-        raise ConfigError("-plex-ca-file is given, but no -plex-server-url that begins with https://.")
-    if config.tmdb_token_file and not config.tracker_db:
-        raise ConfigError("-tmdb-token-file is given, but no -tracker-db, which alone needs it.")
-
-
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
     words = two_dashes(words)
@@ -4187,7 +5388,7 @@ def parse_config(words: Sequence[str]) -> Config:
         raise ConfigError(NOT_UTF_8) from error
     if any(word.startswith("-") and word != "-" for word in unknown):
         raise ConfigError(unknown_words(unknown))
-    if len(unknown) > {"players": 1, "tracker": 99}.get(command, 0):
+    if len(unknown) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
     if command == "players":

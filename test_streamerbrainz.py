@@ -1294,6 +1294,97 @@ def test_times_are_read_with_their_zone(word, at):
     assert sb.unix_time(word) == at and sb.iso_time(at) == "2026-11-21T20:15:00Z"
 
 
+# === Status ===
+
+def status_of(player=None, **fields):
+    return sb.Status(player, **fields)
+
+
+def known_player(state=PLAYING, item=SONG, **fields):
+    return sb.PlayerState("m1", True, state=state, item=sb.parse_item(item), player_title="Living Room", view_offset=61000, moved_at=100.0, **fields)
+
+
+EVIL = {**SONG, "title": "</script><script>alert(1)</script>", "grandparentTitle": "'\"><img src=x onerror=alert(1)>", "parentTitle": "&amp;"}
+
+
+def test_now_has_the_logs_keys_first_and_moves_on():
+    fields = sb.now_fields(status_of(known_player(), has_server=True, looks={"ok": 1}), 102.0)
+    assert list(fields)[:7] == ["state", "title", "artist", "album", "position_ms", "duration_ms", "player"]
+    assert (fields["state"], fields["position_ms"], fields["machine_id"], fields["cover"]) == (PLAYING, 63000, "m1", "cover?key=101")
+    assert fields["witnesses"]["sessions"] == {"up": True, "words": "the server answers"}
+    assert sb.now_fields(sb.Status(), 1.0)["state"] == STOPPED
+
+
+def out(fault="unreachable", at=0.0):
+    return known_player(outage=Outage(fault, "It fails."), outage_at=at)
+
+
+@pytest.mark.parametrize("status, busy_s, waiting_s, broken, expected", [
+    (sb.Status(), 0, 0, "", (200, "ok")), (status_of(known_player()), 14, 299, "", (200, "ok")),
+    (sb.Status(), 16, 0, "", (503, "failing")), (sb.Status(), 0, 301, "", (503, "failing")), (sb.Status(), 0, 0, "It is gone.", (503, "failing")),
+    (status_of(out(at=701)), 0, 0, "", (200, "degraded")), (status_of(out(at=699)), 0, 0, "", (503, "failing")),
+    (status_of(out("refused", 999)), 0, 0, "", (503, "failing")), (status_of(out("forbidden", 999)), 0, 0, "", (503, "failing")),
+    (status_of(known_player(proof=sb.Proof(in_a_row=3))), 0, 0, "", (200, "degraded")), (status_of(known_player(proof=sb.Proof(in_a_row=2))), 0, 0, "", (200, "ok"))])
+def test_health_is_bad_only_where_a_person_should_come(status, busy_s, waiting_s, broken, expected):
+    code, fields = sb.health(status, busy_s, waiting_s, broken, 1000.0)
+    assert (code, fields["status"]) == expected and bool(fields["reasons"]) == (code == 503)
+
+
+def test_metrics_are_what_prometheus_reads():
+    parser = pytest.importorskip("prometheus_client.parser")
+    status = status_of(known_player(proof=sb.Proof(missed=2)), has_server=True, webhook_at=90.0, webhook_time=1700000000.0,
+                       webhooks={("media.play", "ok"): 3, ("other", "401"): 1}, looks={"ok": 5, "unreachable": 1}, reported={(PLAYING, "webhook"): 2})
+    said = sb.metric_lines(status, {"success": 4, "waiting": 1}, sb.process_figures(1.0), 102.0)
+    samples = {(each.name, *each.labels.values()): each.value for family in parser.text_string_to_metric_families(said) for each in family.samples}
+    assert samples["plex_up",] == 1 and samples["streamerbrainz_build_info", sb.VERSION] == 1 and samples["streamerbrainz_player_position_seconds",] == 63
+    assert [samples["streamerbrainz_player_state", each] for each in (PLAYING, PAUSED, STOPPED)] == [1, 0, 0]
+    assert samples["streamerbrainz_webhooks_total", "media.play", "ok"] == 3 and samples["streamerbrainz_webhooks_total", "other", "401"] == 1
+    assert samples["streamerbrainz_webhook_last_timestamp_seconds",] == 1700000000 and samples["streamerbrainz_webhook_missed_total",] == 2
+    assert samples["streamerbrainz_looks_total", "unreachable"] == 1 and samples["streamerbrainz_changes_total", PLAYING, "webhook"] == 2
+    assert samples["streamerbrainz_tracker_rows_total", "success"] == 4 and samples["process_resident_memory_bytes",] > 1e6
+    assert "Karma" not in said and "Living" not in said
+    assert "plex_up" not in sb.metric_lines(sb.Status(), {}, {}, 1.0)
+
+
+def test_a_hooks_environment_has_librespots_names_and_no_token():
+    lossless = sb.replace(sb.parse_item({**SONG, "guid": "plex://track/1"}), sample_rate=96000, bit_depth=24)
+    environment = sb.hook_environment(sb.Change(PLAYING, STOPPED, lossless, 61000, "Living\0 Room", "m1", "webhook"), "playing")
+    assert environment == {
+        "PLAYER_EVENT": "playing", "TRACK_ID": "plex://track/1", "NAME": "Karma Police", "ARTISTS": "Radiohead", "ALBUM": "OK Computer",
+        "DURATION_MS": "264000", "POSITION_MS": "61000", "PLEX_PLAYER_ID": "m1", "PLEX_PLAYER_TITLE": "Living Room", "PLEX_TYPE": "track",
+        "PLEX_RATING_KEY": "101", "PLEX_SAMPLE_RATE": "96000", "PLEX_BIT_DEPTH": "24", "OLD_STATE": STOPPED}
+
+
+@pytest.mark.parametrize("waiting, event, after", [
+    ([], "playing", ["playing"]), (["playing"], "paused", ["paused"]), (["active", "playing"], "stopped", ["active", "stopped"]),
+    (["active", "playing"], "inactive", ["playing"]), (["stopped"], "inactive", ["stopped", "inactive"]), (["inactive"], "active", []),
+    (["inactive", "stopped"], "active", ["stopped"])])
+def test_the_newest_change_wins_and_the_amplifier_is_never_left_wrong(waiting, event, after):
+    assert [name for name, _ in sb.enqueue([(name, {}) for name in waiting], event, {})] == after
+
+
+def test_an_amplifier_is_told_active_once_and_inactive_after_the_last_playing():
+    amplifier, told = sb.after_change(sb.Amplifier(), PLAYING, 0.0, 10.0)
+    assert told and amplifier == sb.Amplifier(True)
+    assert sb.after_change(amplifier, PLAYING, 1.0, 10.0) == (amplifier, False)
+    amplifier, told = sb.after_change(amplifier, PAUSED, 2.0, 10.0)
+    assert not told and amplifier.off_at == 12.0
+    assert sb.after_change(amplifier, STOPPED, 5.0, 10.0)[0].off_at == 12.0       # nothing has played since 2.0
+    assert sb.after_change(amplifier, PLAYING, 11.0, 10.0) == (sb.Amplifier(True), False)
+    assert sb.after_change(sb.Amplifier(), PAUSED, 0.0, 10.0) == (sb.Amplifier(), False)
+
+
+# === Page ===
+
+def test_every_foreign_string_of_the_page_is_escaped():
+    change = sb.Change(PLAYING, STOPPED, sb.parse_item(EVIL), 0, "<b>", "m1", "<i>")
+    seen = sb.Glance(((1.0, "<u>x"),), ((1, "<s>y", "no_match"),))
+    said = sb.page(status_of(sb.replace(known_player(item=EVIL), player_title="<h6>", outage=Outage("x", "<em>")), changes=((1.0, change),), has_server=True),
+                   1.0, "http://x/<q>", True, "N", True, seen)
+    assert "alert(1)" in said and not re.search(r"<script>|<img src=x|<b>\)|<h6>|<em>|<u>|<s>|<q>|<i>", said)
+    assert said.count("<script") == 1 and not re.search(r"(src|href)=.?(https?:|//)", said)
+
+
 def test_the_upper_half_touches_nothing():
     upper = PROGRAM.read_text(encoding="utf-8").partition("below this line")[0].partition("VERSION =")[2]
     for world in ("time.", "open(", "socket", "threading", "os.", "sys.", "log.", "print(", "queue", "environ"):
@@ -2243,7 +2334,7 @@ def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(tmp_
         assert [send(daemon, event="media.rate", query=query) for query in (
             f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
             f"?tok={new}", "?token=%ff", "?" + "token=a&" * 900)] == [200] * 5 + [401] * 6
-        for path, expected in (("/", 401), ("/nothing", 401), ("/healthz", 200), (f"/?token={new}", 404)):
+        for path, expected in (("/", 401), ("/nothing", 401), ("/healthz", 200), (f"/?token={new}", 200), (f"/x?token={new}", 404)):
             connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=10)
             connection.request("GET", path)
             assert connection.getresponse().status == expected
@@ -2675,7 +2766,8 @@ POST = f"POST /webhooks/plex HTTP/1.1\nHost: x\nContent-Type: {MULTIPART}\n"
     pytest.param(post(payload(), "application/json"), 200, b"", id="JSON"),
     pytest.param(raw(POST + CHUNKED, chunked(BODY, 100)), 200, b"", id="chunked"),
     pytest.param(raw(POST + CHUNKED, chunked(BODY, 7, b";x=y", b"A: b\r\n")), 200, b"", id="chunk extensions and trailers"),
-    pytest.param(raw("GET /healthz HTTP/1.1\nHost: x\n"), 200, b'{"status": "ok", "version": "%s"}\n' % sb.VERSION.encode(), id="healthz"),
+    pytest.param(raw("GET /healthz HTTP/1.1\nHost: x\n"), 200,
+                 b'{"status": "ok", "version": "%s", "reasons": [], "degraded": []}\n' % sb.VERSION.encode(), id="healthz"),
     pytest.param(raw("HEAD /healthz HTTP/1.1\nHost: x\n"), 200, b"", id="HEAD"),
     pytest.param(raw("GET /healthz HTTP/1.0\n"), 200, None, id="HTTP/1.0"),
     pytest.param(post(b"{}", "application/json"), 400, b"The payload is not a Plex webhook: it names no event.\n", id="no webhook"),
@@ -2690,9 +2782,9 @@ POST = f"POST /webhooks/plex HTTP/1.1\nHost: x\nContent-Type: {MULTIPART}\n"
     pytest.param(raw(POST + CHUNKED, b"-1\r\n"), 400, b"A chunk of the body has no size.\n", id="a chunk without size"),
     pytest.param(raw(POST + CHUNKED, b"0\r\n" + b"A: b\r\n" * 101), 400, b"The chunked body has too many trailers.\n", id="trailers"),
     pytest.param(raw(POST + CHUNKED, b"fffffff\r\n"), 413, b"The body is larger than 8388608 bytes.\n", id="chunks too large"),
-    pytest.param(post(path="/"), 404, HELP, id="/"),
+    pytest.param(post(path="/"), 405, b"Only GET, HEAD is answered here.\n", id="/"),
     pytest.param(post(path="/webhooks/plex/"), 404, HELP, id="a slash too many"),
-    pytest.param(raw("GET /metrics HTTP/1.1\nHost: x\n"), 404, HELP, id="not yet"),
+    pytest.param(raw("GET /metric HTTP/1.1\nHost: x\n"), 404, HELP, id="metric"),
     pytest.param(raw("GET /webhooks/plex HTTP/1.1\nHost: x\n"), 405, b"Only POST is answered here.\n", id="GET"),
     pytest.param(post(method="PUT"), 405, b"Only POST is answered here.\n", id="PUT"),
     pytest.param(post(method="FROB"), 405, b"Only POST is answered here.\n", id="a method unheard of"),
@@ -2911,6 +3003,281 @@ def test_it_listens_on_ipv4_and_ipv6(host, addresses):
     assert not thread.is_alive()
 
 
+# === Board, page and figures over HTTP ===
+
+def get(listener, path="/", head=""):
+    """Status and body of a GET."""
+    answer = exchange(listener, raw(f"GET {path} HTTP/1.1\nHost: pi.lan:3001\n{head}"))
+    return status(answer), answer.partition(b"\r\n\r\n")[2].decode()
+
+
+def publish(listener, state=PLAYING, item=SONG, changes=0, **fields):
+    change = sb.Change(state, STOPPED, sb.parse_item(item), 0, "Living Room", "m1", "webhook")
+    listener.board.publish(status_of(known_player(state, item), **fields), [change] * changes)
+
+
+def test_the_page_shows_what_plays_and_no_secret(listener, tmp_path):
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef")
+    file.chmod(0o600)
+    listener.gate.secret = sb.SecretFile("-webhook-secret-file", str(file), 2)
+    publish(listener)
+    assert get(listener)[0] == 401
+    code, said = get(listener, "/?token=0123456789abcdef")
+    assert code == 200 and "Karma Police" in said and "http://pi.lan:3001/webhooks/plex" in said and "0123456789abcdef" not in said
+    answer = exchange(listener, raw("GET /?token=0123456789abcdef HTTP/1.1\nHost: x\n"))
+    assert b"\r\nContent-Security-Policy: default-src 'none'; " in answer and b"unsafe" not in answer
+
+
+@pytest.mark.parametrize("host", ["localhost:3001", "127.0.0.1", "[::1]:3001", "evil\"><script>", "a b", ""])
+def test_the_url_to_paste_is_never_localhost_nor_what_a_stranger_says(listener, host):
+    said = exchange(listener, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()).decode()
+    url = re.search('data-plain="([^"]*)"', said)[1]
+    assert re.fullmatch(rf"http://[\w.-]+:{listener.port}/webhooks/plex", url) and "localhost" not in url and "//127." not in url
+
+
+def test_now_and_figures_are_served(listener):
+    publish(listener, has_server=True, looks={"ok": 1})
+    code, said = get(listener, "/now")
+    assert code == 200 and json.loads(said)["title"] == "Karma Police"
+    code, said = get(listener, "/metrics")
+    assert code == 200 and "\nplex_up 1\n" in "\n" + said
+
+
+def test_a_stalled_main_loop_and_a_tracker_that_is_gone_are_503(listener, tmp_path):
+    listener.board.busy_since = time.monotonic() - 60
+    listener.tracker_db = str(tmp_path / "gone.db")
+    code, said = get(listener, "/healthz")
+    assert code == 503 and [reason.split(" ")[0] for reason in json.loads(said)["reasons"]] == ["-tracker-db:", "the"]
+
+
+def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener, token_file):
+    jpeg = b"\xff\xd8\xff" + b"x" * 1000
+    asked = []
+
+    def answer(connection):
+        asked.append(1)
+        http_answer(jpeg)(connection)
+    assert get(listener, "/cover")[0] == 404
+    publish(listener)
+    assert get(listener, "/cover")[0] == 404
+    with RawServer(answer) as server:
+        listener.covers = sb.Covers(sb.PlexServer(server.url, secret_file(token_file).first))
+        publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
+        for _ in range(2):
+            assert exchange(listener, raw("GET /cover?key=101 HTTP/1.1\nHost: x\n")).endswith(jpeg)
+        assert len(asked) == 1 and server.requests[0].startswith(b"GET /library/metadata/1/thumb/2 HTTP/1.1\r\n")
+        listener.thumb = ("101", b"\xff\xd8\xffwebhook")
+        assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"webhook")
+
+
+@pytest.mark.parametrize("thumb", ["@evil.example/x", "//evil.example/x", "http://evil.example/", "/library/../x?y", "/library/x y", 7, None, "/photo/:/transcode"])
+def test_no_token_goes_where_a_thumb_should_not_point(thumb):
+    assert sb.parse_item({**SONG, "thumb": thumb}).thumb == ""
+
+
+def events(listener):
+    """An open /events, after its first comment."""
+    connection = connect(listener)
+    connection.sendall(raw("GET /events HTTP/1.1\nHost: x\n"))
+    head = b""
+    while b": StreamerBrainz\n\n" not in head:
+        head += connection.recv(65536)
+    assert b"Content-Type: text/event-stream" in head
+    return connection
+
+
+def test_events_come_as_they_are_reported_and_sixteen_may_listen(listener):
+    streams = [events(listener) for _ in range(sb.MAX_STREAMS)]
+    assert get(listener, "/events")[0] == 503 and get(listener, "/now")[0] == 200
+    publish(listener, changes=1)
+    for stream in streams:
+        event = stream.recv(65536).decode()
+        assert event.startswith("event: change\ndata: {") and json.loads(event.splitlines()[1][6:])["title"] == "Karma Police"
+        stream.close()
+    eventually(lambda: (publish(listener, changes=1), not listener.board.streams)[1])      # they are gone, and their room is free
+    events(listener).close()
+
+
+def test_a_listener_to_events_that_does_not_read_is_dropped(listener, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.3)
+    stream = events(listener)
+    huge = {**SONG, "title": "x" * 400, "parentTitle": "y" * 400}
+    for _ in range(2000):
+        publish(listener, item=huge, changes=5)
+        if not listener.board.streams:
+            break
+        time.sleep(0.001)
+    eventually(lambda: not listener.board.streams)
+    stream.close()
+
+
+def test_events_are_kept_alive(listener, monkeypatch):
+    monkeypatch.setattr(sb, "EVENT_ALIVE_S", 0.05)
+    stream = events(listener)
+    assert stream.recv(100).startswith(b": alive\n\n")
+    stream.close()
+
+
+def test_doctors_webhook_arrives_and_changes_nothing(listener):
+    content_type, body = sb.encode_webhook(json.dumps({"event": sb.TEST_EVENT}).encode())
+    answer = exchange(listener, post(body, content_type))
+    assert status(answer) == 200 and answer.endswith(b"streamerbrainz.test has arrived\n") and listener.inbox.empty()
+
+
+def test_a_change_is_on_the_page_within_a_fifth_of_a_second_in_a_real_browser(plex, token_file, lines, monkeypatch):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    asked, show_page, shown = [], sb.Handler.show_page, threading.Event()
+
+    def noting(self):
+        show_page(self)
+        asked.append((time.monotonic(), self.server.board.status.player.item.title if self.server.board.status.player.item else ""))
+    monkeypatch.setattr(sb.Handler, "show_page", noting)
+    monkeypatch.setattr(sb.Handler, "show_cover", lambda self: (shown.wait(20), self.answer(404)))      # until it comes the page is not complete
+    plex.turn(PLAYING, {key: str(value) for key, value in {**EVIL, "thumb": "/library/metadata/1/thumb/2"}.items()})
+    with Running(plex, token_file, poll=0.2) as daemon:
+        eventually(lambda: daemon.listener.board.status.player and daemon.listener.board.status.player.item)
+        browser = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--timeout=20000", "--dump-dom",
+                                    f"http://127.0.0.1:{daemon.listener.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            eventually(lambda: daemon.listener.board.streams, 30)
+            before = len(asked)
+            plex.turn(PLAYING, {key: str(value) for key, value in OTHER.items()})
+            daemon.send("media.play", {key: str(value) for key, value in OTHER.items()})
+            eventually(lambda: daemon.watcher.players["m1"].plays("102"))
+            changed = time.monotonic()
+            eventually(lambda: len(asked) > before)
+            assert asked[before][0] - changed < 0.2 and asked[before][1] == "No Surprises"
+            time.sleep(0.3)                                         # for the browser to lay it out: it does not tell
+            shown.set()
+            dom = browser.communicate(timeout=40)[0]
+        finally:
+            browser.kill()
+    assert "<h1>No Surprises</h1>" in dom and "alert(1)&lt;/script&gt;" in dom
+    assert '<button id="copy">' in dom                              # the script ran: it is no longer hidden
+
+
+# === Hooks ===
+
+def written(file):
+    return file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+@pytest.fixture
+def hook(tmp_path):
+    """A hook that appends $PLAYER_EVENT $NAME to a file; its command line, and the file."""
+    script, file = tmp_path / "hook", tmp_path / "called"
+    script.write_text(f'#!/bin/sh\necho "$PLAYER_EVENT $NAME" >> {file}\n')
+    script.chmod(0o755)
+    return str(script), file
+
+
+@contextlib.contextmanager
+def hooking(command, active_timeout_s=10.0):
+    hooks = sb.Hooks(sb.hook_command(command), active_timeout_s)
+    threading.Thread(target=hooks.run, daemon=True).start()
+    yield hooks
+
+
+def changed(state=PLAYING, old=STOPPED, item=SONG):
+    return sb.Change(state, old, sb.parse_item(item), 0, "Living Room", "m1", "webhook")
+
+
+def test_a_hook_is_run_for_each_change_in_order_and_switches_an_amplifier(hook):
+    command, file = hook
+    with hooking(command, 0.5) as hooks:
+        for n, change in enumerate((changed(), changed(PLAYING, PLAYING, OTHER), changed(PAUSED, PLAYING, OTHER), changed(STOPPED, PAUSED, OTHER)), 2):
+            hooks.inbox.put(change)
+            eventually(lambda n=n: len(written(file)) == n)
+        assert written(file) == ["active Karma Police", "playing Karma Police", "track_changed No Surprises", "paused No Surprises",
+                                 "stopped No Surprises"]
+        eventually(lambda: written(file)[-1] == "inactive No Surprises")
+        hooks.inbox.put(changed())
+        eventually(lambda: written(file)[-2:] == ["active Karma Police", "playing Karma Police"])
+
+
+def test_a_hook_starts_within_20_ms_in_the_median(hook):
+    command, _ = hook
+    times = []
+    for _ in range(9):
+        start = time.monotonic()
+        assert sb.run_hook([command], dict(os.environ))[0] == 0
+        times.append(time.monotonic() - start)
+    assert sorted(times)[4] < 0.1                                   # 0.005 on a quiet machine, its whole run
+
+
+def test_a_slow_hook_delays_nobody_and_the_newest_change_wins(tmp_path):
+    script, file = tmp_path / "slow", tmp_path / "called"
+    script.write_text(f'#!/bin/sh\necho "$PLAYER_EVENT $NAME" >> {file}\nsleep 0.4\n')
+    script.chmod(0o755)
+    with hooking(str(script)) as hooks:
+        hooks.inbox.put(changed())
+        eventually(lambda: written(file))
+        for state, old in ((PAUSED, PLAYING), (PLAYING, PAUSED), (STOPPED, PLAYING)):
+            hooks.inbox.put(changed(state, old))
+        eventually(lambda: written(file) == ["active Karma Police", "stopped Karma Police"])
+
+
+def test_a_hook_that_fails_is_a_warning_with_its_status_and_output(tmp_path, lines):
+    script = tmp_path / "fails"
+    script.write_text("#!/bin/sh\necho no such relay >&2\nexit 3\n")
+    script.chmod(0o755)
+    with hooking(str(script)) as hooks:
+        hooks.inbox.put(changed())
+        eventually(lambda: '<4>the -on-event command failed event=playing status=3 output="no such relay"' in lines)
+        script.unlink()
+        hooks.inbox.put(changed(PAUSED, PLAYING))
+        eventually(lambda: any("could not be started (No such file or directory) event=paused" in line for line in lines))
+
+
+def test_a_hook_that_takes_too_long_is_ended_with_its_whole_group(tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(sb, "HOOK_S", 0.3)
+    monkeypatch.setattr(sb, "HOOK_GRACE_S", 0.2)
+    script, file = tmp_path / "hangs", tmp_path / "pids"
+    script.write_text(f"#!/bin/sh\ntrap '' TERM\nsleep 60 &\necho $! $$ > {file}\nwhile :; do sleep 60; done\n")
+    script.chmod(0o755)
+    assert sb.run_hook([str(script)], {})[0] is None
+    for pid in written(file)[0].split():
+        eventually(lambda pid=pid: not os.path.exists(f"/proc/{pid}") or " Z " in pathlib.Path(f"/proc/{pid}/stat").read_text())
+
+
+def test_a_hook_with_a_flood_of_output_is_read_and_bounded():
+    code, output = sb.run_hook(["/bin/sh", "-c", "head -c 10000000 /dev/zero; exit 7"], {})
+    assert code == 7 and len(output) == sb.MAX_OUTPUT
+    assert sb.run_hook(["/bin/sh", "-c", "kill -9 $$"], {})[0] == 137
+
+
+def test_a_hook_has_no_signal_blocked_and_nothing_of_systemds():
+    environment = {"NOTIFY_SOCKET": "/x", "CREDENTIALS_DIRECTORY": "/y"}
+    script = ("import signal,sys,os; sys.path.insert(0, sys.argv[1]); import streamerbrainz as sb; signal.pthread_sigmask(signal.SIG_BLOCK, sb.SIGNALS); "
+              "print(sb.run_hook(['/bin/sh', '-c', 'grep SigBlk /proc/$$/status; env'], {'A': 'b'})[1].decode())")
+    said = subprocess.run([sys.executable, "-c", script, HERE], capture_output=True, text=True, timeout=20, env={**os.environ, **environment}).stdout
+    assert "SigBlk:\t0000000000000000" in said and "A=b" in said and "NOTIFY_SOCKET" not in said and "CREDENTIALS_DIRECTORY" not in said
+
+
+@pytest.mark.parametrize("command, sentence", [
+    ("/no/such/thing x", "-on-event: /no/such/thing is missing or not executable; give its whole path, and chmod +x it."),
+    ("/etc/passwd", "-on-event: /etc/passwd is missing or not executable; give its whole path, and chmod +x it."),
+    ("'x", "-on-event: 'x has a quote without its end; put both or none."), (" ", "-on-event: the command is missing or not executable; "
+                                                                             "give its whole path, and chmod +x it.")])
+def test_a_hook_that_cannot_run_is_told_at_the_start(command, sentence):
+    with pytest.raises(sb.ConfigError, match=f"^{re.escape(sentence)}$"):
+        sb.hook_command(command)
+    with Process("-on-event", command) as daemon:
+        assert daemon.process.wait(10) == 2
+
+
+def test_a_hook_is_tried_by_hand(hook, capsys):
+    command, file = hook
+    status, out, _ = run_main(capsys, "hook", "track_changed", "-on-event", command)
+    assert status == 0 and out.splitlines()[0] == command and "    PLAYER_EVENT=track_changed\n" in out and out.endswith("exit status 0\n")
+    assert written(file) == ["track_changed Karma Police"]
+    status, out, err = run_main(capsys, "hook", "frob", "-on-event", command)
+    assert status == 2 and "name one event of playing, paused, stopped, track_changed, active, inactive" in err
+
+
 # === systemd ===
 
 def test_systemd_is_told_and_a_manager_that_is_gone_is_no_error(tmp_path):
@@ -2941,7 +3308,7 @@ class Running:
         config = sb.Config(plex_machine_id=machine_id, poll_interval_s=poll)
         self.listener = sb.Listener("127.0.0.1", 0, self.inbox, machine_id)
         server = sb.PlexServer(plex.url, secret_file(token_file).first) if token_file else None
-        self.watcher = sb.Watcher(config, self.inbox, server, sb.Systemd(environ or {}))
+        self.watcher = sb.Watcher(config, self.inbox, server, sb.Systemd(environ or {}), self.listener.board)
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self.listener.serve, self.watcher.run)]
 
     def __enter__(self):
@@ -3088,7 +3455,7 @@ def test_missing_webhooks_are_a_warning_that_names_leg_and_causes_in_order(lines
     watcher.report(sb.WebhooksBack(7))
     assert lines == ["<4>webhooks do not arrive: 3 changes in a row came without one. The Plex server cannot reach the URL, or the "
                      "account's webhooks do not have it, or there is no Plex Pass (then all is well: the other witnesses tell). "
-                     "See README, Troubleshooting, or `streamerbrainz.py doctor` where your version has it", "<6>webhooks arrive again, after 7 that were missed"]
+                     "`streamerbrainz.py doctor` finds out", "<6>webhooks arrive again, after 7 that were missed"]
 
 
 def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_path):
@@ -3120,7 +3487,8 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 
 def test_the_defaults_are_those_of_the_contract():
     assert config() == sb.Config(
-        "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 90, True, False, "", "", "info", "text", False, "", "", 20, 1.0)
+        "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 10.0, "", 90, True, False, "", "", "info", "text", False, "", "", 20,
+        0.0, 1.0)
     assert config().webhooks_a_minute == 0
     assert config("-webhook-secret-file", "f").webhooks_a_minute == config("-tracker-db", "f").webhooks_a_minute == 100
     assert config("-tracker-db", "f", "-rate-limit", "0").webhooks_a_minute == 0
@@ -3141,7 +3509,7 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("frob", "there is no command frob; the commands are run, players, tracker, secret, demo."),
+    ("frob", "there is no command frob; the commands are run, players, doctor, tracker, secret, hook, demo."),
     ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
     ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
     ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
@@ -3373,6 +3741,181 @@ def test_players_asks_for_the_token_on_a_terminal(capsys, plex, monkeypatch):
     assert run_main(capsys, "players", plex.url) == (2, "", "streamerbrainz: players: a token is one word of plain characters.\n")
 
 
+# === Doctor ===
+
+class Healthy(Library):
+    """A server, plex.tv and a daemon where all is well; a test breaks one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = {"friendlyName": "nas", "ownerFeatures": "pass,webhooks", "myPlexSigninState": "ok"}
+        self.answers |= {"/": lambda query: self.root, "/status/sessions": {"Metadata": []},
+                         "/:/prefs": {"Setting": [{"id": "webHooksEnabled", "value": True}]}, "/diagnostics/logs": 404,
+                         "/api/v2/user/webhooks": lambda query: self.urls}
+        self.urls = []
+
+    def encode(self, fields):
+        return json.dumps(fields).encode() if isinstance(fields, list) else fields if isinstance(fields, bytes) else super().encode(fields)
+
+
+PLAYS = b'<MediaContainer size="1"><Track sessionKey="7" ratingKey="101" title="x"><Player machineIdentifier="%b" title="Living Room" state="playing"/></Track></MediaContainer>'
+
+
+@pytest.fixture
+def sick(tmp_path, token_file, monkeypatch):
+    """Examine a set-up: findings by check, after what a test breaks in it."""
+    with Healthy() as server, contextlib.ExitStack() as stack:
+        monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", server.url)
+        secret = tmp_path / "secret"
+        secret.write_text("0123456789abcdef")
+        secret.chmod(0o600)
+        daemon = stack.enter_context(Process("-webhook-secret-file", secret))
+
+        def examine(*words):
+            done = subprocess.run([sys.executable, "-W", "error", PROGRAM, "doctor", "-json", *map(str, server_flags(server, token_file)),
+                                   *map(str, words), "-webhooks-port", str(daemon.port), "-webhook-secret-file", secret, "-webhooks-host", "127.0.0.1"],
+                                  capture_output=True, text=True, timeout=60)
+            assert done.stderr == "" and done.returncode in (0, 1), done
+            found = json.loads(done.stdout)
+            assert done.returncode == any(each["status"] == "FAIL" for each in found["findings"])
+            assert TOKEN not in done.stdout and "0123456789abcdef" not in done.stdout
+            assert all(each["remedy"] for each in found["findings"] if each["status"] == "FAIL")
+            return found
+        server.port, server.daemon, server.secret, server.examine, server.token_file = daemon.port, daemon, secret, examine, token_file
+        server.answers["/status/sessions"] = PLAYS % b"m1"
+        server.urls = [{"url": f"http://127.0.0.1:{daemon.port}/webhooks/plex?token=0123456789abcdef"}]
+        yield server
+
+
+def failed(found):
+    return {each["check"]: each["evidence"] for each in found["findings"] if each["status"] == "FAIL"}
+
+
+def test_a_healthy_set_up_has_no_fail(sick):
+    found = sick.examine()
+    assert failed(found) == {} and found["causes"] == []
+    assert {each["check"] for each in found["findings"] if each["status"] == "ok"} >= {
+        "flags", "-plex-token-file", "-webhook-secret-file", "server", "clock", "token", "Plex Pass", "signed in", "webhooks switch", "player",
+        "webhook in the account", "daemon", "test webhook"}
+
+
+def url(sick, **parts):
+    fields = {"scheme": "http", "host": "127.0.0.1", "port": sick.port, "path": "/webhooks/plex", "secret": "0123456789abcdef", **parts}
+    sick.urls = [{"url": "{scheme}://{host}:{port}{path}?token={secret}".format_map(fields)}]
+
+
+BROKEN = [
+    ("token", "refuses the token (401)", lambda sick: sick.answers.update({"/": 401})),
+    ("token", "(403)", lambda sick: sick.answers.update({"/status/sessions": 403})),
+    ("Plex Pass", "the owner's features have no webhooks: none is ever sent", lambda sick: sick.root.update(ownerFeatures="lyrics,sync")),
+    ("signed in", "the server is not signed in to plex.tv (none)", lambda sick: sick.root.update(myPlexSigninState="none")),
+    ("webhooks switch", "webhooks are off in the server's settings", lambda sick: sick.answers.update(
+        {"/:/prefs": {"Setting": [{"id": "webHooksEnabled", "value": False}]}})),
+    ("player", "m1 has no session, but others have: Living Room is m2", lambda sick: sick.answers.update({"/status/sessions": PLAYS % b"m2"})),
+    ("player", "Living Room has another identifier now: M1, not m1", lambda sick: sick.answers.update({"/status/sessions": PLAYS % b"M1"})),
+    ("webhook in the account", "the account has no webhook at all", lambda sick: sick.urls.clear()),
+    ("webhook in the account", "the port is 1, not", lambda sick: url(sick, port=1)),
+    ("webhook in the account", "the path is /plex, not /webhooks/plex", lambda sick: url(sick, path="/plex")),
+    ("webhook in the account", "the secret is another one", lambda sick: url(sick, secret="wrong")),
+    ("webhook in the account", "the secret is missing", lambda sick: url(sick, secret="")),
+    ("webhook in the account", "it is https, and StreamerBrainz speaks http", lambda sick: url(sick, scheme="https")),
+    ("webhook in the account", "has no address (a container's name?)", lambda sick: url(sick, host="streamerbrainz.invalid")),
+    ("webhook in the account", "the host 192.0.2.77 is not this machine", lambda sick: url(sick, host="192.0.2.77")),
+    ("-plex-token-file", "others can read", lambda sick: sick.token_file.chmod(0o644)),
+    ("-plex-token-file", "is empty, or no regular file", lambda sick: sick.token_file.write_text("")),
+    ("-plex-token-file", "holds more than a Plex token", lambda sick: sick.token_file.write_text("a\nb")),
+    ("webhooks so far", "refused: 1 with 401", lambda sick: send(sick.daemon, query="?token=x")),
+    ("webhooks so far", "refused: 1 with 413", lambda sick: exchange(sick.daemon, post(length=10 ** 8, path="/webhooks/plex?token=0123456789abcdef"))),
+    ("daemon", "nothing listens on port", lambda sick: (sick.daemon.process.kill(), sick.daemon.process.wait(5)))]
+
+
+@pytest.mark.parametrize("check, evidence, break_it", BROKEN)
+def test_each_thing_that_is_broken_is_found(sick, check, evidence, break_it):
+    break_it(sick)
+    if check == "webhooks so far":
+        time.sleep(0.1)
+    found = failed(sick.examine())
+    assert evidence in found.get(check, ""), found
+
+
+def test_a_server_that_does_not_answer_skips_what_needs_it(sick):
+    sick.server.shutdown()
+    sick.server.server_close()
+    found = sick.examine()
+    assert "cannot be reached: Connection refused" in failed(found)["server"]
+    assert {each["check"] for each in found["findings"] if each["status"] == "skip"} >= {"token", "player", "webhook in the account", "server's log"}
+
+
+def test_a_container_that_calls_localhost_is_told_the_address_to_use(monkeypatch):
+    checks = sb.Doctor(sb.Config(plex_server_url="http://192.0.2.9:32400", webhooks_port=3001))
+    said, = checks.differences("http://localhost:3001/webhooks/plex")
+    assert said.startswith("localhost is the server itself there; the address of this machine is ")
+    assert sb.Doctor(sb.Config(plex_server_url="http://127.0.0.1:32400")).differences("http://localhost:3001/webhooks/plex") == []
+
+
+@pytest.mark.parametrize("off_s, status", [(0, "ok"), (3600, "FAIL"), (-3600, "FAIL")])
+def test_clocks_are_compared(off_s, status):
+    checks = sb.Doctor(sb.Config())
+    assert checks.clock(sb.email.utils.formatdate(time.time() + off_s, usegmt=True)).status == status
+    assert checks.clock("nonsense").status == "skip"
+
+
+def test_the_servers_own_log_tells_of_failed_deliveries(sick):
+    import io
+    import zipfile
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as logs:
+        logs.writestr("Plex Media Server.log", "x\nWARN - Webhook: Error delivering payload to http://pi/?token=0123456789abcdef: 408\n")
+    sick.answers["/diagnostics/logs"] = buffer.getvalue()
+    said = failed(sick.examine())["server's log"]
+    assert said.startswith("1 deliveries failed; the last: WARN - Webhook: Error delivering payload to http://pi/?token=...")
+    sick.answers["/diagnostics/logs"] = b"no zip"
+    assert "server's log" not in failed(sick.examine())
+
+
+def test_a_tracker_is_examined_too(sick, database):
+    found = sick.examine("-tracker-db", database)
+    said = {each["check"]: each for each in found["findings"]}["tracker"]
+    assert said["status"] == "ok" and said["evidence"] == "intact, form 1; last webhook: none yet; 0 open conflicts, 0 failed rows"
+    with open(database, "r+b") as file:
+        file.seek(4096 * 3)
+        file.write(b"\xff" * 4096 * 4)
+    assert "damaged" in failed(sick.examine("-tracker-db", database))["tracker"]
+    assert "cannot be opened" in failed(sick.examine("-tracker-db", str(database) + "x"))["tracker"]
+
+
+def test_the_likely_causes_come_best_first_and_lines_fit_80_columns(sick):
+    sick.root.update(ownerFeatures="sync", myPlexSigninState="none")
+    sick.answers["/:/prefs"] = {"Setting": [{"id": "webHooksEnabled", "value": "0"}]}
+    assert [each.split(" ")[0] for each in sick.examine()["causes"]] == ["the", "webhooks", "the"]
+    done = subprocess.run([sys.executable, PROGRAM, "doctor", *map(str, server_flags(sick, sick.token_file)), "-webhooks-port", str(sick.port),
+                           "-webhook-secret-file", sick.secret], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "\x1b" not in done.stdout and "Why webhooks may not arrive, the likeliest first:\n1. Plex Pass: " in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if "http" not in line) <= 80
+    assert "FAIL  Plex Pass: the owner's features have no webhooks: none is ever sent\n      -> get Plex Pass" in done.stdout
+
+
+def test_without_any_configuration_doctor_still_says_what_it_can(monkeypatch):
+    done = subprocess.run([sys.executable, PROGRAM, "doctor", "-webhooks-port", str(free_port())], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "skip  server: no server is configured" in done.stdout and "FAIL  daemon: nothing listens" in done.stdout
+
+
+def test_doctor_watches_the_witnesses(plex, token_file, tmp_path, monkeypatch):
+    with Process("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1") as daemon:
+        process = subprocess.Popen([sys.executable, "-u", PROGRAM, "doctor", "-watch", "4", "-plex-server-url", plex.url, "-plex-token-file", token_file,
+                                    "-plex-machine-id", "m1", "-webhooks-port", str(daemon.port)], stdout=subprocess.PIPE, text=True,
+                                   env={**os.environ, "STREAMERBRAINZ_PLEXTV_URL": "http://127.0.0.1:9"})
+        said = []
+        threading.Thread(target=lambda: said.extend(iter(process.stdout.readline, "")), daemon=True).start()
+        eventually(lambda: "Press play now, on the player.\n" in said, 30)
+        time.sleep(0.6)                                             # its first look: what plays before is no play
+        plex.turn(PLAYING, {key: str(value) for key, value in SONG.items()})
+        assert send(daemon, SONG, "media.play") == 200
+        assert process.wait(30) in (0, 1)
+        eventually(lambda: any(line.startswith("events    saw nothing in 4 s") for line in said))
+    assert any(line.startswith("sessions  saw it ") for line in said) and any(line.startswith("webhook   saw it ") for line in said)
+
+
 # === Demo ===
 
 def test_the_demo_plays_an_evening_in_which_every_line_is_true():
@@ -3401,7 +3944,8 @@ def test_readme_names_each_default_as_the_program_has_it():
     rows = dict(re.findall(r"^\| `-([a-z-]+) \w+` \| `([^`]+)` \|", readme, re.M))
     assert rows == {"webhooks-port": str(defaults.webhooks_port), "poll-interval": f"{defaults.poll_interval_s:g}",
                     "log-level": defaults.log_level, "log-format": defaults.log_format, "speed": f"{defaults.speed:g}",
-                    "tracker-log-days": str(defaults.tracker_log_days), "last": str(defaults.last)}
+                    "tracker-log-days": str(defaults.tracker_log_days), "last": str(defaults.last),
+                    "active-timeout": f"{defaults.active_timeout_s:g}"}
 
 
 def test_readme_shows_the_picture_of_the_docstring():
