@@ -106,9 +106,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 VERSION = "0.1.0"
@@ -203,8 +202,7 @@ WATCH_REST_S = 0.25           # between two looks of `doctor -watch`
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(NamedTuple):
     """What the flags say, checked; made by parse_config()."""
     command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
     words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker, an event for hook
@@ -302,8 +300,7 @@ def mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """What is played, as webhooks and sessions both describe it."""
     type: str = ""                # track, episode, movie, clip, photo, ...
     rating_key: str = ""          # the server's id; hex for video on demand, "" for live TV
@@ -313,7 +310,7 @@ class Item:
     grandparent_title: str = ""   # the album's artist ("Various Artists") or the show
     original_title: str = ""      # the track's own artist, where it differs
     parent_index: int | None = None   # season; None: not said
-    index: int | None = None      # episode or track; None: not said
+    index: int | None = None      # type: ignore[assignment]  # episode or track; None: not said (tuple has one, too)
     duration: int | None = None   # ms; None: not said
     thumb: str = ""               # path of its picture on the server; "": not said
     sample_rate: int | None = None    # Hz; None: not said (webhooks)
@@ -349,8 +346,7 @@ def parse_item(attributes: Mapping[str, Any]) -> Item:
 
 # === Webhook: bytes -> Webhook (parse_webhook) ===
 
-@dataclass(frozen=True, slots=True)
-class Scrobble:
+class Scrobble(NamedTuple):
     """What a finished episode or movie tells besides its Item."""
     show_key: str = ""            # grandparentRatingKey: the show on its server; "": not said
     show_guid: str = ""           # grandparentGuid; "": not said (legacy agents)
@@ -370,8 +366,7 @@ def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
                     item_guids(attributes), number(attributes.get("year")))
 
 
-@dataclass(frozen=True, slots=True)
-class Webhook:
+class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
     event: str                    # media.play, library.new, ...; unknown ones will come
     player_uuid: str = ""         # very probably the player's machineIdentifier; "": of no player
@@ -504,8 +499,7 @@ PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering
 FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(NamedTuple):
     """One item that a player has now, from /status/sessions."""
     session_key: str              # the server's number; it lasts over track changes
     machine_identifier: str       # of the player
@@ -545,7 +539,7 @@ def parse_session_item(element: ElementTree.Element) -> Item:
     """The Item of a session, with what its audio stream tells."""
     item = parse_item(element.attrib)
     audio = element.find("Media/Part/Stream[@streamType='2']")
-    return item if audio is None else replace(item, sample_rate=number(audio.get("samplingRate")),
+    return item if audio is None else item._replace(sample_rate=number(audio.get("samplingRate")),
                                               bit_depth=number(audio.get("bitDepth")))
 
 
@@ -614,8 +608,7 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
 
 # === Notifications: stream lines -> (Notification, ...) (read_events, parse_notifications) ===
 
-@dataclass(frozen=True, slots=True)
-class Notification:
+class Notification(NamedTuple):
     """One `playing` event of the server's event stream: at each change, and about every 10 s while it plays."""
     state: str                    # PLAYING, PAUSED, STOPPED or BUFFERING
     session_key: str              # as in Session
@@ -671,21 +664,18 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
           "media.pause": PAUSED, "media.stop": STOPPED}
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """What /status/sessions showed, of all players."""
     sessions: tuple[Session, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Outage:
+class Outage(NamedTuple):
     """A look that failed."""
     fault: str                    # as in PlexError
     sentence: str                 # as in PlexError
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """The event stream opened, broke after it was open, or could not be opened."""
     event: str                    # opened, broke or failed
     fault: str = ""               # as in PlexError; "": opened
@@ -695,14 +685,12 @@ class Stream:
 Observation = Webhook | Look | Outage | Notification | Stream
 
 
-@dataclass(frozen=True, slots=True)
-class Recovery:
+class Recovery(NamedTuple):
     """The server answers again."""
     after_s: float                # since the first look that failed
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What a webhook or a notification says, until the sessions bear it out or time is up."""
     state: str                    # PLAYING, PAUSED or STOPPED
     identity: str                 # Item.identity; "": not said
@@ -714,16 +702,14 @@ class Claim:
         return state == STOPPED or not same if self.state == STOPPED else state == self.state and same
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(NamedTuple):
     """What is remembered of a session from look to look."""
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
     stale: bool = False           # it stood still beside the one that was chosen: left over, until it moves
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """A change whose webhook has not come yet, or a webhook whose change has not been seen yet."""
     state: str                    # PLAYING, PAUSED or STOPPED
     identity: str                 # Item.identity; "": not said
@@ -734,8 +720,7 @@ class Expected:
         return self.state == other.state and (self.identity == other.identity or "" in (self.identity, other.identity))
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """Whether webhooks arrive, as far as the other witnesses can tell."""
     armed: bool = False           # the first look is over: what it showed had begun before us
     changes: tuple[Expected, ...] = ()    # without their webhook so far
@@ -751,8 +736,7 @@ class Proof:
         return sorted(self.delays_s)[len(self.delays_s) // 2] if self.delays_s else None
 
 
-@dataclass(frozen=True, slots=True)
-class PlayerState:
+class PlayerState(NamedTuple):
     """What is known of one player."""
     machine_identifier: str
     has_server: bool              # its sessions can be asked
@@ -791,8 +775,7 @@ def position_ms(player: PlayerState, at: float) -> int:
     return clamp(player.view_offset + ran_on, player.item)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One change of the player, as it is reported."""
     state: str                    # PLAYING, PAUSED or STOPPED
     old_state: str                # before it
@@ -804,14 +787,12 @@ class Change:
     reason: str = ""              # "frozen": the session is there, but stands still; "": as the state says
 
 
-@dataclass(frozen=True, slots=True)
-class WebhooksMissing:
+class WebhooksMissing(NamedTuple):
     """Changes go by without the webhooks that Plex documents for them."""
     in_a_row: int
 
 
-@dataclass(frozen=True, slots=True)
-class WebhooksBack:
+class WebhooksBack(NamedTuple):
     """Webhooks come again."""
     missed: int                   # in a row, before
 
@@ -824,7 +805,7 @@ def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, to be looked at by then."""
     if player.look_at is not None and player.look_at <= at:
         return player
-    return replace(player, look_at=at, look_why="sessions")
+    return player._replace(look_at=at, look_why="sessions")
 
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
@@ -837,7 +818,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
     if view_offset is None:
         view_offset, moved_at = position_ms(player, at) if same else 0, at
-    player = replace(player, state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+    player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
                      changed_at=at if changed else player.changed_at,
                      previous=player.previous if same or not player.item else player.item.identity,
                      player_title=player_title or player.player_title)
@@ -863,10 +844,10 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
         return player, ()
     ours = webhook.player_uuid == player.machine_identifier
     if ours and CLAIMS.get(webhook.event) == PLAYING:
-        player = replace(player, heard_at=at)
+        player = player._replace(heard_at=at)
     if ours and webhook.event in CLAIMS:
         claim = Claim(CLAIMS[webhook.event], webhook.item.identity if webhook.item else "", "webhook")
-        player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+        player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
     wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
     return look_no_later(player, at + wait_s), ()
 
@@ -881,16 +862,16 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
         if notification.session_key not in {trace.session.session_key for trace in player.traces}:
             return look_no_later(player, at + FOREIGN_S), ()            # whose it is, the sessions know
     if notification.state in (PLAYING, BUFFERING):
-        player = replace(player, heard_at=at)
+        player = player._replace(heard_at=at)
     unnamed = player.item is not None and "" in (notification.rating_key, player.item.rating_key)      # live TV
     same, state = unnamed or player.plays(notification.rating_key), TRANSITIONS[player.state, notification.state]
     if state in (player.state, None) and (same or state == STOPPED):
         if same and notification.view_offset is not None:
-            player = replace(player, view_offset=clamp(notification.view_offset, player.item), moved_at=at)
+            player = player._replace(view_offset=clamp(notification.view_offset, player.item), moved_at=at)
         return player, ()
     disputed = player.claim is not None and player.claim.by == "events"   # the next look is due, soon enough
     claim = Claim(state or PAUSED, notification.rating_key, "events")
-    player = replace(player, claim=claim, looks=player.looks if player.outage else 0)
+    player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
     if disputed and player.look_at is not None:
         return player, ()
     return look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0)), ()
@@ -905,7 +886,7 @@ def follow(trace: Trace | None, session: Session, at: float) -> Trace:
     """A session's trace with what this look shows of it."""
     before = trace and (trace.session.state, trace.session.view_offset)
     if trace and before == (session.state, session.view_offset):
-        return replace(trace, session=session)
+        return trace._replace(session=session)
     return Trace(session, at)
 
 
@@ -923,16 +904,16 @@ def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
     if chosen is None or trace.session is chosen or chosen.item.type == "photo":
         return trace
     still = trace.session.state == PAUSED or (trace.session.can_freeze and trace.since < at)
-    return replace(trace, stale=True) if still else trace
+    return trace._replace(stale=True) if still else trace
 
 
 def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerState:
     """When to look again after a look that went well."""
     claim, met = player.claim, player.claim is None or player.claim.met_by(player.state, player.item)
     if not met and player.looks < len(RELOOK_S):
-        return replace(player, look_at=at + RELOOK_S[player.looks], look_why="sessions", looks=player.looks + 1)
+        return player._replace(look_at=at + RELOOK_S[player.looks], look_why="sessions", looks=player.looks + 1)
     slow = at + player.poll_interval_s if player.poll_interval_s else None
-    player = replace(player, claim=None, looks=0, look_at=slow, look_why="poll")
+    player = player._replace(claim=None, looks=0, look_at=slow, look_why="poll")
     if claim and met:
         player = look_no_later(player, at + CONFIRM_S)
     if slow and chosen and chosen.session.can_freeze and chosen.since < at:
@@ -947,7 +928,7 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     reports: tuple[Report, ...] = ()
     if player.outage:
         reports = (Recovery(at - player.outage_at),)
-        player = replace(player, outage=None, looks=0)
+        player = player._replace(outage=None, looks=0)
     known = {trace.session.key: trace for trace in player.traces}
     traces = [follow(known.get(session.key), session, at)
               for session in look.sessions if session.machine_identifier == player.machine_identifier]
@@ -968,7 +949,7 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
         by = claim.by if claim and claim.state == STOPPED else by
         player, changes = become(player, STOPPED, player.item, None, at, at, "", by)
     keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
-    player = replace(player, foreign_keys=keys, traces=tuple(outlast(trace, session, at) for trace in traces))
+    player = player._replace(foreign_keys=keys, traces=tuple(outlast(trace, session, at) for trace in traces))
     return schedule(player, chosen, at), reports + changes
 
 
@@ -978,7 +959,7 @@ def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
     wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(looks - 1, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
     since = player.outage_at if player.outage else at
-    return replace(player, outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
+    return player._replace(outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
 
 
 def documented(change: Change, before: PlayerState) -> bool:
@@ -1023,7 +1004,7 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
                   proof.arrived + len(delays_s), proof.missed + missed, in_a_row,
                   (*proof.delays_s, *delays_s)[-MAX_EARLY:])
-    return replace(player, proof=proof), news
+    return player._replace(proof=proof), news
 
 
 def advance(player: PlayerState, observation: Observation, at: float) -> Verdict:
@@ -1074,8 +1055,7 @@ _GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|
                    r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Ids:
+class Ids(NamedTuple):
     """What a show or movie is in other databases; None: not known."""
     tmdb_id: int | None = None
     tvdb_id: int | None = None
@@ -1119,8 +1099,7 @@ def normal(title: str) -> str:
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title.strip()
 
 
-@dataclass(frozen=True, slots=True)
-class Title:
+class Title(NamedTuple):
     """A show's title, taken apart."""
     normal: str                   # case, accents, punctuation and a leading article aside
     year: int | None              # of "(2009)"
@@ -1155,8 +1134,7 @@ def similarity(one: str, two: str) -> float:
     return len(a & b) / len(a | b) if a or b else float(one == two)
 
 
-@dataclass(frozen=True, slots=True)
-class Show:
+class Show(NamedTuple):
     """A show or movie, in the tracker or as a server tells of it."""
     type: str                     # EPISODE: a show; MOVIE
     title: str
@@ -1166,24 +1144,21 @@ class Show:
     own_year: bool = True         # False: the year may be the season's or the episode's
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The show that is meant."""
     show_id: int                  # the tracker's; 0: one that a person chose to ignore
     by: str                       # mapping, tmdb_id, tvdb_id, imdb_id, title; new: it was added
     confidence: float             # 0 to 1
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A show that may be meant."""
     show: Show
     score: float                  # 0 to 1
     year: int                     # how well the years agree: 1 within one, 0 possible, -1 not
 
 
-@dataclass(frozen=True, slots=True)
-class Conflict:
+class Conflict(NamedTuple):
     """No one show is meant for certain."""
     kind: str                     # multiple_matches, ambiguous, no_match
     candidates: tuple[Candidate, ...] = ()
@@ -1245,7 +1220,7 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
 def candidates_of(show: Show, known: Show | None) -> tuple[Candidate, ...]:
     """One show, as what may be meant."""
     found = candidate(show, known) if known else None
-    return (replace(found, score=min(found.score, TAKEN_ABOVE)),) if found else ()
+    return (found._replace(score=min(found.score, TAKEN_ABOVE)),) if found else ()
 
 
 # === Watching: Webhook -> Entry, Outcome (first_outcome) ===
@@ -1253,8 +1228,7 @@ def candidates_of(show: Show, known: Show | None) -> tuple[Candidate, ...]:
 SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A row of the tracker's journal: a webhook, or a play that only the server's history told of."""
     received_at: float            # Unix s; of a play from the history: when it was viewed
     event: str                    # the webhook's; HISTORY
@@ -1313,8 +1287,7 @@ class Entry:
 SCROBBLE, HISTORY = "media.scrobble", "history"       # the event of a webhook; of a play that none told
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of an entry."""
     status: str                   # SUCCESS, FAILED, IGNORED, DUPLICATE
     action: str                   # as in the contract: marked_watched, conflict_created, ...
@@ -1361,7 +1334,7 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
     item, account = parse_item(fields), text(fields.get("accountID"))
     key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
     entry = Entry(float(number(fields.get("viewedAt")) or 0), HISTORY, server, account, "", item,
-                  replace(parse_scrobble(fields), show_key=key))
+                  parse_scrobble(fields)._replace(show_key=key))
     wrong = item.type not in (EPISODE, MOVIE) or not item.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and account not in accounts) else entry
 
@@ -1550,8 +1523,7 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 
 # === Status: what the daemon knows -> JSON, page, metrics, hook environment ===
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What the Watcher knows; it publishes a new one after each change of it."""
     player: PlayerState | None = None     # the one that changed last
     changes: tuple[tuple[float, Change], ...] = ()      # the last, newest first, with their Unix times
@@ -1559,9 +1531,9 @@ class Status:
     stream_open: bool = False     # the event stream
     webhook_at: float | None = None   # monotonic s, the last; None: none yet
     webhook_time: float = 0.0     # the same in Unix s; 0: none yet
-    webhooks: Mapping[tuple[str, str], int] = field(default_factory=dict)      # by (event, result)
-    looks: Mapping[str, int] = field(default_factory=dict)                     # by result
-    reported: Mapping[tuple[str, str], int] = field(default_factory=dict)      # changes by (state, by)
+    webhooks: Mapping[tuple[str, str], int] = MappingProxyType({})      # by (event, result)
+    looks: Mapping[str, int] = MappingProxyType({})                     # by result
+    reported: Mapping[tuple[str, str], int] = MappingProxyType({})      # changes by (state, by)
 
 
 # The events of Plex's documentation, as a label of the metrics; all others are "other".
@@ -1692,8 +1664,7 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
     return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
 
 
-@dataclass(frozen=True, slots=True)
-class Amplifier:
+class Amplifier(NamedTuple):
     """Whether the hook has been told that the player is active, and when it will be told that it is not."""
     active: bool = False
     off_at: float | None = None   # monotonic s; None: not before something changes
@@ -1704,7 +1675,7 @@ def after_change(amplifier: Amplifier, state: str, at: float, active_timeout_s: 
     if state == PLAYING:
         return Amplifier(True), not amplifier.active
     off_at = at + active_timeout_s if amplifier.active and amplifier.off_at is None else amplifier.off_at
-    return replace(amplifier, off_at=off_at), False
+    return amplifier._replace(off_at=off_at), False
 
 
 def enqueue(waiting: Sequence[tuple[str, dict[str, str]]], event: str, environment: dict[str, str]
@@ -1789,8 +1760,7 @@ def item_words(item: Item) -> tuple[str, str]:
     return (item.artist, item.parent_title) if item.type == "track" else ("", "")
 
 
-@dataclass(frozen=True, slots=True)
-class Glance:
+class Glance(NamedTuple):
     """What the page shows of the watch tracker."""
     marked: tuple[tuple[float, str], ...] = ()        # the last, with their Unix times
     conflicts: tuple[tuple[int, str, str], ...] = ()  # open ones: id, name, kind
@@ -1999,8 +1969,7 @@ def plain_opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirecto
     return opener
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """A page of a library, or of the server's history."""
     items: list[Mapping[str, Any]]    # Plex's attributes of each
     end: int                      # items up to the page's end
@@ -2463,7 +2432,7 @@ class Tracker:
                 for known in self.shows(f"type = ? AND {column} = ?", show.type, value):
                     if not known.ids.contradicts(surer):
                         return Match(known.id, column, confidence)
-                surer = replace(surer, **{column: value})
+                surer = surer._replace(**{column: value})
         return None
 
     def match_title(self, show: Show) -> Match | Conflict:
@@ -2783,7 +2752,7 @@ class Worker:
             return Outcome(FAILED, "conflict_created", conflict_reason(show, verdict))
         match = Match(self.tracker.add_show(show), "new", 1.0)
         outcome = self.mark(entry, show, match, [*episodes, (entry.season or 0, entry.episode or 0, entry.item.title)])
-        return replace(outcome, action="auto_added_show") if outcome.action == "marked_watched" else outcome
+        return outcome._replace(action="auto_added_show") if outcome.action == "marked_watched" else outcome
 
     def mark(self, entry: Entry, show: Show, match: Match, episodes: Sequence[tuple[int, int, str]]) -> Outcome:
         """Mark an entry's episode of the show that is meant; episodes: that the show may lack."""
@@ -3034,8 +3003,7 @@ def journal_figures(path: str) -> tuple[dict[str, int], float]:
     return rows, 0.0 if oldest is None else time.time() - oldest
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """A request that was refused."""
     status: int                   # of the answer
     sentence: str                 # and its body
@@ -3044,19 +3012,16 @@ class Refused:
     from_plex: bool               # by its User-Agent
 
 
-@dataclass(frozen=True, slots=True)
-class Crash:
+class Crash(NamedTuple):
     """A bug of ours in another thread: it ends the process from the main thread."""
     error: BaseException
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """A signal to end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reload:
+class Reload(NamedTuple):
     """A signal to read the token again."""
 
 
@@ -3785,7 +3750,7 @@ class Watcher:
                 self.refuse(message)
             case Reload() if self.plex:
                 self.plex.token()
-                self.players = {key: replace(p, look_at=time.monotonic()) for key, p in self.players.items()}
+                self.players = {key: p._replace(look_at=time.monotonic()) for key, p in self.players.items()}
             case Stop():
                 self.stopping = True
             case Crash():
@@ -4144,8 +4109,7 @@ OK, FAIL, SKIP = "ok", "FAIL", "skip"
 PLEX_TV = "https://plex.tv"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What one check found."""
     status: str                   # OK, FAIL, or SKIP: it could not be known
     check: str                    # what was looked at
@@ -4694,7 +4658,7 @@ class LibraryImport:
         """Add a show or movie, and what it is on the server; -> its id."""
         item, guids = parse_item(fields), item_guids(fields)
         show = Show(type, item.title, number(fields.get("year")), parse_ids((*guids, item.guid)))
-        entry = Entry(0.0, "import", self.server, "", "", replace(item, type=type),
+        entry = Entry(0.0, "import", self.server, "", "", item._replace(type=type),
                       Scrobble(item.rating_key, item.guid))
         mapped = self.tracker.mapped(entry)
         if mapped and not mapped.show_id:
@@ -5190,7 +5154,7 @@ def demo(config: Config) -> int:
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
             file.write(plex.token)
         threading.Thread(target=plex.serve_forever, daemon=True).start()
-        config = replace(config, webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
+        config = config._replace(webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
                          poll_interval_s=10 / config.speed)
         listener = Listener(config.webhooks_host, 0, inbox, config.plex_machine_id)
         length_s = EVENING[-1][0] / config.speed

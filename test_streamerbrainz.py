@@ -1258,7 +1258,7 @@ def test_a_change_is_one_line_with_the_contracts_keys_in_order(fields, line):
 
 
 def test_a_line_adds_the_machine_where_asked_and_the_reason_where_there_is_one():
-    fields = sb.change_fields(sb.replace(change(), reason="frozen"), name_machine=True, say_why=True)
+    fields = sb.change_fields(change()._replace(reason="frozen"), name_machine=True, say_why=True)
     assert list(fields.items())[-3:] == [("machine_id", "m1"), ("reason", "frozen"), ("by", "webhook")]
 
 
@@ -1347,7 +1347,7 @@ def test_metrics_are_what_prometheus_reads():
 
 
 def test_a_hooks_environment_has_librespots_names_and_no_token():
-    lossless = sb.replace(sb.parse_item({**SONG, "guid": "plex://track/1"}), sample_rate=96000, bit_depth=24)
+    lossless = sb.parse_item({**SONG, "guid": "plex://track/1"})._replace(sample_rate=96000, bit_depth=24)
     environment = sb.hook_environment(sb.Change(PLAYING, STOPPED, lossless, 61000, "Living\0 Room", "m1", "webhook"), "playing")
     assert environment == {
         "PLAYER_EVENT": "playing", "TRACK_ID": "plex://track/1", "NAME": "Karma Police", "ARTISTS": "Radiohead", "ALBUM": "OK Computer",
@@ -1379,7 +1379,7 @@ def test_an_amplifier_is_told_active_once_and_inactive_after_the_last_playing():
 def test_every_foreign_string_of_the_page_is_escaped():
     change = sb.Change(PLAYING, STOPPED, sb.parse_item(EVIL), 0, "<b>", "m1", "<i>")
     seen = sb.Glance(((1.0, "<u>x"),), ((1, "<s>y", "no_match"),))
-    said = sb.page(status_of(sb.replace(known_player(item=EVIL), player_title="<h6>", outage=Outage("x", "<em>")), changes=((1.0, change),), has_server=True),
+    said = sb.page(status_of(known_player(item=EVIL)._replace(player_title="<h6>", outage=Outage("x", "<em>")), changes=((1.0, change),), has_server=True),
                    1.0, "http://x/<q>", True, "N", True, seen)
     assert "alert(1)" in said and not re.search(r"<script>|<img src=x|<b>\)|<h6>|<em>|<u>|<s>|<q>|<i>", said)
     assert said.count("<script") == 1 and not re.search(r"(src|href)=.?(https?:|//)", said)
@@ -3758,7 +3758,7 @@ class Healthy(Library):
         return json.dumps(fields).encode() if isinstance(fields, list) else fields if isinstance(fields, bytes) else super().encode(fields)
 
 
-PLAYS = b'<MediaContainer size="1"><Track sessionKey="7" ratingKey="101" title="x"><Player machineIdentifier="%b" title="Living Room" state="playing"/></Track></MediaContainer>'
+HAS_A_SESSION = b'<MediaContainer size="1"><Track sessionKey="7" ratingKey="101" title="x"><Player machineIdentifier="%b" title="Living Room" state="playing"/></Track></MediaContainer>'
 
 
 @pytest.fixture
@@ -3782,7 +3782,7 @@ def sick(tmp_path, token_file, monkeypatch):
             assert all(each["remedy"] for each in found["findings"] if each["status"] == "FAIL")
             return found
         server.port, server.daemon, server.secret, server.examine, server.token_file = daemon.port, daemon, secret, examine, token_file
-        server.answers["/status/sessions"] = PLAYS % b"m1"
+        server.answers["/status/sessions"] = HAS_A_SESSION % b"m1"
         server.urls = [{"url": f"http://127.0.0.1:{daemon.port}/webhooks/plex?token=0123456789abcdef"}]
         yield server
 
@@ -3811,8 +3811,8 @@ BROKEN = [
     ("signed in", "the server is not signed in to plex.tv (none)", lambda sick: sick.root.update(myPlexSigninState="none")),
     ("webhooks switch", "webhooks are off in the server's settings", lambda sick: sick.answers.update(
         {"/:/prefs": {"Setting": [{"id": "webHooksEnabled", "value": False}]}})),
-    ("player", "m1 has no session, but others have: Living Room is m2", lambda sick: sick.answers.update({"/status/sessions": PLAYS % b"m2"})),
-    ("player", "Living Room has another identifier now: M1, not m1", lambda sick: sick.answers.update({"/status/sessions": PLAYS % b"M1"})),
+    ("player", "m1 has no session, but others have: Living Room is m2", lambda sick: sick.answers.update({"/status/sessions": HAS_A_SESSION % b"m2"})),
+    ("player", "Living Room has another identifier now: M1, not m1", lambda sick: sick.answers.update({"/status/sessions": HAS_A_SESSION % b"M1"})),
     ("webhook in the account", "the account has no webhook at all", lambda sick: sick.urls.clear()),
     ("webhook in the account", "the port is 1, not", lambda sick: url(sick, port=1)),
     ("webhook in the account", "the path is /plex, not /webhooks/plex", lambda sick: url(sick, path="/plex")),
