@@ -32,7 +32,7 @@ was not true, and every playing ends in one stopped.
 thread              owns                               never
 main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the resolver)
 listener            the listening socket, deadlines    reads from a connection
-request (0 to 64)   one connection and its bytes       queries Plex, decides
+request (0 to 64)   one connection and its bytes       queries Plex (but for a picture), decides
 worker              the tracker's shows and marks      delays an answer or the Watcher
 hooks               the one command that runs          delays the Watcher
 stream              its connection to the server       decides
@@ -111,6 +111,7 @@ from typing import Any, NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 VERSION = "0.1.0"
+USER_AGENT = f"StreamerBrainz/{VERSION}"      # and the Server header
 
 # === Limits: what is bounded, by how much, and why ===
 
@@ -192,7 +193,8 @@ EVENT_ALIVE_S = 15.0          # between two comments that keep it alive
 MAX_RECENT = 10               # changes on the page
 MAX_COVER = 4 * 2**20         # bytes of a picture from the server
 MAX_OUTPUT = 4096             # bytes of a hook's output that are read
-MAX_LOGS = 256 * 2**20        # bytes of the server's logs, which doctor reads
+MAX_LOGS = 256 * 2**20        # bytes of the server's logs, which doctor reads, packed ...
+MAX_LOG_LINES = 500_000       # ... and lines of them
 HOOK_S = 30.0                 # for a hook; an amplifier takes one
 HOOK_GRACE_S = 2.0            # from SIGTERM to SIGKILL
 STALL_S = 15.0                # that the main loop may be busy: a look takes PLEX_S, and the resolver its time
@@ -278,10 +280,10 @@ class TrackerError(Exception):
 # JSON metadata and XML attributes have the same names; in XML each value is a string, in
 # JSON a number may be one.  Whatever else comes counts as missing: nothing here raises.
 
-def text(value: object) -> str:
+def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as bounded text; "" for what is no text.  Half surrogates, which JSON can hold, become "?"."""
     if isinstance(value, str):
-        value = value[:MAX_TEXT]
+        value = value[:most]
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
@@ -327,10 +329,10 @@ class Item(NamedTuple):
         return self.original_title or self.grandparent_title
 
 
-def library_path(value: object) -> str:
-    """A foreign path of the server's library; "" for anything else, to which no token must go."""
+def picture_path(value: object) -> str:
+    """The path of a picture in the server's library; "" for anything else: no token must go there, nothing be begun."""
     path = text(value)
-    return path if re.fullmatch(r"/library/[\w/.-]+", path, re.ASCII) else ""
+    return path if re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", path, re.ASCII) else ""
 
 
 def parse_item(attributes: Mapping[str, Any]) -> Item:
@@ -341,7 +343,7 @@ def parse_item(attributes: Mapping[str, Any]) -> Item:
                 grandparent_title=text(attributes.get("grandparentTitle")),
                 original_title=text(attributes.get("originalTitle")),
                 parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
-                duration=number(attributes.get("duration")), thumb=library_path(attributes.get("thumb")))
+                duration=number(attributes.get("duration")), thumb=picture_path(attributes.get("thumb")))
 
 
 # === Webhook: bytes -> Webhook (parse_webhook) ===
@@ -1553,18 +1555,20 @@ def proof_sentence(status: Status, at: float) -> str:
     return f"Whether webhooks arrive is not known yet ({heard})."
 
 
-def witnesses(status: Status, at: float) -> dict[str, dict[str, object]]:
+def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is, in words."""
     outage = status.player.outage if status.player else None
     sessions = "no server is configured" if not status.has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
-    return {"webhooks": {"up": None if status.webhook_at is None else True, "words": proof_sentence(status, at)},
+    proof = status.player.proof if status.player else Proof()
+    arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
+    return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
             "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
             "events": {"up": None if not status.has_server else status.stream_open,
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
 
-def now_fields(status: Status, at: float, name_machine: bool = False) -> dict[str, object]:
+def now_fields(status: Status, at: float) -> dict[str, object]:
     """What plays, as /now tells it: the log's keys, then how that is known."""
     player = status.player
     item = player.item if player else None
@@ -1665,29 +1669,31 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
 
 
 class Amplifier(NamedTuple):
-    """Whether the hook has been told that the player is active, and when it will be told that it is not."""
+    """Whether the hook has been told that a player is active, and when it will be told that none is."""
+    playing: frozenset[str] = frozenset()     # machine_identifiers
     active: bool = False
     off_at: float | None = None   # monotonic s; None: not before something changes
 
 
-def after_change(amplifier: Amplifier, state: str, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
-    """The amplifier after a change of the player, and whether it has to be told `active` first."""
-    if state == PLAYING:
-        return Amplifier(True), not amplifier.active
-    off_at = at + active_timeout_s if amplifier.active and amplifier.off_at is None else amplifier.off_at
-    return amplifier._replace(off_at=off_at), False
+def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
+    """The amplifier after a change of a player, and whether it has to be told `active` first."""
+    if change.state == PLAYING:
+        return Amplifier(amplifier.playing | {change.machine_identifier}, True), not amplifier.active
+    playing = amplifier.playing - {change.machine_identifier}
+    ended = amplifier.active and not playing and amplifier.off_at is None
+    return Amplifier(playing, amplifier.active, at + active_timeout_s if ended else amplifier.off_at), False
+
+
+SWITCHES = ("active", "inactive")
 
 
 def enqueue(waiting: Sequence[tuple[str, dict[str, str]]], event: str, environment: dict[str, str]
             ) -> list[tuple[str, dict[str, str]]]:
     """What waits for the hook when there is one event more: the newest change wins over those that wait."""
-    switches = ("active", "inactive")
-    if event in switches:
-        before = [name for name, _ in waiting if name in switches]
-        if before and before[-1] != event:                # on and off again before anybody was told
-            return [each for each in waiting if each[0] not in switches]
-        return [*waiting, (event, environment)]
-    return [*(each for each in waiting if each[0] in switches), (event, environment)]
+    rest = [each for each in waiting if each[0] not in SWITCHES]
+    if event in SWITCHES:                             # on and off again before anybody was told: neither is told
+        return rest if len(rest) < len(waiting) else [*waiting, (event, environment)]
+    return [*(each for each in waiting if each[0] in SWITCHES), (event, environment)]
 
 
 # === Page: what plays -> HTML (page) ===
@@ -1708,14 +1714,15 @@ button { font: inherit; padding: .2rem .8rem } footer { margin-top: 2rem; font-s
 
 SCRIPT = """
 const main = () => document.querySelector("main"), bar = () => document.querySelector("progress");
-const query = location.search;
-const secret = new URLSearchParams(query).get("token") || new URLSearchParams(query).get("secret");
+const query = location.search, secret = (query.match(/[?&](?:token|secret)=([^&]*)/) || [])[1];
+const full = url => url.dataset.plain + (secret ? "?token=" + secret : "");
 const clock = s => Math.floor(s / 60) + ":" + String(Math.floor(s % 60)).padStart(2, "0");
 let since = performance.now(), shown = false;
 const dress = () => {
   for (const b of document.querySelectorAll("button")) b.hidden = b.id === "show" && !secret;
+  for (const i of document.querySelectorAll("img[data-src]")) i.src = i.dataset.src + "&token=" + secret;
   const url = document.getElementById("url");
-  if (shown && secret) url.textContent = url.dataset.plain + "?token=" + encodeURIComponent(secret);
+  if (shown) url.textContent = full(url);
 };
 const refresh = async () => {
   const answer = await fetch(location.href);
@@ -1728,7 +1735,7 @@ document.addEventListener("click", event => {
   if (event.target.id === "show") { shown = true; dress(); }
   if (event.target.id === "copy") {
     const before = url.textContent;
-    url.textContent = url.dataset.plain + (secret ? "?token=" + encodeURIComponent(secret) : "");
+    url.textContent = full(url);
     const range = document.createRange(); range.selectNodeContents(url);
     getSelection().removeAllRanges(); getSelection().addRange(range);
     document.execCommand("copy"); getSelection().removeAllRanges();
@@ -1740,9 +1747,14 @@ setInterval(() => {
   const at = Math.min(p.max, +p.dataset.position + performance.now() - since);
   p.value = at; document.getElementById("position").textContent = clock(at / 1000);
 }, 1000);
-const stream = new EventSource("events" + query);
-stream.addEventListener("change", refresh);
-let opened = false; stream.onopen = () => { if (opened) refresh(); opened = true; };
+const listen = again => {
+  const stream = new EventSource("events" + query);
+  stream.addEventListener("change", refresh);
+  stream.onopen = () => { if (again) refresh(); again = true; };
+  stream.onerror = () => { if (stream.readyState === 2) setTimeout(listen, 5000, true); };
+};
+listen(false);
+setInterval(() => { if (!document.hidden) refresh(); }, 30000);
 dress();
 """
 
@@ -1778,14 +1790,15 @@ def page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_
         bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
                f'data-playing="{1 if state == PLAYING else ""}"></progress><p class=dim><span id=position>'
                f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
-        cover = f'<img alt="" src="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
+        source = "data-src" if has_secret else "src"          # the script adds the secret, which it finds in the URL
+        cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
         now = (f"{cover}<div><p class=dim>{escape(state)}"
                f"{escape(f' on {player.player_title}' if player.player_title else '')}</p><h1>{escape(item.title)}</h1>"
                f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
     marks = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
              None: "<span class=dim>\u2013</span>"}
-    told = "".join(f"<li>{marks[each['up'] if isinstance(each['up'], bool) else None]} <b>{name}</b>: "
-                   f"{escape(str(each['words']))}</li>" for name, each in witnesses(status, at).items())
+    told = "".join(f"<li>{marks[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
+                    for name, each in witnesses(status, at).items())
     changes = "".join(
         f"<li><time>{time.strftime('%H:%M:%S', time.localtime(when))}</time> {escape(change.state)} "
         f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} <span class=dim>({escape(change.by)})"
@@ -1795,7 +1808,7 @@ def page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_
         marked = "".join(f"<li><time>{time.strftime('%m-%d %H:%M', time.localtime(when))}</time> {escape(name)}</li>"
                          for when, name in seen.marked)
         waiting = "".join(f"<li>{escape(name)} ({kind}): <code>streamerbrainz.py tracker resolve {number} "
-                          "SHOW|new|ignore</code></li>" for number, name, kind in seen.conflicts)
+                          "new</code>, or ignore, or the show's id</li>" for number, name, kind in seen.conflicts)
         tracked = (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
                    (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
@@ -1969,7 +1982,7 @@ def plain_opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirecto
     return opener
 
 
-class Page(NamedTuple):
+class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
     items: list[Mapping[str, Any]]    # Plex's attributes of each
     end: int                      # items up to the page's end
@@ -1995,7 +2008,7 @@ class PlexServer:
         """A 200 answer, to be read within timeout_s (0: PLEX_S) from now; raises PlexError, also for what fails while
         it is read."""
         request = urllib.request.Request(self.url + path, headers={
-            "X-Plex-Token": self.current_token, "User-Agent": f"StreamerBrainz/{VERSION}", **headers})
+            "X-Plex-Token": self.current_token, "User-Agent": USER_AGENT, **headers})
         try:
             with self.opener.open(request, timeout=timeout_s or PLEX_S) as response:
                 yield response
@@ -2025,7 +2038,7 @@ class PlexServer:
             response.reader.room = MAX_PAGE
             return parse_container(response.read())
 
-    def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[Page]:
+    def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[LibraryPage]:
         """The items at a path in pages, from the item `start` on; raises PlexError."""
         path += "&" if "?" in path else "?"
         before: object = None
@@ -2033,7 +2046,7 @@ class PlexServer:
             attributes, items = self.container(f"{path}X-Plex-Container-Start={start}&X-Plex-Container-Size={PAGE}",
                                                timeout_s)
             end = start + len(items)
-            page = Page(items, end, number(attributes.get("totalSize")) or end)
+            page = LibraryPage(items, end, number(attributes.get("totalSize")) or end)
             if not items or items[0] == before:       # the end, or a server that does not know pages
                 return
             yield page
@@ -2653,7 +2666,7 @@ class Tmdb:
     def find(self, column: str, value: object, type: str) -> int | None:
         """The TMDB id of a show's or movie's id of another database; None: it knows none.  Raises TmdbError."""
         request = urllib.request.Request(f"{self.url}/3/find/{value}?external_source={column}", headers={
-            "Authorization": f"Bearer {self.token()}", "User-Agent": f"StreamerBrainz/{VERSION}"})
+            "Authorization": f"Bearer {self.token()}", "User-Agent": USER_AGENT})
         try:
             with self.opener.open(request, timeout=PLEX_S) as response:
                 answer = mapping(json.loads(response.read(MAX_SESSIONS)))
@@ -2940,7 +2953,10 @@ class Board:
 
 
 class Covers:
-    """The server's pictures, the latest kept.  One request thread at a time asks the server for one."""
+    """The server's pictures, the latest kept.
+
+    One request thread at a time asks the server for one, and waits for it; no other does.
+    """
 
     def __init__(self, plex: PlexServer | None):
         self.plex, self.lock, self.latest = plex, threading.Lock(), ("", b"")
@@ -2948,9 +2964,9 @@ class Covers:
     def get(self, item: Item) -> bytes:
         """The picture of an item; b"": there is none."""
         with self.lock:
-            if self.latest[0] != item.identity:
-                self.latest = item.identity, self.fetch(item.thumb) if item.thumb else b""
-            return self.latest[1]
+            if self.latest[0] != item.identity and item.thumb and (picture := self.fetch(item.thumb)):
+                self.latest = item.identity, picture
+            return self.latest[1] if self.latest[0] == item.identity else b""
 
     def fetch(self, path: str) -> bytes:
         """What the server has at a path of its library; b"": nothing, or too much."""
@@ -2980,27 +2996,25 @@ def process_figures(started_at: float) -> dict[str, float]:
 
 def glance(path: str) -> Glance:
     """What the page shows of a tracker; raises TrackerError, ConfigError."""
-    store = Tracker(path, write=False)
-    try:
+    with contextlib.closing(Tracker(path, write=False)) as store:
         marked = store.all("SELECT received_at, type, show_title, season, episode, title FROM webhook_log WHERE "
                            "status = 'success' ORDER BY id DESC LIMIT 5")
         conflicts = store.all("SELECT id, title, year, kind FROM conflict WHERE resolution IS NULL ORDER BY id LIMIT 5")
-    finally:
-        store.close()
     return Glance(tuple((row[0], f"{row[2]} S{row[3]:02}E{row[4]:02}" if row[1] == EPISODE else row[5])
                         for row in marked),
                   tuple((row[0], named(row[1], row[2]), row[3]) for row in conflicts))
 
 
-def journal_figures(path: str) -> tuple[dict[str, int], float]:
-    """Rows of the journal by status, and the age of the oldest that was not begun; raises TrackerError, ConfigError."""
-    store = Tracker(path, write=False)
-    try:
-        rows = dict(store.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1"))
+def journal_rows(store: Tracker) -> dict[str, int]:
+    """Rows of the journal by status."""
+    return dict(store.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1"))
+
+
+def oldest_waiting_s(path: str) -> float:
+    """The age of the oldest entry that has not been begun; raises TrackerError, ConfigError."""
+    with contextlib.closing(Tracker(path, write=False)) as store:
         oldest = store.one("SELECT min(received_at) FROM webhook_log WHERE retry_at IS NOT NULL AND status IS NULL")[0]
-    finally:
-        store.close()
-    return rows, 0.0 if oldest is None else time.time() - oldest
+    return 0.0 if oldest is None else time.time() - oldest
 
 
 class Refused(NamedTuple):
@@ -3029,6 +3043,12 @@ def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which is one household's."""
     address = address.partition("%")[0].removeprefix("::ffff:")
     return address if "." in address else socket.inet_pton(socket.AF_INET6, address)[:8].hex()
+
+
+def given_secrets(query: str) -> list[bytes]:
+    """The secrets in a URL's query: a "+" is one, and no blank, as `openssl rand -base64` makes them."""
+    pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
+    return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
 
 
 class Gate:
@@ -3068,15 +3088,14 @@ class Gate:
             return
         with self.lock:
             words = self.secret.renewed()
-        pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
-        given = [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret")]
-        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given for word in words]
+        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given_secrets(query) for word in words]
         if not any(known):
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.")
 
 
 Message = Webhook | Notification | Stream | Refused | Crash | Stop | Reload
 WEBHOOK_PATH = "/webhooks/plex"
+EVERYWHERE = ("", "0.0.0.0", "::")    # of -webhooks-host
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
 
 
@@ -3122,7 +3141,7 @@ class _Head:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: its requests in turn, each answered at once, never waiting for Plex."""
+    """One connection: its requests in turn, each answered at once; only a picture may wait for Plex."""
     protocol_version = "HTTP/1.1"
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
@@ -3186,6 +3205,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what is wrong, and tell of it."""
         self.retry_s = error.retry_s
         self.answer(error.status, f"{error}\n")
+        if self.headers.get("User-Agent") == USER_AGENT:
+            return                                    # doctor's: it changes nothing
         from_plex = self.headers.get("User-Agent", "").startswith("PlexMediaServer/")
         self.server.tell(Refused(error.status, str(error), self.server.gate.plain(self.target()),
                                  self.client_address[0], from_plex))
@@ -3215,7 +3236,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             shown = glance(self.server.tracker_db) if self.server.tracker_db else None
         status = self.server.board.status
         item = status.player.item if status.player else None
-        has_picture = item is not None and bool(item.thumb or self.server.thumb[0] == item.identity)
+        has_picture = item is not None and (self.server.thumb[0] == item.identity or
+                                            bool(item.thumb and self.server.covers.plex))
         content = page(status, time.monotonic(), self.own_url(), has_secret, nonce, has_picture, shown)
         self.answer(200, content, "text/html; charset=utf-8", {
             "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
@@ -3225,7 +3247,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def own_url(self) -> str:
         """The URL of our webhooks, as whoever asks for the page sees this machine; the server is elsewhere, perhaps."""
         host = self.headers.get("Host", "")
-        here = re.match(r"localhost|127\.|\[::1\]", host)
+        here = re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
+        if self.server.server_address[0] in ("127.0.0.1", "::1"):
+            return webhook_url(self.server.server_address[0], self.server.port)       # the demo's
         if here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
             return webhook_url(guess_address(self.server.plex_url), self.server.port)
         return f"http://{host}{WEBHOOK_PATH}"
@@ -3234,8 +3258,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The picture of what plays: the webhook's, else the server's."""
         player = self.server.board.status.player
         item = player.item if player else None
-        picture = b""
-        if item:
+        picture, key = b"", urllib.parse.parse_qs(self.path.partition("?")[2]).get("key", [""])[0]
+        if item and key in ("", item.identity):
             identity, jpeg = self.server.thumb
             picture = jpeg if identity == item.identity else self.server.covers.get(item)
         if not (kind := picture_type(picture)):
@@ -3269,21 +3293,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def tell_health(self) -> None:
         """Whether all is well, as JSON; 503 with the reasons where it is not."""
-        board, waiting_s, broken = self.server.board, 0.0, ""
+        board, oldest_s, broken = self.server.board, 0.0, ""
         try:
-            waiting_s = journal_figures(self.server.tracker_db)[1] if self.server.tracker_db else 0.0
+            oldest_s = oldest_waiting_s(self.server.tracker_db) if self.server.tracker_db else 0.0
         except (TrackerError, ConfigError) as error:
             broken = str(error)
         busy_since = board.busy_since
         busy_s = time.monotonic() - busy_since if busy_since is not None else 0.0
-        status, fields = health(board.status, busy_s, waiting_s, broken, time.monotonic())
+        status, fields = health(board.status, busy_s, oldest_s, broken, time.monotonic())
         self.answer(status, json_line(fields) + "\n", "application/json", {"Cache-Control": "no-store"})
 
     def tell_metrics(self) -> None:
         """All figures, for Prometheus."""
         rows: dict[str, int] = {}
-        with contextlib.suppress(TrackerError, ConfigError):
-            rows = journal_figures(self.server.tracker_db)[0] if self.server.tracker_db else {}
+        if self.server.tracker_db:
+            with contextlib.suppress(TrackerError, ConfigError), \
+                    contextlib.closing(Tracker(self.server.tracker_db, write=False)) as store:
+                rows = journal_rows(store)
         figures = process_figures(self.server.started_at)
         content = metric_lines(self.server.board.status, rows, figures, time.monotonic())
         self.answer(200, content, "text/plain; version=0.0.4; charset=utf-8", {"Cache-Control": "no-store"})
@@ -3421,7 +3447,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def version_string(self) -> str:
         """The Server header, by which another start of ours knows this one."""
-        return f"StreamerBrainz/{VERSION}"
+        return USER_AGENT
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what becomes of a webhook is the Watcher's to say."""
@@ -3552,12 +3578,6 @@ def hook_command(words: str) -> list[str]:
     return [os.path.abspath(path), *arguments[1:]]
 
 
-def exit_status(waited: int) -> int:
-    """What a shell would call the end of a process: its status, or 128 and the signal that ended it."""
-    code = os.waitstatus_to_exitcode(waited)
-    return code if code >= 0 else 128 - code
-
-
 def run_hook(command: Sequence[str], environment: dict[str, str]) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status (128 and the signal's number where one ended it; None: its time was up), and
     the begin of its output.  Its whole process group is ended when its time is up.
@@ -3565,10 +3585,11 @@ def run_hook(command: Sequence[str], environment: dict[str, str]) -> tuple[int |
     By posix_spawn, which is quick, and alone can undo that we block SIGNALS.
     """
     ours = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "JOURNAL_STREAM"}
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    given = {name.encode(): value.encode() for name, value in environment.items()}        # whatever the locale is
+    given = {name: value for name, value in os.environb.items() if name.decode("ascii", "replace") not in ours} | given
     reader, writer = os.pipe()
     try:
-        pid = os.posix_spawn(command[0], list(command), inherited | environment, setpgroup=0, setsigmask=(),
+        pid = os.posix_spawn(command[0], list(command), given, setpgroup=0, setsigmask=(),
                              setsigdef=(signal.SIGPIPE,), file_actions=[
                                  (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                                  (os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)])
@@ -3577,8 +3598,9 @@ def run_hook(command: Sequence[str], environment: dict[str, str]) -> tuple[int |
         raise
     finally:
         os.close(writer)
-    exited, output, deadline = os.pidfd_open(pid), b"", time.monotonic() + HOOK_S
+    exited, output, deadline = -1, b"", time.monotonic() + HOOK_S
     try:
+        exited = os.pidfd_open(pid)
         watched = [reader, exited]
         while (left := deadline - time.monotonic()) > 0:
             ready = select.select(watched, (), (), left)[0]
@@ -3588,16 +3610,19 @@ def run_hook(command: Sequence[str], environment: dict[str, str]) -> tuple[int |
                 if not data:
                     watched.remove(reader)
             elif exited in ready:
-                return exit_status(os.waitpid(pid, 0)[1]), output
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                return (code if code >= 0 else 128 - code), output
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):        # it is gone, or another user's (sudo)
                 os.killpg(pid, number)
             select.select([exited], (), (), HOOK_GRACE_S)
-        os.waitpid(pid, 0)
         return None, output
     finally:
         os.close(reader)
-        os.close(exited)
+        if exited >= 0:
+            os.close(exited)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 class Hooks:
@@ -3633,8 +3658,7 @@ class Hooks:
         """Queue what a change is to the command."""
         event = hook_event(change)
         self.latest = hook_environment(change, event)
-        self.amplifier, switched_on = after_change(self.amplifier, change.state, time.monotonic(),
-                                                   self.active_timeout_s)
+        self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
         if switched_on:
             self.waiting = enqueue(self.waiting, "active", {**self.latest, "PLAYER_EVENT": "active"})
         self.waiting = enqueue(self.waiting, event, self.latest)
@@ -3957,7 +3981,8 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     if config.tracker_db:
         listener.journal = Journal(Tracker(config.tracker_db, create=True), config.accounts)
     threading.Thread(target=listener.serve, name="listener", daemon=True).start()
-    url = webhook_url(config.webhooks_host or socket.gethostname(), listener.port)
+    everywhere = config.webhooks_host in EVERYWHERE
+    url = webhook_url(guess_address(config.plex_server_url) if everywhere else config.webhooks_host, listener.port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=url + ("?token=..." if listener.gate.secret else ""))
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
@@ -4087,11 +4112,7 @@ def players(config: Config) -> int:
     if not url:
         raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
     token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
-    try:
-        sessions = PlexServer(url, token, config.plex_ca_file).sessions()
-    except PlexError as error:
-        print(f"streamerbrainz: {error}", file=sys.stderr)
-        return 1
+    sessions = PlexServer(url, token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
     if config.json:
         print(json.dumps([session_fields(*row) for row in rows], indent=2))
@@ -4107,6 +4128,7 @@ def players(config: Config) -> int:
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 PLEX_TV = "https://plex.tv"
+ELSEWHERE = "nor a way to it"     # of a host that may be a proxy's, or a container's
 
 
 class Finding(NamedTuple):
@@ -4119,13 +4141,17 @@ class Finding(NamedTuple):
 
 
 def without_secrets(url: str) -> str:
-    """A URL without the secrets in it."""
-    return re.sub(r"//[^/@]*@", "//", re.sub(r"(?<==)[^&#]+", "...", url))
+    """A URL without what may be a secret in it: its query, its user, a path that is not ours."""
+    url = re.sub(r"//[^/@]*@", "//", url)
+    parts = re.match(r"([^/]*//[^/?#]*)?([\w/.~-]*)", url, re.ASCII)
+    origin, path = parts.groups("") if parts else ("", "")
+    query = "?token=..." if len(url) > len(origin + path) else ""
+    return origin + (path if path.startswith("/webhooks/") or len(path) < 8 else "/...") + query
 
 
 def own_addresses() -> set[str]:
-    """The IPv4 addresses of this machine, 127.0.0.1 among them."""
-    found = {"127.0.0.1"}
+    """The addresses of this machine, 127.0.0.1 and ::1 among them."""
+    found = {"127.0.0.1", "::1"}
     with contextlib.suppress(OSError), open("/proc/net/fib_trie", encoding="ascii") as lines:
         address = ""
         for line in lines:
@@ -4133,33 +4159,33 @@ def own_addresses() -> set[str]:
                 address = line.split()[-1]
             elif "/32 host LOCAL" in line:
                 found.add(address)
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as lines:
+        found |= {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0])) for line in lines}
     return found
 
 
 def resolved(host: str) -> set[str]:
-    """The IPv4 addresses of a name; empty: it has none."""
+    """The addresses of a name; empty: it has none."""
     with contextlib.suppress(OSError, UnicodeError):
-        return {str(each[4][0]) for each in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)}
+        return {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
 
 
-def http_get(url: str, **headers: str) -> tuple[int, str, bytes]:
-    """Status, Server header and begin of the body of any answer within PLEX_S; raises OSError where there is none."""
+def http_ask(url: str, headers: Mapping[str, str], body: bytes | None = None) -> tuple[int, str, bytes]:
+    """Status, Server header and begin of the body of any answer within PLEX_S; raises OSError where none comes."""
     opener = plain_opener(ssl.create_default_context() if url.startswith("https:") else None)
-    request = urllib.request.Request(url, headers={"User-Agent": f"StreamerBrainz/{VERSION}", **headers})
     try:
-        with opener.open(request, timeout=PLEX_S) as response:
+        request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, **headers})
+        try:
+            response = opener.open(request, timeout=PLEX_S)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
             return response.status, response.headers.get("Server", ""), response.read(MAX_SESSIONS)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers.get("Server", ""), error.read(4096)
-    except (http.client.HTTPException, ValueError, TypeError, LookupError) as error:
+    except urllib.error.URLError as error:
+        raise OSError(why(error.reason)) from error
+    except (http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise OSError(why(error)) from error
-
-
-def text_list(value: object) -> list[str]:
-    """Words with commas between them."""
-    return [word for word in (value if isinstance(value, str) else "").split(",") if word]
 
 
 class Doctor:
@@ -4170,15 +4196,24 @@ class Doctor:
         self.plex: PlexServer | None = None           # when it is configured and its token can be read
         self.answers = False                          # it does
         self.secrets: tuple[str, ...] = ()            # of webhooks
-        self.url_host = ""                            # of the webhook in the account that points here
-        self.urls: list[str] = []                     # of the account's webhooks
+        self.url = ""                                 # of the webhook in the account that is nearest to ours
+        self.listens = self.arriving = False          # the daemon does; webhooks do
+        self.here = own_addresses()
         self.plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", PLEX_TV)       # a test's
 
     def run(self) -> Iterator[Finding]:
-        """All findings."""
-        for check in (self.configuration, self.server, self.account, self.player, self.webhook, self.daemon,
+        """All findings, without a secret in them."""
+        for check in (self.configuration, self.server, self.account, self.player, self.daemon, self.webhook,
                       self.delivery, self.server_log, self.tracker):
-            yield from check()
+            try:
+                for finding in check():
+                    evidence, remedy = finding.evidence, finding.remedy
+                    for secret in filter(None, (*self.secrets, self.plex.current_token if self.plex else "")):
+                        evidence, remedy = evidence.replace(secret, "..."), remedy.replace(secret, "...")
+                    yield finding._replace(evidence=evidence, remedy=remedy)
+            except Exception as error:                # the other checks are worth having all the same
+                yield Finding(SKIP, check.__name__, f"this check failed itself ({type(error).__name__}): "
+                              "please report it")
 
     # -- what we are told
 
@@ -4188,12 +4223,19 @@ class Doctor:
             yield Finding(OK, "flags", "they are complete" if self.config.plex_server_url else
                           "no server is configured: the webhooks alone tell")
         except ConfigError as error:
-            yield Finding(FAIL, "flags", str(error), "give the flags as an @FILE, as the daemon gets them")
+            yield Finding(FAIL, "flags", str(error),
+                          "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as the daemon gets them")
         for flag, path, most in (("-plex-token-file", self.config.plex_token_file, 1),
                                  ("-webhook-secret-file", self.config.webhook_secret_file, 2),
                                  ("-tmdb-token-file", self.config.tmdb_token_file, 1)):
             if path:
                 yield self.secret_file(flag, path, most)
+        if self.config.on_event:
+            try:
+                yield Finding(OK, "-on-event", shlex.join(hook_command(self.config.on_event)))
+            except ConfigError as error:
+                yield Finding(FAIL, "-on-event", str(error).removeprefix("-on-event: "),
+                              "streamerbrainz.py hook playing @FILE   # tries it")
         if self.config.plex_server_url and self.config.plex_token_file:
             with contextlib.suppress(ConfigError):
                 self.plex = server_of(self.config)
@@ -4203,7 +4245,9 @@ class Doctor:
         try:
             words, _ = read_secrets(flag, path, most)
         except ConfigError as error:
-            return Finding(FAIL, flag, str(error), f"install -m 600 /dev/stdin {shlex.quote(path)}   # type it, Ctrl-D",
+            make = f"streamerbrainz.py secret {flag} {shlex.quote(path)}" if flag == "-webhook-secret-file" else \
+                f"(umask 077; cat > {shlex.quote(path)})   # then type it, and Ctrl-D"
+            return Finding(FAIL, flag, str(error).removeprefix(f"{flag}: "), make,
                            5 if flag == "-webhook-secret-file" else 0)
         if flag == "-webhook-secret-file":
             self.secrets = words
@@ -4216,7 +4260,7 @@ class Doctor:
 
     def server(self) -> Iterator[Finding]:
         if self.plex is None:
-            yield Finding(SKIP, "server", "no server is configured, or its token cannot be read")
+            yield Finding(SKIP, "server", "not asked: no server is configured, or its token cannot be read")
             return
         host = urllib.parse.urlsplit(self.plex.url).hostname or ""
         addresses = resolved(host)
@@ -4248,7 +4292,7 @@ class Doctor:
 
     def account(self) -> Iterator[Finding]:
         if not self.plex or not self.answers:
-            yield Finding(SKIP, "token", "the server does not answer")
+            yield Finding(SKIP, "token", "not tried: no server answers")
             return
         try:
             root = self.plex.container("/")[0]
@@ -4257,8 +4301,8 @@ class Doctor:
             yield Finding(FAIL, "token", str(error), "README, Install, step 2: put the owner's token into the file")
             return
         yield Finding(OK, "token", f"accepted as the owner's of {text(root.get('friendlyName')) or 'the server'}")
-        features = text_list(root.get("ownerFeatures"))
-        if not features:
+        features = text(root.get("ownerFeatures"), 10000).split(",")
+        if features == [""]:
             yield Finding(SKIP, "Plex Pass", "the server does not tell its owner's features")
         elif "webhooks" in features:
             yield Finding(OK, "Plex Pass", "the owner's features have webhooks")
@@ -4316,28 +4360,29 @@ class Doctor:
             yield Finding(SKIP, "webhook in the account", "there is no token to ask plex.tv with")
             return
         try:
-            status, _, body = http_get(f"{self.plex_tv}/api/v2/user/webhooks", Accept="application/json", **{
-                "X-Plex-Token": self.plex.current_token, "X-Plex-Client-Identifier": "streamerbrainz"})
+            status, _, body = http_ask(f"{self.plex_tv}/api/v2/user/webhooks", {
+                "Accept": "application/json", "X-Plex-Token": self.plex.current_token,
+                "X-Plex-Client-Identifier": "streamerbrainz"})
             found = json.loads(body) if status == 200 else None
         except (OSError, ValueError, RecursionError) as error:
-            cause = why(getattr(error, "reason", error))
-            yield Finding(SKIP, "webhook in the account", f"plex.tv cannot be asked ({cause})")
+            yield Finding(SKIP, "webhook in the account", f"plex.tv cannot be asked ({why(error)})")
             return
         if not isinstance(found, list):
             yield Finding(SKIP, "webhook in the account", f"plex.tv answers {status}")
             return
-        self.urls = [text(mapping(each).get("url")) for each in found[:100]]
-        ranked = sorted(((self.differences(url), url) for url in self.urls), key=lambda pair: len(pair[0]))
-        add = f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url()}"
+        urls = [url for each in found[:100] if (url := text(mapping(each).get("url"), 2000))]
+        ranked = sorted(((self.differences(url), url) for url in urls), key=lambda pair: len(pair[0]))
         if not ranked:
-            yield Finding(FAIL, "webhook in the account", "the account has no webhook at all", add, 9)
+            yield Finding(FAIL, "webhook in the account", "the account has no webhook at all",
+                          f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url()}", 9)
             return
-        differences, url = ranked[0]
-        if not differences:
-            yield Finding(OK, "webhook in the account", without_secrets(url))
+        differences, self.url = ranked[0]
+        elsewhere = any(each.endswith(ELSEWHERE) for each in differences)     # a proxy or a tunnel may be a way to it
+        if not differences or (elsewhere and self.arrives(self.url)[0]):
+            yield Finding(OK, "webhook in the account", without_secrets(self.url))
         else:
-            yield Finding(FAIL, "webhook in the account", f"of {len(ranked)}, {without_secrets(url)} is nearest, but " +
-                          "; ".join(differences), f"replace it by {self.right_url()}", 9)
+            yield Finding(FAIL, "webhook in the account", f"of {len(ranked)}, {without_secrets(self.url)} is nearest, "
+                          f"but {'; '.join(differences)}", f"replace it by {self.right_url()}", 9)
 
     def right_url(self) -> str:
         """The URL that should be there; the secret is the operator's to put in."""
@@ -4351,37 +4396,41 @@ class Doctor:
             host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
             return ["it is no URL"]
+        address = guess_address(self.config.plex_server_url)
         found, addresses = [], resolved(host)
         server = urllib.parse.urlsplit(self.config.plex_server_url).hostname or "localhost"
-        if any(each.startswith("127.") for each in addresses) or host == "::1":
-            if not resolved(server) & own_addresses():
-                found.append(f"{host} is the server itself there; the address of this machine is "
-                             f"{guess_address(self.config.plex_server_url)}")
+        if addresses & {"127.0.0.1", "::1"} or host.startswith("127."):
+            if not resolved(server) & self.here:
+                found.append(f"{host} is the server itself there; the address of this machine is {address}")
         elif not addresses:
-            found.append(f"the host {host} has no address (a container's name?); this machine is "
-                         f"{guess_address(self.config.plex_server_url)}")
-        elif not addresses & own_addresses():
-            found.append(f"the host {host} is not this machine, which is {guess_address(self.config.plex_server_url)}")
-        if parts.scheme == "https":
-            found.append("it is https, and StreamerBrainz speaks http; "
+            found.append(f"the host {host} has no address (a container's name?); this machine is {address}")
+        elif not addresses & self.here:
+            found.append(f"the host {host} is not this machine, {address}, {ELSEWHERE}")
+        if parts.scheme != "http":
+            found.append(f"it is {parts.scheme}, and StreamerBrainz speaks http; "
                          "Plex does not deliver to a certificate of your own")
         if port != self.port:
             found.append(f"the port is {port}, not {self.port}")
         if parts.path != WEBHOOK_PATH:
-            found.append(f"the path is {parts.path or '/'}, not {WEBHOOK_PATH}")
-        given = {value for name, value in urllib.parse.parse_qsl(parts.query) if name in ("token", "secret")}
-        if self.secrets and not given & set(self.secrets):
+            path = re.match(r"[\w/.~-]*", parts.path, re.ASCII)
+            found.append(f"the path is {path[0] if path and path[0] else '/'}, not {WEBHOOK_PATH}")
+        given = set(given_secrets(parts.query))
+        if self.secrets and not given & {each.encode("ascii") for each in self.secrets}:
             found.append("the secret is another one" if given else "the secret is missing")
         return found
 
     # -- delivery
 
+    def query(self) -> str:
+        """The secret, as a URL's query."""
+        return f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
+
     def ask_daemon(self, path: str) -> tuple[int, Mapping[str, Any], str]:
         """Status, JSON and Server header of our own daemon; status 0: nothing listens there."""
-        host = self.config.webhooks_host or "127.0.0.1"
-        secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
+        host = "127.0.0.1" if self.config.webhooks_host in EVERYWHERE else self.config.webhooks_host
         try:
-            status, server, body = http_get(webhook_url(host, self.port).removesuffix(WEBHOOK_PATH) + path + secret)
+            url = webhook_url(host, self.port).removesuffix(WEBHOOK_PATH) + path + self.query()
+            status, server, body = http_ask(url, {})
         except OSError:
             return 0, {}, ""
         try:
@@ -4399,6 +4448,7 @@ class Doctor:
             yield Finding(FAIL, "daemon", f"port {self.port} is held by {port_holder(self.port)}",
                           "end that, or give another -webhooks-port, and change the URL in Plex", 8)
             return
+        self.listens = True
         version, reasons = server.partition("/")[2], said.get("reasons")
         words = "; ".join(map(text, reasons)) if isinstance(reasons, list) else ""
         if version != VERSION:
@@ -4417,38 +4467,45 @@ class Doctor:
         refused = ", ".join(f"{count} with {status}" for status, count in mapping(seen.get("refused")).items())
         last, verdict = seen.get("last_s"), text(mapping(mapping(now.get("witnesses")).get("webhooks")).get("words"))
         heard = f"the last came {last} s ago" if last is not None else "none has come since the daemon started"
-        if refused:
-            yield Finding(FAIL, "webhooks so far", f"{heard}; refused: {refused}", "compare the URL in Plex with "
-                          f"{self.right_url()} (401: the secret, 404: the path, 413: too large)", 7)
-        else:
-            yield Finding(OK if last is not None else SKIP, "webhooks so far", heard)
+        verdict_known = mapping(mapping(now.get("witnesses")).get("webhooks")).get("up") is not None
         bad = (number(seen.get("in_a_row_missed")) or 0) >= PROOF_MISSES
-        yield Finding(FAIL if bad else OK if last is not None else SKIP, "proof", verdict,
-                      "see the other failures" if bad else "", 0)
+        self.arriving = last is not None and not bad
+        heard += f"; refused: {refused}" if refused else ""
+        if refused and (bad or last is None):
+            yield Finding(FAIL, "webhooks so far", heard, f"compare the URL in Plex with {self.right_url()} "
+                          "(401: the secret, 404: the path, 413: too large)", 7)
+        else:
+            yield Finding(SKIP if last is None else OK, "webhooks so far", heard)
+        yield Finding(FAIL if bad else OK if verdict_known else SKIP, "each change with its webhook", verdict,
+                      "see the other failures" if bad else "")
 
     def delivery(self) -> Iterator[Finding]:
-        here = own_addresses()
-        urls = [url for url in self.urls if not self.differences(url)]
-        secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
-        hosts = {self.config.webhooks_host} if self.config.webhooks_host else here
-        for url in [*urls, *(webhook_url(host, self.port) + secret for host in sorted(hosts))]:
-            content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
-            request = urllib.request.Request(url, body, {"Content-Type": content_type})
-            try:
-                with plain_opener(None).open(request, timeout=PLEX_S) as response:
-                    arrived = TEST_EVENT.encode() in response.read(1000)
-                words = "arrives" if arrived else "is answered, but not by StreamerBrainz"
-            except urllib.error.HTTPError as error:
-                error.close()
-                arrived, words = False, f"is refused with {error.code}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                arrived, words = False, f"fails ({why(getattr(error, 'reason', error))})"
-            yield Finding(OK if arrived else FAIL, "test webhook", f"to {without_secrets(url)} {words}",
-                          "" if arrived else "see `daemon` above; a firewall? sudo ufw allow "
-                          f"{self.port}/tcp", 0 if arrived else 6)
+        if not self.listens:
+            yield Finding(SKIP, "test webhook", "no daemon listens")
+            return
+        hosts = {each for each in self.here if "." in each} if self.config.webhooks_host in EVERYWHERE else \
+            {self.config.webhooks_host}
+        urls = dict.fromkeys([self.url, *(webhook_url(host, self.port) + self.query() for host in sorted(hosts))])
+        for url in filter(None, urls):
+            arrived, words = self.arrives(url)
+            remedy = "" if arrived else "give doctor the daemon's -webhook-secret-file" if words.endswith("401") else \
+                f"curl -i {self.right_url()}   # from the server's machine"
+            yield Finding(OK if arrived else FAIL, "test webhook", f"to {without_secrets(url)} {words}", remedy, 6)
+
+    def arrives(self, url: str) -> tuple[bool, str]:
+        """Whether a webhook that changes nothing arrives at a StreamerBrainz, and what happens to it in words."""
+        content_type, sent = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
+        try:
+            status, _, body = http_ask(url, {"Content-Type": content_type}, sent)
+        except OSError as error:
+            return False, f"fails ({why(error)})"
+        if TEST_EVENT.encode() in body:
+            return True, "arrives"
+        return False, "is answered, but not by StreamerBrainz" if status == 200 else f"is refused with {status}"
 
     def server_log(self) -> Iterator[Finding]:
-        import zipfile  # here: no other command needs it
+        import zipfile  # here: no other command needs them
+        import zlib
 
         if not self.plex or not self.answers:
             yield Finding(SKIP, "server's log", "the server does not answer")
@@ -4458,18 +4515,20 @@ class Doctor:
                 response.reader.room = MAX_LOGS
                 shutil.copyfileobj(response, copy)
                 with zipfile.ZipFile(copy) as logs:
-                    lines = [line for name in logs.namelist()[:50] if name.endswith("Plex Media Server.log")
-                             for line in logs.open(name).read(MAX_LOGS).splitlines()
-                             if b"Webhook: Error delivering payload" in line]
-        except (PlexError, zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
+                    each = (line for name in logs.namelist()[:50] if name.endswith("Plex Media Server.log")
+                            for line in iter(functools.partial(logs.open(name).readline, MAX_EVENT), b""))
+                    lines = [line[:MAX_TEXT] for line in itertools.islice(each, MAX_LOG_LINES)
+                             if b"Webhook: Error delivering payload" in line][-1000:]
+        except (PlexError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError):
             yield Finding(SKIP, "server's log", "the server does not give it")
             return
-        if lines:
-            last = without_secrets(lines[-1].decode("utf-8", "replace"))[:MAX_TEXT]
+        if lines and not self.arriving:
+            last = re.sub(r"(?<==)[^\s&]+", "...", lines[-1].decode("utf-8", "replace").strip())
             yield Finding(FAIL, "server's log", f"{len(lines)} deliveries failed; the last: {last}",
                           "see that the server's machine can reach the URL: curl -i URL from there", 7)
         else:
-            yield Finding(OK, "server's log", "no delivery failed")
+            yield Finding(OK, "server's log", f"{len(lines)} deliveries failed before, but webhooks arrive now" if lines
+                          else "no delivery failed")
 
     def tracker(self) -> Iterator[Finding]:
         if not self.config.tracker_db:
@@ -4480,8 +4539,7 @@ class Doctor:
             yield Finding(FAIL, "tracker", str(error), "mend the file, or `tracker import` into a new one", 4)
             return
         try:
-            intact = store.one("PRAGMA quick_check")[0]
-            count = dict(store.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1"))
+            intact, count = store.one("PRAGMA quick_check")[0], journal_rows(store)
             last = store.one("SELECT max(received_at) FROM webhook_log")[0]
             conflicts = store.one("SELECT count(*) FROM conflict WHERE resolution IS NULL")[0]
         except TrackerError as error:
@@ -4500,10 +4558,63 @@ def finding_lines(finding: Finding, colours: bool) -> str:
     """A finding as lines of 80 columns."""
     colour = {OK: "32", FAIL: "31", SKIP: "33"}[finding.status]
     word = f"\x1b[{colour}m{finding.status:4}\x1b[0m" if colours else f"{finding.status:4}"
-    said = textwrap.fill(printable(f"{finding.check}: {finding.evidence}"), 75, subsequent_indent="      ")
+    said = textwrap.fill(printable(f"{finding.check}: {finding.evidence}"), 74, subsequent_indent="      ",
+                         break_on_hyphens=False)
     remedy = textwrap.fill(printable(finding.remedy), 70, initial_indent="      -> ", subsequent_indent="         ",
                            break_long_words=False, break_on_hyphens=False)
     return f"{word}  {said}" + (f"\n{remedy}" if finding.remedy else "")
+
+
+def see_sessions(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when a look shows what the one before did not."""
+    before: frozenset[object] | None = None
+    while checks.plex and time.monotonic() < end:
+        with contextlib.suppress(PlexError):
+            now = frozenset((each.key, each.state) for each in checks.plex.sessions()
+                            if each.machine_identifier == checks.config.plex_machine_id)
+            if before is not None and now - before:
+                saw("sessions")
+            before = now
+        time.sleep(WATCH_REST_S)
+
+
+def see_events(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when the event stream tells of the player."""
+    while checks.plex and time.monotonic() < end:
+        with contextlib.suppress(PlexError):
+            for notification in checks.plex.notifications():
+                if notification and notification.client_identifier in ("", checks.config.plex_machine_id):
+                    saw("events")
+        time.sleep(WATCH_REST_S)
+
+
+def see_webhooks(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
+    """Say so when the daemon has got one more webhook."""
+    before: object = None
+    while time.monotonic() < end:
+        now = mapping(checks.ask_daemon("/now")[1].get("webhooks")).get("count")
+        if None not in (before, now) and now != before:
+            saw("webhook")
+        before = before if now is None else now
+        time.sleep(WATCH_REST_S)
+
+
+def watch_witnesses(checks: Doctor, watch_s: float, tell: Callable[[str], None]) -> None:
+    """Tell for so long which witness sees a play, and how long after the first one."""
+    tell("\nPress play now, on the player.")
+    inbox: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+    seen: dict[str, float] = {}
+    end = time.monotonic() + watch_s
+    for see in (see_webhooks, see_sessions, see_events):
+        threading.Thread(target=see, args=(checks, end, lambda name: inbox.put((name, time.monotonic()))),
+                         daemon=True).start()
+    while (left := end - time.monotonic()) > 0 and len(seen) < 3:
+        with contextlib.suppress(queue.Empty):
+            name, at = inbox.get(timeout=left)
+            if seen.setdefault(name, at) == at:
+                tell(f"{name:9} saw it {at - min(seen.values()):.1f} s after the first")
+    for name in sorted({"webhook", "sessions", "events"} - seen.keys()):
+        tell(f"{name:9} saw nothing in {watch_s:g} s")
 
 
 def doctor(config: Config) -> int:
@@ -4526,58 +4637,9 @@ def doctor(config: Config) -> int:
         for i, each in enumerate(causes, 1):
             print(textwrap.fill(printable(f"{i}. {each.check}: {each.evidence}"), 80, subsequent_indent="   "))
     if config.watch_s:
-        watch_witnesses(checks, config.watch_s)
+        said = sys.stderr if config.json else sys.stdout
+        watch_witnesses(checks, config.watch_s, functools.partial(print, file=said, flush=True))
     return int(any(each.status == FAIL for each in findings))
-
-
-def see_sessions(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
-    """Say so when a look shows what the one before did not."""
-    before: frozenset[object] | None = None
-    while checks.plex and time.monotonic() < end:
-        with contextlib.suppress(PlexError):
-            now = frozenset((each.key, each.state) for each in checks.plex.sessions()
-                            if each.machine_identifier == checks.config.plex_machine_id)
-            if before is not None and now - before:
-                saw("sessions")
-            before = now
-        time.sleep(WATCH_REST_S)
-
-
-def see_events(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
-    """Say so when the event stream tells of the player."""
-    with contextlib.suppress(PlexError):
-        for notification in checks.plex.notifications() if checks.plex else ():
-            if notification and notification.client_identifier in ("", checks.config.plex_machine_id):
-                saw("events")
-
-
-def see_webhooks(checks: Doctor, end: float, saw: Callable[[str], None]) -> None:
-    """Say so when the daemon has got one more webhook."""
-    before: object = None
-    while time.monotonic() < end:
-        now = mapping(checks.ask_daemon("/now")[1].get("webhooks")).get("count")
-        if None not in (before, now) and now != before:
-            saw("webhook")
-        before = before if now is None else now
-        time.sleep(WATCH_REST_S)
-
-
-def watch_witnesses(checks: Doctor, watch_s: float) -> None:
-    """Tell for so long which witness sees a play, and how long after the first one."""
-    print("\nPress play now, on the player.", flush=True)
-    inbox: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
-    seen: dict[str, float] = {}
-    end = time.monotonic() + watch_s
-    for see in (see_webhooks, see_sessions, see_events):
-        threading.Thread(target=see, args=(checks, end, lambda name: inbox.put((name, time.monotonic()))),
-                         daemon=True).start()
-    while (left := end - time.monotonic()) > 0 and len(seen) < 3:
-        with contextlib.suppress(queue.Empty):
-            name, at = inbox.get(timeout=left)
-            if seen.setdefault(name, at) == at:
-                print(f"{name:9} saw it {at - min(seen.values()):.1f} s after the first", flush=True)
-    for name in {"webhook", "sessions", "events"} - seen.keys():
-        print(f"{name:9} saw nothing in {watch_s:g} s", flush=True)
 
 
 # === Tracker commands: import, export, shows, show, log, conflicts, resolve ===
@@ -4973,14 +5035,8 @@ def tracker_command(config: Config) -> int:
         raise ConfigError(f"tracker {name}: it is called as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database, -tracker-db FILE, or the @FILE that has its flag.")
-    tracker = Tracker(config.tracker_db, create, write=create or name == "resolve")
-    try:
+    with contextlib.closing(Tracker(config.tracker_db, create, write=create or name == "resolve")) as tracker:
         return command(config, tracker)
-    except PlexError as error:
-        print(f"streamerbrainz: {error}", file=sys.stderr)
-        return 1
-    finally:
-        tracker.close()
 
 
 def make_secret(config: Config) -> int:
@@ -4998,7 +5054,7 @@ def make_secret(config: Config) -> int:
     except OSError as error:
         raise ConfigError(f"secret: {path} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
-    everywhere = config.webhooks_host in ("", "0.0.0.0", "::")
+    everywhere = config.webhooks_host in EVERYWHERE
     host = guess_address(config.plex_server_url) if everywhere else config.webhooks_host
     print(f"{webhook_url(host, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex's Settings > Webhooks.{' The one before it still works.' if before else ''} "
@@ -5006,7 +5062,7 @@ def make_secret(config: Config) -> int:
     return 0
 
 
-# === Hook by hand ===
+# === Hook by hand: the command, its environment, its end (hook) ===
 
 SAMPLE = Item("track", "101", "plex://track/5d07cdb2403c640290f4b12a", "Karma Police", "OK Computer", "Radiohead",
               duration=264000, sample_rate=44100, bit_depth=16)
@@ -5021,7 +5077,8 @@ def hook(config: Config) -> int:
     if not config.on_event:
         raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', or the @FILE that has its flag.")
     command, state = hook_command(config.on_event), config.words[0] if config.words[0] in (PAUSED, STOPPED) else PLAYING
-    change = Change(state, STOPPED if state == PLAYING else PLAYING, SAMPLE, 61000, "Living Room", "sample-player",
+    old_state = STOPPED if config.words[0] in (PLAYING, "active") else PLAYING
+    change = Change(state, old_state, SAMPLE, 61000, "Living Room", "sample-player",
                     "hook")
     environment = hook_environment(change, config.words[0])
     values = (f"    {name}={shlex.quote(value)}" for name, value in environment.items())
@@ -5233,7 +5290,8 @@ class FlagParser(argparse.ArgumentParser):
         if words and not re.match("-[a-z-]", words[0]):
             raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
         if len(words) > 2:
-            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {quoted(words[0])}")
+            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {quoted(words[0])}; "
+                              "put the value in quotes.")
         return two_dashes(words)
 
 
@@ -5371,12 +5429,9 @@ def main(words: Sequence[str]) -> int:
         config = parse_config(words)
         set_up_log(config)
         return COMMANDS[config.command](config)
-    except ConfigError as error:
+    except (ConfigError, TrackerError, PlexError) as error:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
-        return 2
-    except TrackerError as error:
-        print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
     except BrokenPipeError:                           # streamerbrainz.py players | head

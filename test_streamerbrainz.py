@@ -1364,14 +1364,18 @@ def test_the_newest_change_wins_and_the_amplifier_is_never_left_wrong(waiting, e
 
 
 def test_an_amplifier_is_told_active_once_and_inactive_after_the_last_playing():
-    amplifier, told = sb.after_change(sb.Amplifier(), PLAYING, 0.0, 10.0)
-    assert told and amplifier == sb.Amplifier(True)
-    assert sb.after_change(amplifier, PLAYING, 1.0, 10.0) == (amplifier, False)
-    amplifier, told = sb.after_change(amplifier, PAUSED, 2.0, 10.0)
+    def after(amplifier, state, at, machine="m1"):
+        return sb.after_change(amplifier, sb.Change(state, STOPPED, sb.Item(), 0, "", machine, ""), at, 10.0)
+    amplifier, told = after(sb.Amplifier(), PLAYING, 0.0)
+    assert told and amplifier.active and amplifier.off_at is None
+    assert after(amplifier, PLAYING, 1.0) == (amplifier, False)
+    amplifier, told = after(amplifier, PAUSED, 2.0)
     assert not told and amplifier.off_at == 12.0
-    assert sb.after_change(amplifier, STOPPED, 5.0, 10.0)[0].off_at == 12.0       # nothing has played since 2.0
-    assert sb.after_change(amplifier, PLAYING, 11.0, 10.0) == (sb.Amplifier(True), False)
-    assert sb.after_change(sb.Amplifier(), PAUSED, 0.0, 10.0) == (sb.Amplifier(), False)
+    assert after(amplifier, STOPPED, 5.0)[0].off_at == 12.0         # nothing has played since 2.0
+    assert after(amplifier, PLAYING, 11.0) == (sb.Amplifier(frozenset({"m1"}), True), False)
+    assert after(sb.Amplifier(), PAUSED, 0.0) == (sb.Amplifier(), False)
+    both = after(after(sb.Amplifier(), PLAYING, 0.0)[0], PLAYING, 1.0, "m2")[0]
+    assert after(both, STOPPED, 2.0, "m2")[0].off_at is None        # the other one plays on
 
 
 # === Page ===
@@ -3023,14 +3027,18 @@ def test_the_page_shows_what_plays_and_no_secret(listener, tmp_path):
     listener.gate.secret = sb.SecretFile("-webhook-secret-file", str(file), 2)
     publish(listener)
     assert get(listener)[0] == 401
+    listener.server_address = ("::", listener.port)
     code, said = get(listener, "/?token=0123456789abcdef")
     assert code == 200 and "Karma Police" in said and "http://pi.lan:3001/webhooks/plex" in said and "0123456789abcdef" not in said
+    listener.thumb = ("101", THUMB)
+    assert '<img alt="" data-src="cover?key=101">' in get(listener, "/?token=0123456789abcdef")[1]      # the script adds the secret
     answer = exchange(listener, raw("GET /?token=0123456789abcdef HTTP/1.1\nHost: x\n"))
     assert b"\r\nContent-Security-Policy: default-src 'none'; " in answer and b"unsafe" not in answer
 
 
 @pytest.mark.parametrize("host", ["localhost:3001", "127.0.0.1", "[::1]:3001", "evil\"><script>", "a b", ""])
 def test_the_url_to_paste_is_never_localhost_nor_what_a_stranger_says(listener, host):
+    listener.server_address = ("::", listener.port)
     said = exchange(listener, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()).decode()
     url = re.search('data-plain="([^"]*)"', said)[1]
     assert re.fullmatch(rf"http://[\w.-]+:{listener.port}/webhooks/plex", url) and "localhost" not in url and "//127." not in url
@@ -3061,6 +3069,8 @@ def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener
     assert get(listener, "/cover")[0] == 404
     publish(listener)
     assert get(listener, "/cover")[0] == 404
+    publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
+    assert "<img" not in get(listener)[1]                           # nobody to ask
     with RawServer(answer) as server:
         listener.covers = sb.Covers(sb.PlexServer(server.url, secret_file(token_file).first))
         publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
@@ -3071,7 +3081,8 @@ def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"webhook")
 
 
-@pytest.mark.parametrize("thumb", ["@evil.example/x", "//evil.example/x", "http://evil.example/", "/library/../x?y", "/library/x y", 7, None, "/photo/:/transcode"])
+@pytest.mark.parametrize("thumb", ["@evil.example/x", "//evil.example/x", "http://evil.example/", "/library/../x?y", "/library/x y", 7, None, "/photo/:/transcode",
+                                   "/library/sections/1/refresh", "/library/metadata/1/../../security/token"])
 def test_no_token_goes_where_a_thumb_should_not_point(thumb):
     assert sb.parse_item({**SONG, "thumb": thumb}).thumb == ""
 
@@ -3308,6 +3319,7 @@ class Running:
         config = sb.Config(plex_machine_id=machine_id, poll_interval_s=poll)
         self.listener = sb.Listener("127.0.0.1", 0, self.inbox, machine_id)
         server = sb.PlexServer(plex.url, secret_file(token_file).first) if token_file else None
+        self.listener.covers = sb.Covers(server)
         self.watcher = sb.Watcher(config, self.inbox, server, sb.Systemd(environ or {}), self.listener.board)
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self.listener.serve, self.watcher.run)]
 
@@ -3550,7 +3562,7 @@ def test_a_wrong_call_is_one_sentence_and_status_2(words, sentence):
 
 @pytest.mark.parametrize("content, sentence", [
     ("-plex-machine-id 'x", "a line of the @FILE has a quote without its end; put both or none."),
-    ("-plex-machine-id x y", "a line of the @FILE has more than a flag and its value: -plex-machine-id"),
+    ("-plex-machine-id x y", "a line of the @FILE has more than a flag and its value: -plex-machine-id; put the value in quotes."),
     ("SECRET", "a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001"),
     ("# f\udcfcr", "the @FILE is not UTF-8; save it as UTF-8."),
     ("@{}", "a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")])
@@ -3853,6 +3865,30 @@ def test_a_container_that_calls_localhost_is_told_the_address_to_use(monkeypatch
     assert sb.Doctor(sb.Config(plex_server_url="http://127.0.0.1:32400")).differences("http://localhost:3001/webhooks/plex") == []
 
 
+@pytest.mark.parametrize("url, shown", [
+    ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
+    ("http://pi/webhooks/plex&token=SECRET", "http://pi/webhooks/plex?token=..."), ("http://pi/plex?SECRET", "http://pi/plex?token=..."),
+    ("https://hooks.example/api/webhook/SECRET", "https://hooks.example/..."), ("SECRET", "SECRET"), ("", "")])
+def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
+    assert sb.without_secrets(url) == shown or shown == "SECRET"
+
+
+@pytest.mark.parametrize("answer", [None, [], 7, "x", {}, {"url": 7}, [None], [7], ["x"], [[]], [{}], [{"url": None}], [{"url": "ftp://x"}], [{"url": "//x"}],
+                                    [{"url": "http://["}], [{"url": "x" * 9999}], [{"url": "http://127.0.0.1:9/webhooks/plex"}] * 300])
+def test_odd_answers_of_plex_tv_are_no_traceback(sick, answer):
+    sick.urls = answer
+    found = sick.examine()
+    assert not [each for each in found["findings"] if "failed itself" in each["evidence"]]
+
+
+@pytest.mark.parametrize("answer", [{"ownerFeatures": 7}, {"myPlexSigninState": []}, {"friendlyName": None}])
+def test_odd_answers_of_the_server_are_no_traceback(sick, answer):
+    sick.root = answer
+    for path in ("/:/prefs", "/identity"):
+        sick.answers[path] = {"Setting": [None, 7, {}, {"id": [], "value": {}}], "version": {}}
+    assert not [each for each in sick.examine()["findings"] if "failed itself" in each["evidence"]]
+
+
 @pytest.mark.parametrize("off_s, status", [(0, "ok"), (3600, "FAIL"), (-3600, "FAIL")])
 def test_clocks_are_compared(off_s, status):
     checks = sb.Doctor(sb.Config())
@@ -3868,7 +3904,12 @@ def test_the_servers_own_log_tells_of_failed_deliveries(sick):
         logs.writestr("Plex Media Server.log", "x\nWARN - Webhook: Error delivering payload to http://pi/?token=0123456789abcdef: 408\n")
     sick.answers["/diagnostics/logs"] = buffer.getvalue()
     said = failed(sick.examine())["server's log"]
-    assert said.startswith("1 deliveries failed; the last: WARN - Webhook: Error delivering payload to http://pi/?token=...")
+    assert said == "1 deliveries failed; the last: WARN - Webhook: Error delivering payload to http://pi/?token=... 408"
+    broken = bytearray(buffer.getvalue())
+    broken[60:70] = b"\xff" * 10
+    for nonsense in (bytes(broken), b"PK\x05\x06" + bytes(18)):
+        sick.answers["/diagnostics/logs"] = nonsense
+        assert "server's log" not in failed(sick.examine())
     sick.answers["/diagnostics/logs"] = b"no zip"
     assert "server's log" not in failed(sick.examine())
 
@@ -3897,7 +3938,7 @@ def test_the_likely_causes_come_best_first_and_lines_fit_80_columns(sick):
 
 def test_without_any_configuration_doctor_still_says_what_it_can(monkeypatch):
     done = subprocess.run([sys.executable, PROGRAM, "doctor", "-webhooks-port", str(free_port())], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "skip  server: no server is configured" in done.stdout and "FAIL  daemon: nothing listens" in done.stdout
+    assert done.returncode == 1 and "skip  server: not asked: no server is configured" in done.stdout and "FAIL  daemon: nothing listens" in done.stdout
 
 
 def test_doctor_watches_the_witnesses(plex, token_file, tmp_path, monkeypatch):
