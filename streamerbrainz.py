@@ -2516,10 +2516,10 @@ class Tracker:
                    guid, match.show_id or None, match.confidence)
 
     def add_show(self, show: Show) -> int:
-        """Add a show; -> its id."""
+        """Add a show; -> its id.  A year that may be a season's is none of its."""
         plain = parse_title(show.title).normal
         show_id = self.write("INSERT INTO show (type, title, normal, year) VALUES (?, ?, ?, ?)", show.type,
-                             show.title, plain, show.year).lastrowid
+                             show.title, plain, show.year if show.own_year else None).lastrowid
         each = trigrams(plain)
         self.connection.executemany(
             "INSERT INTO trigram VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
@@ -2566,7 +2566,8 @@ class Tracker:
             return known[0], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         ids = show.ids
-        row = (time.time(), conflict.kind, *key, entry.show_guid, show.title, show.year, ids.tmdb_id,
+        row = (time.time(), conflict.kind, *key, entry.show_guid, show.title,
+               show.year if show.own_year else None, ids.tmdb_id,
                ids.tvdb_id, ids.imdb_id, candidates, None)
         return self.write(f"INSERT INTO conflict VALUES (NULL, {', '.join('?' * len(row))})", *row).lastrowid, True
 
@@ -5041,13 +5042,13 @@ def tracker_command(config: Config) -> int:
 
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The one before stays valid, as the file's second line."""
-    if not config.webhook_secret_file:
-        raise ConfigError("secret: name the file: -webhook-secret-file FILE")
-    path = config.webhook_secret_file
+    path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
     before = SecretFile("-webhook-secret-file", path, 2).words[:1] if os.path.exists(path) else ()
     secret = secrets.token_urlsafe(32)
     try:
         folder, name = os.path.split(os.path.abspath(path))
+        if not config.webhook_secret_file:
+            os.makedirs(folder, 0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False) as file:      # mode 600
             file.write("\n".join((secret, *before)) + "\n")
         os.replace(file.name, path)
@@ -5058,7 +5059,7 @@ def make_secret(config: Config) -> int:
     host = guess_address(config.plex_server_url) if everywhere else config.webhooks_host
     print(f"{webhook_url(host, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex's Settings > Webhooks.{' The one before it still works.' if before else ''} "
-          f"The secret is in {path}.", file=sys.stderr)
+          f"The secret is in {path}: give the daemon -webhook-secret-file {shlex.quote(path)}", file=sys.stderr)
     return 0
 
 

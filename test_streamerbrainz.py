@@ -1962,6 +1962,7 @@ def test_a_show_that_nothing_is_like_waits_for_a_person_once(database):
         assert [brief(row)[:2] for row in done(database, 4)[2:]] == [("duplicate", "ignored_duplicate"), ("success", "already_watched")]
     show, = json.loads(tracker(database, "show", "3", "-json"))
     assert [each["plays"] for each in show["episodes"]] == [1, 2]
+    assert show["year"] is None                                     # 2008 may be the season's
     first = rows(database)[0]["received_at"]
     assert show["episodes"][0]["watched_at"] == first               # at its own time, not at that of the resolution
 
@@ -2334,6 +2335,9 @@ def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(tmp_
     new, old = file.read_text().split()
     assert len(new) == 43 and done[0].stdout.endswith(f":3001/webhooks/plex?token={old}\n") and done[1].stdout.endswith(f"?token={new}\n")
     assert "The one before it still works." in done[1].stderr and new not in done[1].stderr
+    home = {**os.environ, "HOME": str(tmp_path)}
+    assert subprocess.run([sys.executable, PROGRAM, "secret"], capture_output=True, env=home, timeout=20).returncode == 0
+    assert stat.S_IMODE((tmp_path / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
     with Process("-webhook-secret-file", file) as daemon:
         assert [send(daemon, event="media.rate", query=query) for query in (
             f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
@@ -2624,7 +2628,6 @@ def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content
     ("tracker log -status frob -tracker-db {}", "-status: invalid choice: 'frob' (choose from success, failed, ignored, duplicate, waiting) (see: streamerbrainz.py -h)"),
     ("-tmdb-token-file t", "-tmdb-token-file is given, but no -tracker-db, which alone needs it."),
     ("-rate-limit x", "-rate-limit: x is no whole number from 0 to 1000000 (see: streamerbrainz.py -h)"),
-    ("secret", "secret: name the file: -webhook-secret-file FILE"),
     ("secret -webhook-secret-file /no/such/f", "secret: /no/such/f cannot be written (No such file or directory); make its folder, writable by you.")])
 def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentence, database):
     done = subprocess.run([sys.executable, PROGRAM, *words.format(database).split()], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)
