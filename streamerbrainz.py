@@ -1585,7 +1585,8 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
                          "refused": {result: n for (_, result), n in status.webhooks.items() if result != "ok"},
                          "arrived": player.proof.arrived if player else 0,
                          "missed": player.proof.missed if player else 0,
-                         "in_a_row_missed": player.proof.in_a_row if player else 0},
+                         "in_a_row_missed": player.proof.in_a_row if player else 0,
+                         "median_delay_s": player.proof.median_delay_s if player else None},
             "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
                         for when, change in status.changes]}
 
