@@ -3973,8 +3973,8 @@ def carefully(target: Callable[[], None], inbox: queue.SimpleQueue[Message]) -> 
 
 
 def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener, plex: PlexServer | None,
-          hooks: Hooks | None = None) -> None:
-    """Listen and watch until Stop is in the inbox."""
+          hooks: Hooks | None = None) -> Watcher:
+    """Start all threads; -> the Watcher, for watch()."""
     systemd = Systemd(os.environ)
     listener.tracker_db, listener.plex_url, listener.covers = config.tracker_db, config.plex_server_url, Covers(plex)
     if hooks:
@@ -3996,12 +3996,19 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
         work = functools.partial(Worker(config, tracker, plex).run, listener.journal.written)
         threading.Thread(target=carefully, args=(work, inbox), name="worker", daemon=True).start()
     systemd.notify("READY=1")
-    try:
-        Watcher(config, inbox, plex, systemd, listener.board, hooks).run()
-    finally:
-        systemd.notify("STOPPING=1")
-        listener.close()
-        say(logging.INFO, "stopped listening")
+    return Watcher(config, inbox, plex, systemd, listener.board, hooks)
+
+
+def watch(watcher: Watcher, listener: Listener) -> int:
+    """Watch until Stop is in the inbox, then listen no more; -> the exit status."""
+    with listener:
+        try:
+            watcher.run()
+        finally:
+            watcher.systemd.notify("STOPPING=1")
+            listener.close()
+            say(logging.INFO, "stopped listening")
+    return 0
 
 
 def runs_already(config: Config) -> bool:
@@ -4072,8 +4079,8 @@ def server_of(config: Config) -> PlexServer | None:
                       config.plex_ca_file)
 
 
-def run(config: Config) -> int:
-    """The daemon."""
+def run(config: Config) -> Callable[[], int]:
+    """The daemon, started; -> what remains to be done, see carry_on()."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)        # in all threads: one takes them, see take_signals()
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file, 2) if config.webhook_secret_file else None
@@ -4087,12 +4094,14 @@ def run(config: Config) -> int:
                 raise ConfigError(f"-webhooks-port: another StreamerBrainz, {holder}, listens on "
                                   f"{config.webhooks_port}; end that (and its cron lines) first.") from error
             say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
-            return 0
+            return int
         raise listening_error(error, config) from error
-    with listener:
+    try:
         hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
-        serve(config, inbox, listener, server_of(config), hooks)
-    return 0
+        return functools.partial(watch, serve(config, inbox, listener, server_of(config), hooks), listener)
+    except BaseException:
+        listener.server_close()
+        raise
 
 
 def ask_token() -> Callable[[], str]:
@@ -5222,14 +5231,15 @@ def demo(config: Config) -> int:
         sample = "/bin/sh -c 'echo amplifier, lamp or curl: $PLAYER_EVENT $NAME'"
         hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
         threading.Thread(target=play_evening, args=(plex, listener.port, config.speed, inbox), daemon=True).start()
-        serve(config, inbox, listener, PlexServer(plex.url, SecretFile("-plex-token-file", token_file).first), hooks)
+        server = PlexServer(plex.url, SecretFile("-plex-token-file", token_file).first)
+        watch(serve(config, inbox, listener, server, hooks), listener)
         plex.shutdown()
     return 0
 
 
 # === main ===
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
+COMMANDS: dict[str, Callable[[Config], int | Callable[[], int]]] = {"run": run, "players": players, "doctor": doctor,
                                                 "tracker": tracker_command, "secret": make_secret, "hook": hook,
                                                 "demo": demo}
 
@@ -5423,8 +5433,8 @@ def parse_config(words: Sequence[str]) -> Config:
     return config
 
 
-def main(words: Sequence[str]) -> int:
-    """Run a command line; -> the exit status."""
+def main(words: Sequence[str]) -> int | Callable[[], int]:
+    """Run a command line; -> the exit status, or what is to be called for it."""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")        # titles in every script, terminals in one
@@ -5441,5 +5451,30 @@ def main(words: Sequence[str]) -> int:
         return 1
 
 
+def carry_on(remains: Callable[[], int]) -> NoReturn:
+    """Do what remains when the script has come to its end, and exit with the status that it returns.
+
+    CPython holds the syntax tree of a script until then: 10 MB of this one.  What it calls
+    afterwards, still in the main thread and with all in working order, is sys.excepthook.
+    """
+    def after_the_script(*_: object) -> NoReturn:
+        sys.excepthook = sys.__excepthook__
+        with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):      # another libc, or forbidden
+            import ctypes  # here: the daemon has begun
+
+            ctypes.CDLL(None).malloc_trim(0)          # what is free goes back to the system
+        try:
+            status = remains()
+        except Exception:                             # a bug of ours
+            sys.__excepthook__(*sys.exc_info())
+            status = 1
+        sys.exit(status)
+    sys.excepthook = after_the_script
+    raise RuntimeError("nothing is wrong: the script ends here, and the hook carries on")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    outcome = main(sys.argv[1:])
+    if callable(outcome):
+        carry_on(outcome)
+    sys.exit(outcome)

@@ -3623,6 +3623,21 @@ def test_a_signal_ends_it_within_a_second_with_status_0(number):
     assert "Traceback" not in daemon.text()
 
 
+def test_an_idle_daemon_holds_no_more_memory_than_it_needs():
+    with Process() as daemon:
+        def resident_mb():
+            return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{daemon.process.pid}/status").read_text())[1]) / 1024
+        eventually(lambda: resident_mb() < 32)
+
+
+def test_a_bug_ends_the_process_with_its_traceback_and_status_1():
+    script = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import streamerbrainz as sb; sb.Watcher.run = lambda self: 1 / 0; "
+              f"sb.carry_on(sb.main(['-webhooks-port', '{free_port()}']))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr
+    assert "excepthook" not in done.stderr and "nothing is wrong" not in done.stderr
+
+
 def test_no_signal_is_lost_however_they_come():
     for attempt in range(12):
         with Process() as daemon:
