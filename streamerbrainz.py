@@ -1531,6 +1531,7 @@ class Status(NamedTuple):
     changes: tuple[tuple[float, Change], ...] = ()      # the last, newest first, with their Unix times
     has_server: bool = False
     stream_open: bool = False     # the event stream
+    stream_missed: bool = False   # the server has none, or it is not to be opened
     webhook_at: float | None = None   # monotonic s, the last; None: none yet
     webhook_time: float = 0.0     # the same in Unix s; 0: none yet
     webhooks: Mapping[tuple[str, str], int] = MappingProxyType({})      # by (event, result)
@@ -1564,8 +1565,8 @@ def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
             "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
-            "events": {"up": None if not status.has_server else status.stream_open,
-                       "words": "the event stream is open" if status.stream_open else "no event stream"}}
+            "events": {"up": True if status.stream_open else None if status.stream_missed or not status.has_server
+                       else False, "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
 
 def now_fields(status: Status, at: float) -> dict[str, object]:
@@ -1780,8 +1781,12 @@ class Glance(NamedTuple):
 
 
 def page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
-         seen: Glance | None) -> str:
-    """The status page.  url: to paste into Plex, without the secret, which is never in the page."""
+         seen: Glance | None, local_time: Callable[[str, float], str]) -> str:
+    """The status page.
+
+    url: to paste into Plex, without the secret, which is never in the page.  local_time: a
+    Unix time in a form of strftime().
+    """
     escape = html.escape
     player, item = status.player, status.player.item if status.player else None
     position, state = position_ms(player, at) if player else 0, player.state if player else STOPPED
@@ -1801,12 +1806,12 @@ def page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_
     told = "".join(f"<li>{marks[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
                     for name, each in witnesses(status, at).items())
     changes = "".join(
-        f"<li><time>{time.strftime('%H:%M:%S', time.localtime(when))}</time> {escape(change.state)} "
+        f"<li><time>{local_time('%H:%M:%S', when)}</time> {escape(change.state)} "
         f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} <span class=dim>({escape(change.by)})"
         "</span></li>" for when, change in status.changes)
     tracked = ""
     if seen:
-        marked = "".join(f"<li><time>{time.strftime('%m-%d %H:%M', time.localtime(when))}</time> {escape(name)}</li>"
+        marked = "".join(f"<li><time>{local_time('%m-%d %H:%M', when)}</time> {escape(name)}</li>"
                          for when, name in seen.marked)
         waiting = "".join(f"<li>{escape(name)} ({kind}): <code>streamerbrainz.py tracker resolve {number} "
                           "new</code>, or ignore, or the show's id</li>" for number, name, kind in seen.conflicts)
@@ -2980,6 +2985,11 @@ class Covers:
         return b""
 
 
+def local_time(form: str, at: float) -> str:
+    """A Unix time in this machine's time zone."""
+    return time.strftime(form, time.localtime(at))
+
+
 def picture_type(picture: bytes) -> str:
     """What kind of picture these bytes are; "": none that a page shows."""
     kinds = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
@@ -3240,7 +3250,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         item = status.player.item if status.player else None
         has_picture = item is not None and (self.server.thumb[0] == item.identity or
                                             bool(item.thumb and self.server.covers.plex))
-        content = page(status, time.monotonic(), self.own_url(), has_secret, nonce, has_picture, shown)
+        content = page(status, time.monotonic(), self.own_url(), has_secret, nonce, has_picture, shown,
+                       local_time)
         self.answer(200, content, "text/html; charset=utf-8", {
             "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
             f"form-action 'none'; frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'",
@@ -3742,7 +3753,8 @@ class Watcher:
     def publish(self) -> None:
         """Tell the request threads what is known now."""
         status = Status(self.players.get(self.latest), tuple(self.recent)[::-1], bool(self.plex), self.stream_open,
-                        self.webhook_at, self.webhook_time, dict(self.webhooks), dict(self.looks), dict(self.changes))
+                        self.stream_missed or not self.config.plex_events, self.webhook_at, self.webhook_time,
+                        dict(self.webhooks), dict(self.looks), dict(self.changes))
         self.board.publish(status, self.news)
         self.news = []
 
@@ -4895,8 +4907,8 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
 
 
 def local_day(at: float | None) -> str:
-    """A day, in local time."""
-    return "" if at is None else time.strftime("%Y-%m-%d", time.localtime(at))
+    """A day, in local time; "": none."""
+    return "" if at is None else local_time("%Y-%m-%d", at)
 
 
 def tracker_shows(config: Config, tracker: Tracker) -> int:
@@ -4968,7 +4980,7 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
 
     def line(row: Sequence[Any]) -> str:
         numbers = f" S{row[4]:02}E{row[5]:02}" if row[10] == EPISODE and None not in row[4:6] else ""
-        first = f"{time.strftime('%m-%d %H:%M', time.localtime(row[0]))}  {row[6]:9}  {row[7] or row[1]:18}  "
+        first = f"{local_time('%m-%d %H:%M', row[0])}  {row[6]:9}  {row[7] or row[1]:18}  "
         what = shortened(printable(row[11] or row[3] or ""), 80 - len(first) - len(numbers)) + numbers
         indent = " " * 13
         reason = textwrap.fill(printable(row[8] or ""), 80, initial_indent=indent, subsequent_indent=indent)

@@ -1313,6 +1313,9 @@ def test_now_has_the_logs_keys_first_and_moves_on():
     assert (fields["state"], fields["position_ms"], fields["machine_id"], fields["cover"]) == (PLAYING, 63000, "m1", "cover?key=101")
     assert fields["witnesses"]["sessions"] == {"up": True, "words": "the server answers"}
     assert sb.now_fields(sb.Status(), 1.0)["state"] == STOPPED
+    for status, up in ((sb.Status(), None), (status_of(has_server=True, stream_missed=True), None), (status_of(has_server=True), False),
+                       (status_of(has_server=True, stream_open=True), True)):
+        assert sb.witnesses(status, 1.0)["events"]["up"] is up
 
 
 def out(fault="unreachable", at=0.0):
@@ -1384,7 +1387,7 @@ def test_every_foreign_string_of_the_page_is_escaped():
     change = sb.Change(PLAYING, STOPPED, sb.parse_item(EVIL), 0, "<b>", "m1", "<i>")
     seen = sb.Glance(((1.0, "<u>x"),), ((1, "<s>y", "no_match"),))
     said = sb.page(status_of(known_player(item=EVIL)._replace(player_title="<h6>", outage=Outage("x", "<em>")), changes=((1.0, change),), has_server=True),
-                   1.0, "http://x/<q>", True, "N", True, seen)
+                   1.0, "http://x/<q>", True, "N", True, seen, lambda form, at: "20:15")
     assert "alert(1)" in said and not re.search(r"<script>|<img src=x|<b>\)|<h6>|<em>|<u>|<s>|<q>|<i>", said)
     assert said.count("<script") == 1 and not re.search(r"(src|href)=.?(https?:|//)", said)
 
