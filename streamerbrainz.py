@@ -2398,7 +2398,7 @@ class Tracker:
     def is_done(self, entry: Entry) -> bool:
         """Whether an entry has been done meanwhile, by another process."""
         return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL AND "
-                        "action <> 'episode_not_found'", entry.id) is not None
+                        "action NOT IN ('conflict_created', 'episode_not_found')", entry.id) is not None
 
     def is_duplicate(self, entry: Entry) -> bool:
         """Whether the same account finished the same item just before or after, and that was a success."""
@@ -4001,8 +4001,8 @@ def serve(config: Config, inbox: queue.SimpleQueue[Message], listener: Listener,
     if plex is None:
         say(logging.INFO, "no -plex-server-url: the webhooks alone tell")
     elif config.plex_events:
-        watch = functools.partial(watch_stream, plex, inbox)
-        threading.Thread(target=carefully, args=(watch, inbox), name="stream", daemon=True).start()
+        follow = functools.partial(watch_stream, plex, inbox)
+        threading.Thread(target=carefully, args=(follow, inbox), name="stream", daemon=True).start()
     if listener.journal:
         tracker = Tracker(config.tracker_db, lasting=False, writing=listener.journal.tracker.writing)
         work = functools.partial(Worker(config, tracker, plex).run, listener.journal.written)
@@ -4765,16 +4765,23 @@ class LibraryImport:
                 rows.append((show_id, item.parent_index or 0, item.index or 0, item.title, *watched_state(fields, now)))
         self.tracker.add_episodes(rows)
 
-    def settled(self) -> list[int]:
-        """The conflicts whose shows have come, ended."""
-        with self.tracker.transaction():
-            found = self.tracker.all(
-                "SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
-                "WHERE resolution IS NULL AND show_id NOT NULL AND "
-                "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))")
-            for conflict_id, show_id in found:
-                self.tracker.resolve(conflict_id, show_id)
-        return [row[0] for row in found]
+
+def settle(tracker: Tracker) -> None:
+    """End the conflicts whose shows have come."""
+    with tracker.transaction():
+        found = tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
+                            "WHERE resolution IS NULL AND show_id NOT NULL AND "
+                            "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))")
+        for conflict_id, show_id in found:
+            tracker.resolve(conflict_id, show_id)
+
+
+def catch_up(tracker: Tracker, worker: Worker) -> None:
+    """After an import: try again what waited for it, and end the conflicts that this ends."""
+    settle(tracker)
+    for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
+        worker.finish(entry)
+    settle(tracker)
 
 
 def checked(value: object, place: str, keys: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
@@ -4863,6 +4870,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
             for show, rows in read:
                 show_id = upsert_show(tracker, show)
                 tracker.add_episodes((show_id, *row) for row in rows)
+        catch_up(tracker, Worker(config, tracker, server_of(config)))
         return said_counts(config, tracker)
     plex = server_of(config)
     if plex is None:
@@ -4873,11 +4881,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     except KeyboardInterrupt:
         print("\nstreamerbrainz: the import was ended; run it again, and it goes on where it was.", file=sys.stderr)
         return 1
-    worker = Worker(config, tracker, plex)
-    for conflict_id in library.settled():
-        worker.drain(conflict_id)
-    for entry in tracker.entries("action = 'episode_not_found'"):
-        worker.finish(entry)
+    catch_up(tracker, Worker(config, tracker, plex))
     return said_counts(config, tracker)
 
 

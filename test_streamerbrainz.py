@@ -2592,6 +2592,19 @@ def test_an_import_does_what_waited_for_it(tmp_path, token_file):
             assert brief(rows(path)[1])[:2] == ("success", "marked_watched")
 
 
+def test_an_import_of_a_file_does_what_waited_for_it_too(store, database, tmp_path):
+    severance = {**PILOT, "grandparentTitle": "Severance", "grandparentRatingKey": "7", "grandparentGuid": "plex://show/sev", "year": 2022}
+    assert finish(store, metadata=severance)[1] == "conflict_created"
+    assert finish(store, metadata={**PILOT, "ratingKey": "2", "index": 9})[1] == "episode_not_found"
+    assert finish(store, metadata={**PILOT, "ratingKey": "3", "grandparentTitle": "Unheard Of", "grandparentRatingKey": "8"})[1] == "conflict_created"
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps({"shows": [{"title": "Severance", "year": 2022, "episodes": [{"season": 1, "episode": 1}]},
+                                          {**BREAKING_BAD, "episodes": [{"season": 1, "episode": 9}]}]}))
+    tracker(database, "import", file)
+    assert [row["action"] for row in rows(database)] == ["marked_watched", "marked_watched", "conflict_created"]
+    assert [each["title"] for each in json.loads(tracker(database, "conflicts", "-json"))] == ["Unheard Of"]
+
+
 def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path):
     file, other = tmp_path / "export.json", tmp_path / "other.db"
     file.write_text(tracker(database, "export"))
