@@ -4910,6 +4910,9 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     return 0
 
 
+KINDS = {EPISODE: "show", MOVIE: "movie"}     # a type in the database -> what a person calls it
+
+
 def local_day(at: float | None) -> str:
     """A day, in local time; "": none."""
     return "" if at is None else local_time("%Y-%m-%d", at)
@@ -4924,7 +4927,7 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
         "max(watched_at) FROM show LEFT JOIN episode ON show_id = show.id WHERE 1" + condition +
         " GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal", *(f"%{word}%" for word in words))
     names = ("id", "type", "title", "year", "tmdb_id", "tvdb_id", "imdb_id", "watched", "episodes", "last_watched_at")
-    rows = [dict(zip(names, row, strict=True)) | {"type": "movie" if row[1] == MOVIE else "show",
+    rows = [dict(zip(names, row, strict=True)) | {"type": KINDS[row[1]],
                                                   "last_watched_at": iso_time(row[9])} for row in found]
 
     def lines() -> str:
@@ -4958,7 +4961,7 @@ def tracker_show(config: Config, tracker: Tracker) -> int:
         seasons = itertools.groupby(rows, key=lambda row: row[0])
         return "\n".join([head, *(season_lines(season, [(row[1], row[2] is not None) for row in each])
                                   for season, each in seasons)])
-    return print_rows(config, [{"id": show.id, "type": "movie" if show.type == MOVIE else "show",
+    return print_rows(config, [{"id": show.id, "type": KINDS[show.type],
                                 **show_fields(tracker, show)}], lines, "")
 
 
@@ -5002,7 +5005,7 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
         each = [(show, score) for show_id, score in json.loads(row[7]) if (show := tracker.show(show_id))]
         names = ("id", "created_at", "kind", "type", "title", "year", "waiting")
         rows.append(dict(zip(names, row[:7], strict=True)) | {
-            "created_at": iso_time(row[1]), "type": "movie" if row[3] == MOVIE else "show", "candidates": [
+            "created_at": iso_time(row[1]), "type": KINDS[row[3]], "candidates": [
                 {"show_id": show.id, "title": show.title, "year": show.year, "score": score} for show, score in each]})
 
     def lines() -> str:

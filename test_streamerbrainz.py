@@ -3900,6 +3900,40 @@ def test_a_container_that_calls_localhost_is_told_the_address_to_use(monkeypatch
     assert sb.Doctor(sb.Config(plex_server_url="http://127.0.0.1:32400")).differences("http://localhost:3001/webhooks/plex") == []
 
 
+@pytest.mark.parametrize("head, status_, body, check, evidence", [
+    ("nginx", "200 OK", {}, "daemon", "is held by "), ("StreamerBrainz/0.0.9", "200 OK", {}, "daemon", "it is version 0.0.9, and this is "),
+    (sb.USER_AGENT, "503 x", {"reasons": ["It stalls."]}, "daemon", "/healthz answers 503: It stalls."),
+    (sb.USER_AGENT, "401 x", {}, "webhooks so far", "/now answers 401"),
+    (sb.USER_AGENT, "200 OK", {"webhooks": {"last_s": 1, "in_a_row_missed": 3}, "witnesses": {"webhooks": {"up": False, "words": "They do not."}}},
+     "each change with its webhook", "They do not."),
+    (sb.USER_AGENT, "200 OK", {}, "test webhook", "is answered, but not by StreamerBrainz"),
+    (sb.USER_AGENT, "500 x", {}, "test webhook", "is refused with 500")])
+def test_what_listens_on_the_port_is_looked_at(head, status_, body, check, evidence):
+    with RawServer(http_answer(json.dumps(body).encode(), status_, f"Server: {head}\r\n")) as server:
+        checks = sb.Doctor(sb.Config(webhooks_host="127.0.0.1", webhooks_port=int(server.url.rpartition(":")[2])))
+        found = [each for each in (*checks.daemon(), *checks.delivery()) if each.status == "FAIL" and each.check == check]
+    assert evidence in found[0].evidence and found[0].remedy
+
+
+@pytest.mark.parametrize("answer, evidence", [
+    (reset, "does Plex demand https (Settings > Network > Secure connections)?"), (http_answer(b"", "503 x"), "is still starting"),
+    (http_answer(b"<html/>"), "Does -plex-server-url point to Plex Media Server?")])
+def test_a_server_that_answers_wrongly_is_told_from_one_that_is_not_there(answer, evidence):
+    with RawServer(answer) as server:
+        checks = sb.Doctor(sb.Config(plex_server_url=server.url))
+        checks.plex = sb.PlexServer(server.url, lambda: TOKEN)
+        found, = checks.server()
+    assert found.status == "FAIL" and evidence in found.evidence and found.remedy
+
+
+def test_a_certificate_of_another_name_is_told_from_a_server_that_is_not_there(certificate):
+    with tls_server(certificate, http_answer(b"")) as url:
+        checks = sb.Doctor(sb.Config(plex_server_url=url.format("127.0.0.1")))
+        checks.plex = sb.PlexServer(url.format("127.0.0.1"), lambda: TOKEN, str(certificate[0]))
+        found, = checks.server()
+    assert found.status == "FAIL" and "has a certificate that does not fit (IP address mismatch" in found.evidence and found.remedy
+
+
 @pytest.mark.parametrize("url, shown", [
     ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
     ("http://pi/webhooks/plex&token=SECRET", "http://pi/webhooks/plex?token=..."), ("http://pi/plex?SECRET", "http://pi/plex?token=..."),
