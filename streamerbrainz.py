@@ -37,7 +37,8 @@ socket, thread, log or environment; time comes in as an argument.  Its second pa
 and Hooks.  Who does not want the tracker skips that chapter; nothing before it names it.
 
 thread              owns                               never
-main (Watcher)      the PlayerStates and when to look  waits longer than PLEX_S (and the name server)
+main                nothing: it starts the others, and ends (see outlive_main)
+watcher             the PlayerStates and when to look  waits longer than PLEX_S (and the name server)
 listener            the listening socket               reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
 worker              the tracker's shows and marks      delays an answer or the Watcher
@@ -80,7 +81,6 @@ import itertools
 import json
 import logging
 import math
-import mmap
 import os
 import queue
 import random
@@ -125,34 +125,61 @@ WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can ca
 
 
 class Config(NamedTuple):
-    """What the flags say, checked; made by parse_config()."""
+    """What the flags say, checked; made by parse_config().  This is the help of the flags (see flag_parser()):
+
+    -webhooks-port PORT        HTTP listener port (default 3001)
+    -webhooks-host HOST        address to listen on (default: all, IPv4 and IPv6)
+    -webhook-secret-file FILE  secret that each webhook must bring as ?token=
+    -rate-limit N              webhooks a minute from one address; 0: any (default 100 with a secret or the tracker)
+    -plex-server-url URL       e.g. http://plex.home.arpa:32400
+    -plex-token-file FILE      file that holds the Plex token
+    -plex-ca-file FILE         CA bundle for an https server with its own certificate
+    -plex-machine-id ID        machineIdentifier of the player
+    -poll-interval S           seconds between slow looks, in case webhooks and events are lost (default 30; 0 for none)
+    -no-plex-events            do not open the server's event stream
+    -on-event COMMAND          command to run on each change, with its arguments
+    -active-timeout S          seconds without playing until the command is run with inactive (default 10)
+    -tracker-db FILE           SQLite file of the watch tracker; turns the tracker on
+    -tracker-log-days N        days to keep the finished entries of its journal (default 90; 0 for ever)
+    -no-auto-mark-watched      find the show of each webhook, but mark nothing
+    -auto-add-shows            add a missing show if it is certain which one it is
+    -accounts NAMES            accounts whose watching counts: titles or ids, with commas; * for all (default: owner's)
+    -tmdb-token-file FILE      TMDB API token, for shows that only TMDB can identify
+    -log-level LEVEL           error, warn, info (default) or debug
+    -log-format FORMAT         text (logfmt, default) or json
+    -json                      players, doctor, tracker: print JSON
+    -status STATUS             tracker log: success, failed, ignored, duplicate or waiting
+    -show SHOW                 tracker log: of this show, by its id or words of its title
+    -last N                    tracker log: how many entries (default 20)
+    -speed N                   demo: how many times faster (default 1)
+    """
     command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
     words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker, an event for hook
-    webhooks_host: str = ""        # address to listen on; "": all, IPv4 and IPv6
-    webhooks_port: int = 3001      # 0: any free port (demo and tests)
-    webhook_secret_file: str = ""  # path; "": webhooks need no secret
-    rate_limit: int | None = None  # webhooks a minute from one address; 0: no limit; None: see webhooks_a_minute
+    webhooks_host: str = ""        # "": all addresses
+    webhooks_port: int = 3001
+    webhook_secret_file: str = ""  # "": webhooks need no secret
+    rate_limit: int | None = None  # 0: no limit; None: not given, see webhooks_a_minute
     plex_server_url: str = ""      # no slash at its end; "": webhooks only
-    plex_token_file: str = ""      # path
-    plex_ca_file: str = ""         # path of a CA bundle; "": the system's
-    plex_machine_id: str = ""      # Plex's machineIdentifier of the player
-    poll_interval_s: float = 30.0  # between slow looks; 0: none
-    plex_events: bool = True       # open the server's event stream
-    on_event: str = ""             # command to run on each change
-    active_timeout_s: float = 10.0  # from the last playing to the hook's `inactive`
-    tracker_db: str = ""           # path of the watch tracker's database; "": no tracker
-    tracker_log_days: int = 90     # how long finished entries of the journal are kept; 0: for ever
-    auto_mark_watched: bool = True  # False: find the show, mark nothing
-    auto_add_shows: bool = False   # add a show of certain identity that is missing in the tracker
-    accounts: str = ""             # titles or ids, separated by commas; "*": all; "": the webhook's owner
-    tmdb_token_file: str = ""      # path
-    log_level: str = "info"        # error, warn, info, debug
-    log_format: str = "text"       # text, json
-    json: bool = False             # players, doctor, tracker: print JSON
-    status: str = ""               # tracker log: only entries with this status; "": all
-    show: str = ""                 # tracker log: only entries of this show, by id or words; "": all
-    last: int = 20                 # tracker log: how many entries
-    speed: float = 1.0             # demo: how many times faster
+    plex_token_file: str = ""
+    plex_ca_file: str = ""         # "": the system's CAs
+    plex_machine_id: str = ""
+    poll_interval_s: float = 30.0  # 0: no slow looks
+    plex_events: bool = True
+    on_event: str = ""             # "": no command
+    active_timeout_s: float = 10.0
+    tracker_db: str = ""           # "": no tracker
+    tracker_log_days: int = 90     # 0: for ever
+    auto_mark_watched: bool = True
+    auto_add_shows: bool = False
+    accounts: str = ""             # "*": all; "": the webhook's owner
+    tmdb_token_file: str = ""
+    log_level: str = "info"
+    log_format: str = "text"
+    json: bool = False
+    status: str = ""               # "": entries with any status
+    show: str = ""                 # "": entries of all shows
+    last: int = 20
+    speed: float = 1.0
 
     @property
     def webhooks_a_minute(self) -> int:
@@ -228,6 +255,14 @@ def number(value: object) -> int | None:
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
+
+
+def json_value(content: bytes) -> object:
+    """The value in foreign JSON; None also if it is not JSON, or nested too deep."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 TRACK, EPISODE, MOVIE, PHOTO = "track", "episode", "movie", "photo"       # of Item.type
@@ -455,8 +490,8 @@ class SecretFile:
 # === Player: what Plex says -> what is true (parse_webhook, parse_sessions, advance, PlexServer, Watcher) ===
 # What for: to know what the chosen player does, and to report each change of it once, in order and never falsely.
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
-# Threads: main (Watcher) owns the PlayerStates and asks the server; "stream" reads the server's event stream.  Both
-#   get what they need from the inbox, or put into it; only main decides.
+# Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
+#   it says into the inbox.  Only the watcher decides.
 # Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
@@ -502,7 +537,7 @@ class Webhook(NamedTuple):
     scrobble: Scrobble | None = None      # only in a media.scrobble
 
 
-Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
+Body = bytes | bytearray          # of a request
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
@@ -574,11 +609,9 @@ def parse_payload(payload: bytes) -> Webhook:
     player, metadata = json_object(fields.get("Player")), json_object(fields.get("Metadata"))
     account = json_object(fields.get("Account"))
     return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
-                   item=parse_item(metadata) if metadata else None,
-                   view_offset=number(metadata.get("viewOffset")),
-                   server=text(json_object(fields.get("Server")).get("uuid")),
-                   account_id=text(account.get("id")), account=text(account.get("title")),
-                   user=fields.get("user") is True,
+                   item=parse_item(metadata) if metadata else None, view_offset=number(metadata.get("viewOffset")),
+                   server=text(json_object(fields.get("Server")).get("uuid")), account_id=text(account.get("id")),
+                   account=text(account.get("title")), user=fields.get("user") is True,
                    scrobble=parse_scrobble(metadata) if event == "media.scrobble" else None)
 
 
@@ -667,10 +700,10 @@ def parse_session(element: ElementTree.Element) -> Session | None:
         item = item._replace(sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
     return Session(session_key=text(element.get("sessionKey")),
                    machine_identifier=text(player.get("machineIdentifier")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING,
-                   item=item, view_offset=number(element.get("viewOffset")),
-                   player_title=text(player.get("title")), product=text(player.get("product")),
-                   platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "")
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING, item=item,
+                   view_offset=number(element.get("viewOffset")), player_title=text(player.get("title")),
+                   product=text(player.get("product")), platform=text(player.get("platform")),
+                   user=text(user.get("title")) if user is not None else "")
 
 
 def parse_xml(xml: bytes) -> ElementTree.Element:
@@ -711,10 +744,7 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
     if (body := body.lstrip())[:1] == b"<":
         root = parse_xml(body)
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
-    try:
-        container = json_object(json.loads(body)).get("MediaContainer")
-    except (ValueError, RecursionError):
-        container = None
+    container = json_object(json_value(body)).get("MediaContainer")
     if not isinstance(container, dict):
         raise PlexError("nonsense", f"The server's answer is neither JSON nor XML of Plex, or is cut short. {IS_PLEX}")
     lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting"))
@@ -753,10 +783,7 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 def parse_notifications(data: bytes) -> tuple[Notification, ...]:
     """The notifications in an event's data: one, or a list, perhaps in a container.  Other shapes: none."""
-    try:
-        fields = json_object(json.loads(data))
-    except (ValueError, RecursionError):
-        return ()
+    fields = json_object(json_value(data))
     found = json_object(fields.get("NotificationContainer", fields)).get("PlaySessionStateNotification")
     each = [json_object(one) for one in (found if isinstance(found, list) else [found])]
     return tuple(Notification(state=one["state"], session_key=text(one.get("sessionKey")),
@@ -798,7 +825,6 @@ BUFFERING_S = 2.0
 # The waits between looks while the sessions do not agree with a claim.  Sessions lag by up to 2 s.  Steps
 # of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
 RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
-
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
@@ -1557,7 +1583,7 @@ class Stop(NamedTuple):
     """A signal to end."""
 
 
-# An exception is a bug of ours in another thread: the main thread raises it, and so ends the process.
+# An exception is a bug of ours in another thread: the watcher raises it, and so ends the process.
 Message = Webhook | Notification | Stream | Refused | Stop | BaseException
 Inbox = queue.SimpleQueue[Message]
 
@@ -1596,9 +1622,9 @@ class Watcher:
         self.config, self.inbox, self.plex, self.tell, self.wake_s = config, inbox, plex, tell, wake_s
         self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
         if plex:
-            self.players[config.plex_machine_id] = PlayerState(
-                config.plex_machine_id, has_server=True, poll_interval_s=config.poll_interval_s,
-                look_at=time.monotonic())
+            self.players[config.plex_machine_id] = PlayerState(config.plex_machine_id, has_server=True,
+                                                               poll_interval_s=config.poll_interval_s,
+                                                               look_at=time.monotonic())
         self.latest = config.plex_machine_id         # the player that changed last
         self.status = Status(has_server=bool(plex), stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
@@ -1659,9 +1685,7 @@ class Watcher:
         if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
             self.meet(webhook)
         reported = self.judge(webhook)
-        ours = webhook.player_uuid in self.players
-        result = "reported" if reported else "nothing new" if not self.plex or not webhook.player_uuid \
-            else "a look" if ours else "another player's: a look"
+        result = "reported" if reported else "a look" if self.plex and webhook.player_uuid else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
 
@@ -1738,7 +1762,7 @@ class Watcher:
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> Pages.answer(path) -> Answer, which the Listener sends
-# Threads: main puts each new Status on the Board; request threads read it there.  The Board's list of event streams
+# Threads: the watcher puts each new Status on the Board; request threads read it there.  The Board's list of event streams
 #   and the Covers have locks of their own.
 # Needs: Ground
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, position_ms
@@ -1887,55 +1911,52 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; 
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
-p { margin: .2rem 0; overflow-wrap: anywhere } .dim, time { color: var(--dim) }
-.bad { color: #dc2626 } .good { color: #16a34a }
-progress { width: 100%; height: .4rem; accent-color: var(--accent) } li { margin: .2rem 0; overflow-wrap: anywhere }
-ul { padding: 0; margin: 0; list-style: none }
+p, li { margin: .2rem 0; overflow-wrap: anywhere } ul { padding: 0; margin: 0; list-style: none }
+.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
+progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { overflow-wrap: anywhere; background: var(--line); padding: .1rem .3rem; border-radius: .2rem }
-button { font: inherit; padding: .2rem .8rem } footer { margin-top: 2rem; font-size: .85rem }
+footer { margin-top: 2rem; font-size: .85rem }
 """
 
-# The secret is never in the page: the script takes it from the page's own URL.
+# The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
+# navigator.clipboard works over https only.
 SCRIPT = """
-const main = () => document.querySelector("main"), by = id => document.getElementById(id);
+const by = id => document.getElementById(id), all = rule => document.querySelectorAll(rule);
 const query = location.search, secret = (query.match(/[?&](?:token|secret)=([^&]*)/) || [])[1];
 const full = url => url.dataset.plain + (secret ? "?token=" + secret : "");
-const clock = s => Math.floor(s / 60) + ":" + String(Math.floor(s % 60)).padStart(2, "0");
 let since = performance.now(), shown = false;
 const dress = () => {
-  for (const b of document.querySelectorAll("button")) b.hidden = b.id === "show" && !secret;
-  for (const i of document.querySelectorAll("img[data-src]")) i.src = i.dataset.src + "&token=" + secret;
+  for (const b of all("button")) b.hidden = b.id === "show" && !secret;
+  for (const i of all("img[data-src]")) i.src = i.dataset.src + "&token=" + secret;
   if (shown) by("url").textContent = full(by("url"));
 };
 const refresh = async () => {
-  const answer = await fetch(location.href);
+  const answer = await fetch(location.href), parser = new DOMParser();
   if (!answer.ok) return;
-  main().replaceWith(new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main"));
+  all("main")[0].replaceWith(parser.parseFromString(await answer.text(), "text/html").querySelector("main"));
   since = performance.now(); dress();
 };
-const copy = url => {            // not navigator.clipboard: that wants https
-  const before = url.textContent, range = document.createRange();
-  url.textContent = full(url); range.selectNodeContents(url);
-  getSelection().removeAllRanges(); getSelection().addRange(range);
-  document.execCommand("copy"); getSelection().removeAllRanges(); url.textContent = before;
+const copy = url => {
+  const before = url.textContent, range = document.createRange(), selection = getSelection();
+  url.textContent = full(url); range.selectNodeContents(url); selection.removeAllRanges(); selection.addRange(range);
+  document.execCommand("copy"); selection.removeAllRanges(); url.textContent = before;
 };
 document.addEventListener("click", event => {
   if (event.target.id === "show") { shown = true; dress(); }
   if (event.target.id === "copy") { copy(by("url")); event.target.textContent = "Copied"; }
 });
-setInterval(() => {
-  const p = document.querySelector("progress"); if (!p || !p.dataset.playing) return;
-  p.value = Math.min(p.max, +p.dataset.position + performance.now() - since);
-  by("position").textContent = clock(p.value / 1000);
-}, 1000);
+const move = p => {
+  const at = Math.min(p.max, +p.dataset.position + performance.now() - since), s = Math.floor(at / 1000);
+  p.value = at; by("position").textContent = Math.floor(s / 60) + ":" + String(s % 60).padStart(2, "0");
+};
+setInterval(() => { for (const p of all("progress")) if (p.dataset.playing) move(p); }, 1000);
 const listen = again => {
   const stream = new EventSource("events" + query);
   stream.addEventListener("change", refresh);
   stream.onopen = () => { if (again) refresh(); again = true; };
   stream.onerror = () => { if (stream.readyState === 2) setTimeout(listen, 5000, true); };
 };
-listen(false); dress();
-setInterval(() => { if (!document.hidden) refresh(); }, 30000);
+listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
 """
 
 
@@ -2012,7 +2033,7 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 
 # --- the world
 
-# -- Board: what the main thread tells the request threads
+# -- Board: what the watcher tells the request threads
 
 # How many may listen to /events at once (each holds a thread), and how many events each may leave unread before it is
 # dropped.  A comment keeps a silent connection open.
@@ -2023,7 +2044,7 @@ class Board:
     """The latest Status, and a queue for each listener to /events."""
 
     def __init__(self) -> None:
-        self.status = Status()                        # replaced by main, read by all
+        self.status = Status()                        # replaced by the watcher, read by all
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
         self.room = threading.BoundedSemaphore(MAX_STREAMS)
 
@@ -2453,15 +2474,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
 
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
-        """A body of so many bytes.  A large one gets pages of its own: malloc would keep 2 MB for each thread."""
+        """A body of so many bytes."""
         body: Body = self.rfile.read(min(length, LARGE_BODY))
         got = len(body)
         if got == LARGE_BODY < length:
             self.enter_large(held)
-            start, body = body, mmap.mmap(-1, length)
-            body[:got] = start
-            with memoryview(body) as view:
-                got += self.rfile.readinto(view[got:])
+            body = bytearray(body).ljust(length, b"\0")
+            got += self.rfile.readinto(memoryview(body)[got:])
         if got < length:
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
@@ -2642,7 +2661,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
     path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
-    before = SecretFile("-webhook-secret-file", path, 2).words[:1] if os.path.exists(path) else ()
+    is_there = os.path.exists(path) and os.path.getsize(path)
+    before = SecretFile("-webhook-secret-file", path, 2).words[:1] if is_there else ()
     secret = secrets.token_urlsafe(32)
     try:
         folder, name = os.path.split(os.path.abspath(path))
@@ -2892,13 +2912,12 @@ def hook(config: Config) -> int:
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
 
-SHOW = EPISODE                # Show.type of a show: the database calls it by what is watched of it; a movie's is MOVIE
-MAX_NUMBER = 100_000          # of a season or an episode: a season can be a year, a soap opera has 10,000 episodes
-
-# A database's name in a guid -> our column for its ids.
-DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
-
+# Show.type of a show: the database calls it by what is watched of it.  A movie's is MOVIE.
+# No season or episode has a higher number than MAX_NUMBER: a season can be a year, a soap opera has 10,000 episodes.
+SHOW, MAX_NUMBER = EPISODE, 100_000
+# A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
+DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
 _GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|tvdb|tmdb|imdb)\d?(?:://|-)"
                    r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
 
@@ -2929,15 +2948,8 @@ def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | Non
 
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
-    found: dict[str, Any] = {}
-    for parsed in filter(None, map(parse_guid, guids)):
-        found.setdefault(parsed[0], parsed[1])
+    found: dict[str, Any] = {parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed}
     return Ids(**found)
-
-
-def is_number(value: int | None) -> bool:
-    """Whether this can be the number of a season or an episode."""
-    return value is not None and value <= MAX_NUMBER
 
 
 # -- Titles: a title -> Match | Conflict (parse_title, similarity, choose_show)
@@ -2958,8 +2970,9 @@ class Title(NamedTuple):
     country: str                  # US, a code of two letters; "": it has none
 
 
+# The year or country behind a title, in brackets; and of two codes of one country, the usual one.
 _QUALIFIER = re.compile(r"(.*\S)\s*[(\[](\d{4}|[A-Z]{2}|USA)[)\]]\s*", re.DOTALL)
-COUNTRIES = {"USA": "US", "GB": "UK"}     # two codes of one country -> the usual one
+COUNTRIES = {"USA": "US", "GB": "UK"}
 
 
 def parse_title(title: str) -> Title:
@@ -3021,11 +3034,13 @@ class Conflict(NamedTuple):
     candidates: tuple[Candidate, ...] = ()
 
 
-CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}      # in the order in which they are tried
-TAKEN_ABOVE = 0.9             # a title with a higher score is accepted; as in the contract
-MIN_SIMILARITY = 0.5          # of a title that a person is asked about: below it, titles share little but "of the"
-YEAR_FITS, YEAR_LATER = 0.10, 0.05    # added to the score if the show began in that year, or before; as in the contract
-MAX_CANDIDATES = 5            # that a person is asked about: more would not be read
+# How much an id is trusted, in the order in which they are tried; as in the contract.
+CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
+# A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
+# more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
+TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
+# What is added to the score, by years_agree(): if the show began in the wanted year, or before; as in the contract.
+YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\b(?:\d+|[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 
@@ -3055,7 +3070,7 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
     alike, years = similarity(title.normal, known_title.normal), years_agree(wanted, title, known, known_title)
     if alike < MIN_SIMILARITY:
         return None
-    score = min(1.0, alike + {1: YEAR_FITS, 0: YEAR_LATER}.get(-1 if years is None else years, 0.0))
+    score = min(1.0, alike + YEAR_ADDS[years])
     if years == -1 or (len(countries) == 2 and years != 1) or \
             _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal):
         return Candidate(known, min(score, TAKEN_ABOVE), -1)
@@ -3079,16 +3094,11 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
 
 
-def doubtful(wanted: Show, known: Show | None) -> Conflict:
-    """The conflict in which only one show is offered to the person."""
-    found = candidate(wanted, known) if known else None
-    return Conflict("ambiguous", (found._replace(score=min(found.score, TAKEN_ABOVE)),) if found else ())
-
-
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
 
-SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"     # statuses of an entry
-SCROBBLE, HISTORY = "media.scrobble", "history"       # events: of a webhook; of a play for which no webhook came
+# The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
+SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
+SCROBBLE, HISTORY = "media.scrobble", "history"
 
 
 class Entry(NamedTuple):
@@ -3128,10 +3138,15 @@ class Entry(NamedTuple):
         return (self.show_guid or own).partition("?")[0]
 
     @property
+    def key(self) -> str:
+        """The server's rating key of the show or movie; "": not given."""
+        return self.rating_key if self.type == MOVIE else self.show_key
+
+    @property
     def subject(self) -> str:
-        """What the show or movie is called on its server: what a mapping maps to our show."""
-        key = self.rating_key if self.type == MOVIE else self.show_key
-        return f"key:{key}" if key else f"guid:{self.guid_of_show}" if self.guid_of_show else f"title:{self.name}"
+        """What the show or movie is called on its server, for a mapping: by its key, else its guid, else its title."""
+        guid = self.guid_of_show
+        return f"key:{self.key}" if self.key else f"guid:{guid}" if guid else f"title:{self.name}"
 
     @property
     def show(self) -> Show:
@@ -3150,9 +3165,10 @@ class Outcome(NamedTuple):
     retry: bool = False           # the failure may pass: try again later
 
 
-MAX_ATTEMPTS = 30             # to finish an entry; with the pauses below they take a day
-ENTRY_RETRY_MIN_S = 30.0      # from the first attempt to the second: a server restarts in that time.  It doubles ...
-ENTRY_RETRY_MAX_S = 3600.0    # ... up to this, so that a server that was away all evening is found again within an hour
+# An entry whose server cannot be asked is tried again after 30 s, for a server restarts in that time.  Each pause is
+# twice as long as the one before, up to an hour: a server that was away all evening is found again within it.  Thirty
+# attempts take a day.
+ENTRY_RETRY_MIN_S, ENTRY_RETRY_MAX_S, MAX_ATTEMPTS = 30.0, 3600.0, 30
 
 
 def retry_after_s(attempts: int) -> float | None:
@@ -3160,39 +3176,38 @@ def retry_after_s(attempts: int) -> float | None:
     return min(ENTRY_RETRY_MAX_S, ENTRY_RETRY_MIN_S * 2 ** attempts) if attempts < MAX_ATTEMPTS else None
 
 
-def new_entry(at: float, event: str, server: str, account_id: str, account: str, item: Item,
-              scrobble: Scrobble) -> Entry:
-    """An Entry about an item.  A legacy agent's guid fills in season and episode."""
+def entry_of(webhook: Webhook, at: float) -> Entry:
+    """The Entry of a webhook that came at this Unix time.  A legacy agent's guid fills in season and episode."""
+    item, scrobble = webhook.item or Item(), webhook.scrobble or Scrobble()
     _, _, season, episode = parse_guid(item.guid) or (None,) * 4
     if item.type == MOVIE:
         season = episode = 0
     else:
         season = season if item.parent_index is None else item.parent_index
         episode = episode if item.index is None else item.index
-    return Entry(at, event, server, account_id, account, item.type, item.rating_key, item.guid, item.title,
-                 item.grandparent_title, season, episode, scrobble.year, scrobble.show_key, scrobble.show_guid,
-                 " ".join(scrobble.guids))
-
-
-def entry_of(webhook: Webhook, at: float) -> Entry:
-    """The Entry of a webhook that came at this Unix time."""
-    return new_entry(at, webhook.event, webhook.server, webhook.account_id, webhook.account, webhook.item or Item(),
-                     webhook.scrobble or Scrobble())
+    return Entry(at, webhook.event, webhook.server, webhook.account_id, webhook.account, item.type, item.rating_key,
+                 item.guid, item.title, item.grandparent_title, season, episode, scrobble.year, scrobble.show_key,
+                 scrobble.show_guid, " ".join(scrobble.guids))
 
 
 def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
-    """The Entry of a play in the server's history; None if it is not tracked.  accounts: ids; None: all count."""
+    """The Entry of a play in the server's history; None if it is not tracked.  accounts: ids; None: all count.
+
+    It is made as that of a webhook; but the history has the show's key only in a path, /library/metadata/1000.
+    """
     key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
-    entry = new_entry(float(number(fields.get("viewedAt")) or 0), HISTORY, server, text(fields.get("accountID")), "",
-                      parse_item(fields), parse_scrobble(fields)._replace(show_key=key))
+    play = Webhook(HISTORY, item=parse_item(fields), server=server, account_id=text(fields.get("accountID")),
+                   scrobble=parse_scrobble(fields)._replace(show_key=key))
+    entry = entry_of(play, float(number(fields.get("viewedAt")) or 0))
     wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
 
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
-    return "title" if not entry.name else "season" if not is_number(entry.season) else \
-        "episode number" if not is_number(entry.episode) else ""
+    numbers = {"season": entry.season, "episode number": entry.episode}
+    wrong = [word for word, value in numbers.items() if value is None or value > MAX_NUMBER]
+    return next(iter(wrong), "") if entry.name else "title"
 
 
 def split_accounts(accounts: str) -> set[str]:
@@ -3223,7 +3238,7 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
     return None
 
 
-# -- Words: -> log, terminal, JSON (conflict_reason, outcome_fields, season_lines, unix_time)
+# -- Words: -> log, terminal, JSON (conflict_reason, unix_time, episode_row, season_lines)
 
 def conflict_reason(show: Show, conflict: Conflict) -> str:
     """Why a person is asked."""
@@ -3234,15 +3249,6 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
     return f"{conflict.kind}: {said[conflict.kind]}"
 
 
-def outcome_fields(entry: Entry, outcome: Outcome) -> dict[str, object]:
-    """What became of an entry, as keys and values of the log."""
-    about = {"show": entry.name, "season": entry.season, "episode": entry.episode} if entry.type == EPISODE else \
-        {"title": entry.name}
-    match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
-    reason = {"reason": outcome.reason} if outcome.reason else {}
-    return {"status": outcome.status, "action": outcome.action, **about, **match, **reason}
-
-
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
     moment = datetime.datetime.fromisoformat(word)
@@ -3251,10 +3257,22 @@ def unix_time(word: str) -> int:
     return max(0, int(moment.timestamp()))
 
 
-def watched_state(fields: Mapping[str, Any], at: float) -> tuple[int | None, int]:
-    """When an item of the library was watched (`at` if the server does not say) and how often; None: never."""
-    plays = number(fields.get("viewCount")) or 0
-    return min(number(fields.get("lastViewedAt")) or int(at), int(at)) if plays else None, plays
+# A row of the table episode without its show: season, number, title, when it was first watched (Unix s; None: never or
+# not known), and how often.
+EpisodeRow = tuple[int, int, str, int | None, int]
+
+
+def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
+    """An episode or movie of a server's library; None: it has no season or no number.
+
+    at: now (Unix s); it counts as the time of a play for which the server has no date, or one in the future.
+    """
+    item, plays = parse_item(fields), number(fields.get("viewCount")) or 0
+    season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
+    if season is None or episode is None or max(season, episode) > MAX_NUMBER:
+        return None
+    watched_at = min(number(fields.get("lastViewedAt")) or int(at), int(at)) if plays else None
+    return season, episode, item.title, watched_at, plays
 
 
 def cut(line: str, width: int = 80) -> str:
@@ -3279,70 +3297,51 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 
 # These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.
 APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 1
-
-# Times are Unix seconds.  Files of earlier versions also have a table `trigram`, which nothing uses any more.
+# Times are Unix seconds.  Files of earlier versions also have the tables `trigram` and `found`, which nothing uses now.
 SCHEMA = (
     # A show (type "episode") or a movie.  normal: see parse_title().  year: the first.  NULL: not known.
-    """CREATE TABLE show (
-        id INTEGER PRIMARY KEY, type TEXT NOT NULL, title TEXT NOT NULL, normal TEXT NOT NULL, year INTEGER,
-        tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,
+    """CREATE TABLE show (id INTEGER PRIMARY KEY, type TEXT NOT NULL, title TEXT NOT NULL, normal TEXT NOT NULL,
+        year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,
         UNIQUE (type, tmdb_id), UNIQUE (type, tvdb_id), UNIQUE (type, imdb_id))""",
     "CREATE INDEX show_normal ON show (normal, type)",
     # The episodes of a show; a movie has one, 0x0.  watched_at: the first time; NULL: not watched.
-    """CREATE TABLE episode (
-        show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT NULL,
-        title TEXT NOT NULL, watched_at INTEGER, plays INTEGER NOT NULL DEFAULT 0,
+    """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL,
+        episode INTEGER NOT NULL, title TEXT NOT NULL, watched_at INTEGER, plays INTEGER NOT NULL DEFAULT 0,
         PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
     # Which of our shows a server's show is.  subject: "key:" and its rating key there, else "guid:" or "title:".
     # guid: its guid at that time: after a library is built anew, another show may have the key.
     # show_id: NULL: a person chose to ignore the show.
-    """CREATE TABLE mapping (
-        server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL,
+    """CREATE TABLE mapping (server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL,
         show_id INTEGER REFERENCES show, confidence REAL NOT NULL,
         PRIMARY KEY (server, type, subject)) WITHOUT ROWID""",
     "CREATE INDEX mapping_show ON mapping (show_id)",
     # A question to a person.  server to guid: as in mapping; title to imdb_id: as in show.
     # candidates: JSON, [[show_id, score], ...].  resolution: a show's id, or "ignore"; NULL: it is open.
-    """CREATE TABLE conflict (
-        id INTEGER PRIMARY KEY, created_at REAL NOT NULL, kind TEXT NOT NULL,
-        server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL,
-        title TEXT NOT NULL, year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,
-        candidates TEXT NOT NULL, resolution TEXT)""",
+    """CREATE TABLE conflict (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, kind TEXT NOT NULL,
+        server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL, title TEXT NOT NULL,
+        year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT, candidates TEXT NOT NULL, resolution TEXT)""",
     "CREATE UNIQUE INDEX conflict_open ON conflict (server, type, subject) WHERE resolution IS NULL",
     # The journal: its entries (see Entry), and what became of each (see Outcome).
     # status: NULL: the worker has not begun.  retry_at: when to finish it, or to try again; NULL: it is finished.
-    """CREATE TABLE webhook_log (
-        id INTEGER PRIMARY KEY, received_at REAL NOT NULL, event TEXT NOT NULL,
+    """CREATE TABLE webhook_log (id INTEGER PRIMARY KEY, received_at REAL NOT NULL, event TEXT NOT NULL,
         server TEXT NOT NULL, account_id TEXT NOT NULL, account TEXT NOT NULL,
         type TEXT, rating_key TEXT, guid TEXT, title TEXT, show_title TEXT, season INTEGER, episode INTEGER,
-        year INTEGER, show_key TEXT, show_guid TEXT, guids TEXT,
-        status TEXT, action TEXT, reason TEXT, show_id INTEGER, conflict_id INTEGER,
-        attempts INTEGER NOT NULL DEFAULT 0, retry_at REAL)""",
+        year INTEGER, show_key TEXT, show_guid TEXT, guids TEXT, status TEXT, action TEXT, reason TEXT,
+        show_id INTEGER, conflict_id INTEGER, attempts INTEGER NOT NULL DEFAULT 0, retry_at REAL)""",
     "CREATE INDEX webhook_log_due ON webhook_log (retry_at) WHERE retry_at IS NOT NULL",
     "CREATE INDEX webhook_log_play ON webhook_log (rating_key, received_at) WHERE rating_key IS NOT NULL",
     "CREATE INDEX webhook_log_old ON webhook_log (received_at) WHERE retry_at IS NULL AND status <> 'failed'",
     "CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL",
-    # What TMDB answered about an id of another database.  tmdb_id: NULL: it knows none.
-    """CREATE TABLE found (
-        source TEXT NOT NULL, external_id TEXT NOT NULL, tmdb_id INTEGER, at REAL NOT NULL,
-        PRIMARY KEY (source, external_id)) WITHOUT ROWID""",
     # How far an import or the reading of the history has come.
-    "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+    "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-DATABASE_S = 5.0              # how long to wait for another process that writes: its transactions take milliseconds
-BATCH = 200                   # entries that are read, or deleted in one transaction: some milliseconds
-DUPLICATE_S = 300.0           # two scrobbles of an item within this are one; as in the contract
-SAME_PLAY_S = 6 * 3600.0      # ... as are a webhook and a play in the history: their dates can differ by a long pause
-
-
-class Episode(NamedTuple):
-    """A row of the table episode."""
-    show_id: int
-    season: int
-    episode: int
-    title: str
-    watched_at: int | None = None
-    plays: int = 0
+# How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
+# are read or deleted at once.
+DATABASE_S, BATCH = 5.0, 200
+# Two scrobbles of an item within five minutes are one; as in the contract.  So are a webhook and a play in the server's
+# history within six hours: if somebody paused for dinner, their times differ by that.
+DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
 
 
 class Tracker:
@@ -3386,8 +3385,7 @@ class Tracker:
         self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
         ours, version = self.one("PRAGMA application_id")[0], self.one("PRAGMA user_version")[0]
         if write and not ours and not self.one("SELECT count(*) FROM sqlite_schema")[0]:
-            for statement in (*SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}",
-                              f"PRAGMA user_version = {SCHEMA_VERSION}"):
+            for statement in SCHEMA:
                 self.connection.execute(statement)
             self.take_note("history", int(time.time()))
         elif ours != APPLICATION_ID:
@@ -3435,8 +3433,7 @@ class Tracker:
 
     def one(self, query: str, *values: object, **named: object) -> Any:
         """The first row of a query; None: there is none."""
-        with self.guarded():
-            return self.connection.execute(query, named or values).fetchone()
+        return next(iter(self.all(query, *values, **named)), None)
 
     def write(self, statement: str, *values: object) -> Any:
         """Run a statement; returns its cursor."""
@@ -3484,12 +3481,15 @@ class Tracker:
                         "action NOT IN ('conflict_created', 'episode_not_found')", entry.id) is not None
 
     def is_duplicate(self, entry: Entry) -> bool:
-        """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
+        """Whether the same account finished the same item within DUPLICATE_S, and that was a success.
+
+        Live TV has no rating key: so guid and title are compared, too.
+        """
         return self.one(
-            "SELECT 1 FROM webhook_log WHERE rating_key = :rating_key AND (rating_key <> '' OR (guid = :guid AND "
-            "title = :title AND show_title = :show_title AND season IS :season AND episode IS :episode)) AND "
-            "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND server = :server AND "
-            "account_id = :account_id AND account = :account AND status = 'success' AND id <> :id",
+            "SELECT 1 FROM webhook_log WHERE rating_key = :rating_key AND guid = :guid AND title = :title AND "
+            "show_title = :show_title AND season IS :season AND episode IS :episode AND server = :server AND "
+            "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND account = :account AND "
+            "account_id = :account_id AND status = 'success' AND id <> :id",
             **entry._asdict(), within_s=DUPLICATE_S) is not None
 
     def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
@@ -3512,10 +3512,11 @@ class Tracker:
         """The show or movie with an id."""
         return next(iter(self.shows("id = ?", show_id)), None)
 
-    def shows(self, condition: str, *values: object) -> list[Show]:
-        """The shows and movies that fulfil a condition."""
-        rows = self.all("SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM show WHERE " + condition, *values)
-        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in rows]
+    def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
+        """The shows and movies that fulfil a condition.  The table may be conflict, too: it has the same columns."""
+        columns = "type, title, year, tmdb_id, tvdb_id, imdb_id, id"
+        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"])
+                for row in self.all(f"SELECT {columns} FROM {table} WHERE {condition}", *values)]
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
@@ -3532,16 +3533,14 @@ class Tracker:
         """The show that is meant by title and year: an equal title wins, else all similar ones are compared.
 
         Only shows without mapping and known ids come here, and mostly an equal title is found by the
-        index.  The look at every title takes 10 ms for 1,000 shows; rows are read one by one.
+        index.  The look at every title takes 10 ms for 1,000 shows.
         """
         wanted = parse_title(show.title).normal
         verdict = choose_show(show, self.shows("normal = ? AND type = ?", wanted, show.type))
         if isinstance(verdict, Match):
             return verdict
-        with self.guarded():
-            similar = [show_id for show_id, known in
-                       self.connection.execute("SELECT id, normal FROM show WHERE type = ?", (show.type,))
-                       if similarity(wanted, known) >= MIN_SIMILARITY]
+        similar = [row["id"] for row in self.all("SELECT id, normal FROM show WHERE type = ?", show.type)
+                   if similarity(wanted, row["normal"]) >= MIN_SIMILARITY]
         return choose_show(show, filter(None, map(self.show, similar)))
 
     def mapped(self, entry: Entry) -> Match | None:
@@ -3580,7 +3579,10 @@ class Tracker:
                 self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, episodes: Iterable[Sequence[object]]) -> None:
-        """Add or complete episodes, each an Episode.  What was watched stays watched, at its earliest date."""
+        """Add or complete episodes, each a show's id and its EpisodeRow.
+
+        What was watched stays watched, at its earliest date.
+        """
         self.connection.executemany(
             "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), "
@@ -3594,8 +3596,8 @@ class Tracker:
 
     def mark(self, show_id: int, season: int | None, episode: int | None, at: float) -> None:
         """Mark a show's episode as watched once more.  The earliest date stays."""
-        self.write("UPDATE episode SET plays = plays + 1, watched_at = min(coalesce(watched_at, ?1), ?1) "
-                   "WHERE show_id = ?2 AND season = ?3 AND episode = ?4", int(at), show_id, season, episode)
+        self.write("UPDATE episode SET plays = plays + 1, watched_at = min(coalesce(watched_at, ?), ?) "
+                   "WHERE show_id = ? AND season = ? AND episode = ?", int(at), int(at), show_id, season, episode)
 
     # -- conflicts
 
@@ -3608,8 +3610,8 @@ class Tracker:
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         return self.insert("conflict", created_at=time.time(), kind=conflict.kind, server=entry.server,
                            type=entry.type, subject=entry.subject, guid=entry.guid_of_show, title=show.title,
-                           year=show.year if show.own_year else None, **show.ids._asdict(),
-                           candidates=candidates), True
+                           year=show.year if show.own_year else None, candidates=candidates,
+                           **show.ids._asdict()), True
 
     def resolve(self, conflict_id: int, show_id: int) -> None:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
@@ -3641,11 +3643,18 @@ def glance(path: str) -> Glance:
 # -- On the disk before the answer: Journal
 
 def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = None) -> None:
-    """Log what became of an entry.  A failure that is tried again is a warning once; so is a new conflict."""
+    """Log what became of an entry.  conflict_id: of a new conflict.
+
+    A failure that is tried again is a warning only once, and so is a conflict that several episodes wait for.
+    """
     level = {SUCCESS: logging.INFO, FAILED: logging.WARNING}.get(outcome.status, logging.DEBUG)
     said = entry.attempts > 0 if outcome.retry else outcome.action == "conflict_created" and conflict_id is None
-    fields = outcome_fields(entry, outcome) | ({"conflict": conflict_id} if conflict_id else {})
-    say(logging.DEBUG if said else level, "webhook", **fields)
+    about = {"title": entry.name} if entry.type != EPISODE else \
+        {"show": entry.name, "season": entry.season, "episode": entry.episode}
+    match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
+    more = {"reason": outcome.reason, "conflict": conflict_id}
+    say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
+        **{key: value for key, value in more.items() if value})
 
 
 # An entry on its way to the disk; its outcome (None: the worker decides); how the commit ended, for the waiting thread.
@@ -3702,7 +3711,7 @@ class Journal:
 
 # -- Entries -> marks and conflicts: find_in_tmdb, Worker
 
-def find_in_tmdb(token: str, column: str, value: object, type: str) -> int | None:
+def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | None:
     """The id at themoviedb.org of a show or movie, by its id in another database; None: not found.  Raises PlexError.
 
     The token travels in a header only.
@@ -3713,20 +3722,25 @@ def find_in_tmdb(token: str, column: str, value: object, type: str) -> int | Non
     if reply.status != 200:
         refused = reply.status in (401, 403)
         hint = ": put a valid token into the -tmdb-token-file" if refused else ""
-        raise PlexError("refused" if refused else "nonsense", f"TMDB answers {reply.status}{hint}.")
-    try:
-        answer = json_object(json.loads(reply.body))
-    except (ValueError, RecursionError) as error:
-        raise PlexError("nonsense", "TMDB did not answer in JSON.") from error
+        raise PlexError("refused" if refused else "unreachable", f"TMDB answers {reply.status}{hint}.")
+    if not isinstance(answer := json_value(reply.body), dict):
+        raise PlexError("nonsense", "TMDB did not answer in JSON.")
     found = answer.get("movie_results" if type == MOVIE else "tv_results")       # there are other kinds, too
     return number(json_object(found[0]).get("id")) if isinstance(found, list) and len(found) == 1 else None
 
 
-FOUND_NOTHING_S = 86400.0     # how long TMDB's "not found" is believed: people add new shows to it
-HISTORY_S = 3600.0            # between two readings of the server's history
-HISTORY_RETRY_S = 60.0        # ... after one that failed because the server was down
-HISTORY_REST_S = 60.0         # a play this young is left for the next reading: its webhook may still come
-TRACKER_RETRY_S = 30.0        # from a fault of the tracker (the disk is full) to the next try
+# The server's history is read every hour, or a minute after the server was down.  A play younger than a minute is left
+# for the next reading: its webhook may still come.
+HISTORY_S, HISTORY_RETRY_S, HISTORY_REST_S = 3600.0, 60.0, 60.0
+# From a fault of the tracker (the disk is full) to the next try.
+TRACKER_RETRY_S = 30.0
+
+
+class Asked(NamedTuple):
+    """What the servers say about an entry's show."""
+    show: Show
+    match: Match | None = None    # the show in the tracker that TMDB means; None: it was not asked, or knows none
+    episodes: Sequence[EpisodeRow] = ()   # those that our server has, if they may be needed; none of them watched
 
 
 class Worker:
@@ -3741,6 +3755,7 @@ class Worker:
         self.tmdb_token = SecretFile("-tmdb-token-file", config.tmdb_token_file).first \
             if config.tmdb_token_file else None
         self.down: PlexError | None = None            # why nobody is asked any more in this round: all would time out
+        self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers; "not found": for this round
 
     def run(self, written: threading.Event) -> None:
         """Work for ever: on what is due, and on plays without a webhook.  written: set when there is more to do."""
@@ -3762,11 +3777,12 @@ class Worker:
                 say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {error}")
                 pause_s, fails = TRACKER_RETRY_S, True
 
-    def drain(self, conflict_id: int | None = None) -> int:
-        """Finish all entries that are due, or that wait for a conflict; returns how many there were."""
+    def drain(self, conflict_id: int = 0) -> int:
+        """Finish all entries that are due (of a conflict: 0: of all); returns how many there were."""
         count, self.down = 0, None
-        while entries := self.tracker.entries("retry_at <= ?1 AND (?2 IS NULL OR conflict_id = ?2) "
-                                              "ORDER BY retry_at, id LIMIT ?3", time.time(), conflict_id, BATCH):
+        self.found = {asked: tmdb_id for asked, tmdb_id in self.found.items() if tmdb_id}
+        while entries := self.tracker.entries("retry_at <= ? AND ? IN (0, conflict_id) ORDER BY retry_at, id LIMIT ?",
+                                              time.time(), conflict_id, BATCH):
             for entry in entries:
                 self.finish(entry)
             count += len(entries)
@@ -3775,59 +3791,76 @@ class Worker:
     def finish(self, entry: Entry) -> None:
         """Find out what becomes of an entry, and write it down in one transaction.
 
-        While servers are asked, another process may write (a person resolves the conflict): so everything
-        that the decision rests on is read once more within the transaction.
+        While servers are asked, another process may write (a person resolves the conflict): so the decision is made
+        again within the transaction, from what the servers said and what the database knows then.
         """
-        verdict: Match | Conflict | PlexError
-        show, episodes, new = entry.show, [], False
+        verdict: Match | Conflict | PlexError | None = None
+        asked, conflict_id, new = Asked(entry.show), None, False
         try:
-            show, verdict = self.identify(entry)
-            if self.may_add(show, verdict) if isinstance(verdict, Conflict) else verdict.show_id > 0 and \
-                    self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
-                episodes = self.episodes(entry)
+            asked = self.ask(entry)
         except PlexError as error:
-            verdict = error
+            verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
         with self.tracker.transaction():
             if self.tracker.is_done(entry):
                 return
-            if not isinstance(verdict, Match) or verdict.by != "mapping":
-                verdict = self.tracker.mapped(entry) or verdict
-            if isinstance(verdict, Conflict):
-                verdict = self.tracker.match_ids(show) or self.tracker.match_title(show)
-            if isinstance(verdict, Match) and verdict.by == "title" and self.tracker.is_another(entry, verdict.show_id):
-                verdict = doubtful(show, self.tracker.show(verdict.show_id))
-            outcome, conflict_id = self.conclude(entry, show, verdict, episodes), None
+            verdict = verdict or self.decide(entry, asked)
+            outcome = self.conclude(entry, asked, verdict)
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
-                conflict_id, new = self.tracker.add_conflict(entry, show, verdict)
+                conflict_id, new = self.tracker.add_conflict(entry, asked.show, verdict)
             wait_s = retry_after_s(entry.attempts) if outcome.retry else None
             self.tracker.finish(entry, outcome, None if wait_s is None else time.time() + wait_s, conflict_id)
         report_outcome(entry, outcome, conflict_id if new else None)
 
-    def conclude(self, entry: Entry, show: Show, verdict: Match | Conflict | PlexError,
-                 episodes: Sequence[tuple[int, int, str]]) -> Outcome:
+    def ask(self, entry: Entry) -> Asked:
+        """Ask the servers for what is needed to finish an entry; raises PlexError.
+
+        The server is asked only about a show that is not known yet, and for episodes only if that of the entry is
+        missing; TMDB only about ids that no show in the tracker has.
+        """
+        asked = Asked(entry.show)
+        if not (self.tracker.mapped(entry) or self.tracker.match_ids(asked.show)):
+            show = self.ask_server(entry)
+            asked = Asked(show, None if self.tracker.match_ids(show) else self.ask_tmdb(show))
+        verdict = self.decide(entry, asked)
+        if self.may_add(asked.show, verdict) if isinstance(verdict, Conflict) else \
+                verdict.show_id and self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
+            return asked._replace(episodes=self.episodes(entry))
+        return asked
+
+    def decide(self, entry: Entry, asked: Asked) -> Match | Conflict:
+        """Which of our shows an entry's show is, by what the servers say and what the database knows now."""
+        verdict = self.tracker.mapped(entry) or self.tracker.match_ids(asked.show) or asked.match or \
+            self.tracker.match_title(asked.show)
+        if isinstance(verdict, Match) and verdict.by == "title" and self.tracker.is_another(entry, verdict.show_id):
+            known = self.tracker.shows("id = ?", verdict.show_id)
+            return Conflict("ambiguous", tuple(Candidate(each, TAKEN_ABOVE, 0) for each in known))
+        return verdict
+
+    def conclude(self, entry: Entry, asked: Asked, verdict: Match | Conflict | PlexError) -> Outcome:
         """Mark, add or leave alone what an entry tells of; within the transaction that finishes it."""
         if self.tracker.is_duplicate(entry):
             return Outcome(DUPLICATE, "ignored_duplicate", "the same account finished the same item "
                            f"within {DUPLICATE_S:.0f} s of this", verdict if isinstance(verdict, Match) else None)
         if isinstance(verdict, Match):
-            return self.mark(entry, show, verdict, episodes)
+            return self.mark(entry, asked, verdict)
         if isinstance(verdict, PlexError):
             return Outcome(FAILED, "plex_unreachable", str(verdict), retry=True)
-        if not self.may_add(show, verdict):
-            return Outcome(FAILED, "conflict_created", conflict_reason(show, verdict))
-        match = Match(self.tracker.add_show(show), "new", 1.0)
-        outcome = self.mark(entry, show, match, [*episodes, (entry.season or 0, entry.episode or 0, entry.title)])
+        if not self.may_add(asked.show, verdict):
+            return Outcome(FAILED, "conflict_created", conflict_reason(asked.show, verdict))
+        own = entry.season or 0, entry.episode or 0, entry.title, None, 0
+        outcome = self.mark(entry, asked._replace(episodes=[*asked.episodes, own]),
+                            Match(self.tracker.add_show(asked.show), "new", 1.0))
         return outcome._replace(action="auto_added_show") if outcome.action == "marked_watched" else outcome
 
-    def mark(self, entry: Entry, show: Show, match: Match, episodes: Sequence[tuple[int, int, str]]) -> Outcome:
-        """Mark an entry's episode of the show that is meant.  episodes: on the server; the show may not have them."""
+    def mark(self, entry: Entry, asked: Asked, match: Match) -> Outcome:
+        """Remember which show is meant, add the episodes that it does not have yet, and mark the entry's."""
         if not match.show_id:
             return Outcome(IGNORED, "auto_mark_disabled", "a person chose to ignore this show")
         if match.by != "mapping":
             self.tracker.map(entry, match)
             if match.by in CONFIDENCE:
-                self.tracker.learn_ids(match.show_id, show.ids)
-        self.tracker.add_episodes(Episode(match.show_id, *each) for each in episodes)
+                self.tracker.learn_ids(match.show_id, asked.show.ids)
+        self.tracker.add_episodes((match.show_id, *each) for each in asked.episodes)
         row = self.tracker.episode(match.show_id, entry.season, entry.episode)
         if row is None:
             return Outcome(FAILED, "episode_not_found", "the show has no such episode, here or on the server; "
@@ -3844,23 +3877,12 @@ class Worker:
         alike = any(each.score > TAKEN_ABOVE for each in conflict.candidates)
         return self.config.auto_add_shows and any(show.ids) and not alike
 
-    # -- which show
-
-    def identify(self, entry: Entry) -> tuple[Show, Match | Conflict]:
-        """An entry's show, as far as it is known, and which of ours it is; raises PlexError.
-
-        The server is asked for the ids of a show that is not known yet; TMDB only for an id that we do not have.
-        """
-        show = entry.show
-        if known := self.tracker.mapped(entry) or self.tracker.match_ids(show):
-            return show, known
-        show = self.ask_server(entry)
-        return show, self.tracker.match_ids(show) or self.ask_tmdb(show) or self.tracker.match_title(show)
+    # -- what the servers know
 
     def ask_server(self, entry: Entry) -> Show:
         """An entry's show, with what our server says about it; raises PlexError."""
-        show, key = entry.show, entry.rating_key if entry.type == MOVIE else entry.show_key
-        for fields in self.library(entry, key, "?includeGuids=1"):
+        show = entry.show
+        for fields in self.library(entry, entry.key, "?includeGuids=1"):
             guid = text(fields.get("guid")).partition("?")[0]
             if "" in (guid, entry.guid_of_show) or guid == entry.guid_of_show:
                 ids, year = parse_ids((*item_guids(fields), guid, entry.guid_of_show)), number(fields.get("year"))
@@ -3868,12 +3890,10 @@ class Worker:
                             own_year=year is not None or show.own_year)
         return show
 
-    def episodes(self, entry: Entry) -> list[tuple[int, int, str]]:
-        """Season, number and title of each episode that our server has of an entry's show; raises PlexError."""
-        key = entry.show_key if entry.type == EPISODE else ""
-        items = map(parse_item, self.library(entry, key, "/allLeaves"))
-        return [(item.parent_index or 0, item.index or 0, item.title) for item in items
-                if is_number(item.parent_index) and is_number(item.index)]
+    def episodes(self, entry: Entry) -> list[EpisodeRow]:
+        """Each episode that our server has of an entry's show, none of them watched; raises PlexError."""
+        leaves = self.library(entry, entry.show_key if entry.type == EPISODE else "", "/allLeaves")
+        return [(*row[:3], None, 0) for row in (episode_row(fields, 0.0) for fields in leaves) if row]
 
     def library(self, entry: Entry, key: str, path: str) -> list[Mapping[str, Any]]:
         """What our server's library has about a rating key; nothing for an entry of another server: its keys differ."""
@@ -3889,7 +3909,6 @@ class Worker:
         except PlexError as error:
             if error.fault == "missing":
                 return []
-            self.down = error if error.fault != "nonsense" else None      # that may concern only this item
             raise
 
     @functools.cached_property
@@ -3899,29 +3918,19 @@ class Worker:
         return self.plex.identity()
 
     def ask_tmdb(self, show: Show) -> Match | None:
-        """The show that has one of these ids, says TMDB; raises PlexError."""
-        for column in ("tvdb_id", "imdb_id"):
-            value = getattr(show.ids, column)
-            if self.tmdb_token and value and show.ids.tmdb_id is None and (show.type, column) != (MOVIE, "tvdb_id"):
-                tmdb_id = self.find(self.tmdb_token(), column, value, show.type)
-                for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, tmdb_id) if tmdb_id else ():
+        """The show in the tracker that TMDB says has one of these ids; raises PlexError.
+
+        It is not asked about a show whose id it gave already, nor about a movie's id at TheTVDB, which it never knows.
+        """
+        token = self.tmdb_token() if self.tmdb_token and show.ids.tmdb_id is None else ""
+        for column in ("imdb_id",) if show.type == MOVIE else ("tvdb_id", "imdb_id"):
+            asked = show.type, column, getattr(show.ids, column)
+            if token and asked[-1]:
+                if asked not in self.found:
+                    self.found[asked] = find_in_tmdb(token, *asked)
+                for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, self.found[asked]):
                     return Match(known.id, column, CONFIDENCE[column])
         return None
-
-    def find(self, token: str, column: str, value: object, type: str) -> int | None:
-        """As find_in_tmdb(), from memory if possible: an id is remembered for ever, "not found" for FOUND_NOTHING_S."""
-        source, at = f"{type} {column}", time.time()
-        row = self.tracker.one("SELECT tmdb_id, at FROM found WHERE source = ? AND external_id = ?", source, value)
-        if row and (row["tmdb_id"] or at - row["at"] < FOUND_NOTHING_S):
-            return number(row["tmdb_id"])
-        try:
-            tmdb_id = find_in_tmdb(token, column, value, type)
-        except PlexError as error:
-            self.down = error
-            raise
-        with self.tracker.transaction():
-            self.tracker.write("INSERT OR REPLACE INTO found VALUES (?, ?, ?, ?)", source, str(value), tmdb_id, at)
-        return tmdb_id
 
     # -- plays without a webhook
 
@@ -3976,8 +3985,15 @@ class Worker:
 
 # -- Commands: import
 
-IMPORT_S = 60.0               # for one page of an import: a small NAS takes seconds for 500 items
-SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}       # of the JSON form
+# For one page of an import: a small NAS takes seconds for 500 items.
+IMPORT_S = 60.0
+# What is imported of a library, by its type: what a person calls these items, their Show.type ("" for episodes, which
+# are added to shows), and Plex's number and parameter for them.
+LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
+             "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
+# The keys of a show or movie in the JSON form of import and export, and their types; and what else tells of a play and
+# of an episode.
+SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
 PLAY_KEYS = {"watched_at": str, "plays": int}
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
@@ -4002,78 +4018,57 @@ def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> in
     return show_id
 
 
-class LibraryImport:
-    """The import of a server's libraries: a transaction for each page, so that the next import can continue there."""
+def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> None:
+    """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped.
 
-    def __init__(self, tracker: Tracker, plex: PlexServer):
-        """Ask the server who it is; raises PlexError."""
-        self.tracker, self.plex, self.server = tracker, plex, plex.identity()
+    A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
+    """
+    item = parse_item(fields)
+    key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
+    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=item.title, show_title=item.title,
+                  show_key=key, show_guid=guid)
+    match = tracker.mapped(entry)
+    if type and (match is None or match.show_id):
+        show = Show(type, item.title, number(fields.get("year")), parse_ids((*item_guids(fields), guid)))
+        show_id = upsert_show(tracker, show, match)
+        if match is None:
+            match = Match(show_id, "import", 1.0)
+            tracker.map(entry, match)
+    row = episode_row(fields, time.time()) if type != SHOW else None
+    if row and match and match.show_id:
+        tracker.add_episodes([(match.show_id, *row)])
 
-    def run(self) -> None:
-        """Import all; raises PlexError, TrackerError."""
-        add_movie, add_show = functools.partial(self.add_title, MOVIE), functools.partial(self.add_title, SHOW)
-        kinds = (("movie", 1, "movies", add_movie), ("show", 2, "shows", add_show),
-                 ("show", 4, "episodes", self.add_episode))
-        for fields in [fields for page in self.plex.pages("/library/sections") for fields in page.items]:
-            for holds, kind, name, add in kinds:
-                if fields.get("type") == holds:
-                    self.section(text(fields.get("key")), kind, f"{text(fields.get('title'))}: {name}", add)
-        with self.tracker.transaction():
-            self.tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
-    def section(self, key: str, kind: int, name: str, add: Callable[[Mapping[str, Any]], None]) -> None:
-        """Import a section's items of one of Plex's numbered kinds, from where the last import was stopped.
+def import_library(tracker: Tracker, plex: PlexServer) -> None:
+    """Import a server's libraries of movies and of shows; raises PlexError, TrackerError.
 
-        The newest items come last: so what is added to the library meanwhile moves no page.
-        """
-        note = f"import {self.server} {key} {kind}"
-        path = (f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&includeGuids={int(kind != 4)}"
-                "&sort=addedAt:asc")
-        for page in self.plex.pages(path, self.tracker.note(note), IMPORT_S):
-            with self.tracker.transaction():
-                for fields in page.items:
-                    add(fields)
-                self.tracker.take_note(note, page.end)
-            show_progress(name, page.end, max(page.total, page.end))
-
-    def add_title(self, type: str, fields: Mapping[str, Any]) -> None:
-        """Add a show, or a movie and when it was watched; and the mapping from its key on the server."""
-        item = parse_item(fields)._replace(type=type)
-        entry = new_entry(0.0, "import", self.server, "", "", item, Scrobble(item.rating_key, item.guid))
-        mapped = self.tracker.mapped(entry)
-        if mapped and not mapped.show_id:
-            return                                    # a person chose to ignore it
-        ids = parse_ids((*item_guids(fields), item.guid))
-        show_id = upsert_show(self.tracker, Show(type, item.title, number(fields.get("year")), ids), mapped)
-        if mapped is None:
-            self.tracker.map(entry, Match(show_id, "import", 1.0))
-        if type == MOVIE:
-            self.tracker.add_episodes([Episode(show_id, 0, 0, item.title, *watched_state(fields, time.time()))])
-
-    def add_episode(self, fields: Mapping[str, Any]) -> None:
-        """Add an episode, and when it was watched, if its show is in the tracker."""
-        item, subject = parse_item(fields), f"key:{text(fields.get('grandparentRatingKey'))}"
-        row = self.tracker.one("SELECT show_id FROM mapping WHERE server = ? AND type = 'episode' AND subject = ? AND "
-                               "show_id NOT NULL", self.server, subject)
-        if row and is_number(item.parent_index) and is_number(item.index):
-            self.tracker.add_episodes([Episode(row["show_id"], item.parent_index or 0, item.index or 0, item.title,
-                                               *watched_state(fields, time.time()))])
+    Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
+    newest items come last, so that what is added to the library meanwhile moves no page.
+    """
+    server = plex.identity()
+    for fields in [fields for page in plex.pages("/library/sections") for fields in page.items]:
+        key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
+        for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
+            note, path = f"import {server} {key} {name}", f"/library/sections/{key}/all?{query}&sort=addedAt:asc"
+            for page in plex.pages(path, tracker.note(note), IMPORT_S):
+                with tracker.transaction():
+                    for item in page.items:
+                        import_item(tracker, server, show_type, item)
+                    tracker.take_note(note, page.end)
+                show_progress(f"{title}: {name}", page.end, max(page.total, page.end))
+    with tracker.transaction():
+        tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
 
 def catch_up(tracker: Tracker, worker: Worker) -> None:
-    """After an import: resolve conflicts whose shows are known now, and try again to finish what waited.
-
-    A retry can make a mapping, which resolves more conflicts: so that is done before and after.
-    """
-    for condition in ("action IN ('conflict_created', 'episode_not_found')", "0"):
-        with tracker.transaction():
-            for row in tracker.all(
-                    "SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
-                    "WHERE resolution IS NULL AND show_id NOT NULL AND "
-                    "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))"):
-                tracker.resolve(row["id"], row["show_id"])
-        for entry in tracker.entries(condition):
-            worker.finish(entry)
+    """After an import: try again to finish what waited, then close the conflicts whose shows are known now."""
+    for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
+        worker.finish(entry)
+    with tracker.transaction():
+        for row in tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
+                               "WHERE resolution IS NULL AND show_id NOT NULL AND "
+                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))"):
+            tracker.resolve(row["id"], row["show_id"])
 
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
@@ -4100,8 +4095,8 @@ def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
                 Ids(fields.get("tmdb_id") or None, fields.get("tvdb_id") or None, imdb_id))
 
 
-def read_episode(fields: Mapping[str, Any], place: str) -> Episode:
-    """An Episode (show_id 0) in the JSON form; raises ConfigError.  What is watched was played at least once."""
+def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
+    """An episode in the JSON form; raises ConfigError.  What is watched was played at least once."""
     season, episode = fields.get("season"), fields.get("episode")
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         raise ConfigError(f"tracker import: {place} needs a season and an episode from 0 to {MAX_NUMBER}.")
@@ -4109,11 +4104,11 @@ def read_episode(fields: Mapping[str, Any], place: str) -> Episode:
         watched_at = unix_time(fields["watched_at"]) if fields.get("watched_at") else None
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"tracker import: {place}.watched_at is not a time such as 2026-11-21T20:15:00Z.") from error
-    return Episode(0, season, episode, text(fields.get("title")), watched_at,
-                   max(fields.get("plays") or 0, int(watched_at is not None)))
+    plays = max(fields.get("plays") or 0, int(watched_at is not None))
+    return season, episode, text(fields.get("title")), watched_at, plays
 
 
-def read_file(path: str) -> Iterator[tuple[Show, list[Episode]]]:
+def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
     try:
         with open("/dev/stdin" if path == "-" else path, encoding="utf-8") as file:
@@ -4121,16 +4116,13 @@ def read_file(path: str) -> Iterator[tuple[Show, list[Episode]]]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"tracker import: {path} cannot be read as JSON ({why(error)}).") from error
     for i, value in enumerate(whole.get("shows") or ()):
-        place = f"shows[{i}]"
-        show, episodes = checked(value, place, {**SHOW_KEYS, "episodes": list}), []
-        for j, each in enumerate(show.get("episodes") or ()):
-            fields = checked(each, f"{place}.episodes[{j}]", EPISODE_KEYS)
-            episodes.append(read_episode(fields, f"{place}.episodes[{j}]"))
-        yield read_show(show, SHOW, place), episodes
+        show = checked(value, f"shows[{i}]", {**SHOW_KEYS, "episodes": list})
+        places = {f"shows[{i}].episodes[{j}]": each for j, each in enumerate(show.get("episodes") or ())}
+        episodes = [read_episode(checked(each, place, EPISODE_KEYS), place) for place, each in places.items()]
+        yield read_show(show, SHOW, f"shows[{i}]"), episodes
     for i, value in enumerate(whole.get("movies") or ()):
-        movie = checked(value, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS})
-        yield read_show(movie, MOVIE, f"movies[{i}]"), [read_episode({**movie, "season": 0, "episode": 0},
-                                                                     f"movies[{i}]")]
+        movie, place = checked(value, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS}), f"movies[{i}]"
+        yield read_show(movie, MOVIE, place), [read_episode({**movie, "season": 0, "episode": 0}, place)]
 
 
 def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) -> int:
@@ -4147,12 +4139,12 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
         with tracker.transaction():
             for show, episodes in read:
                 show_id = upsert_show(tracker, show)
-                tracker.add_episodes(each._replace(show_id=show_id) for each in episodes)
+                tracker.add_episodes((show_id, *each) for each in episodes)
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
         try:
-            LibraryImport(tracker, plex).run()
+            import_library(tracker, plex)
         except KeyboardInterrupt:
             print("\nstreamerbrainz: the import was stopped; run it again to continue.", file=sys.stderr)
             return 1
@@ -4166,7 +4158,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 
-KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
+# A type in the database -> what a person calls it.
+KINDS = {SHOW: "show", MOVIE: "movie"}
 
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
@@ -4202,7 +4195,7 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
         "GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal", *(f"%{word}%" for word in words))]
     lines = ["   ID  WATCHED     LAST        TITLE"]
     for row in rows:
-        movie = "movie: yes" if row["watched"] else "movie: no"
+        movie = f"movie: {'yes' if row['watched'] else 'no'}"
         watched = movie if row["type"] == MOVIE else f"{row['watched']} of {row['episodes']}"
         day = local_time("%Y-%m-%d", row["last_watched_at"]) if row["watched"] else ""
         lines.append(cut(f"{row['id']:5}  {watched:10}  {day:10}  {printable(named(row['title'], row['year']))}"))
@@ -4282,22 +4275,19 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
 def tracker_resolve(config: Config, tracker: Tracker) -> int:
     """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
     conflict_id, word = number(config.words[1]) or 0, config.words[2]
-    row = tracker.one("SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, resolution FROM conflict WHERE id = ?",
-                      conflict_id)
+    row = tracker.one("SELECT resolution FROM conflict WHERE id = ?", conflict_id)
     if row is None:
         raise ConfigError(f"there is no conflict {quoted(config.words[1])}; `tracker conflicts` prints their ids.")
-    before, show = row["resolution"], Show(row["type"], row["title"], row["year"], Ids(*row[3:6]))
+    before, show = row["resolution"], tracker.shows("id = ?", conflict_id, table="conflict")[0]
     known = None if word in ("new", "ignore") else show_of(tracker, word)
     if known and known.type != show.type:
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
-    if word == "new" and before not in (None, "ignore"):
-        known = show_of(tracker, before)              # the answer was "new" before: take that show
     with tracker.transaction():
         show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
         if show_id:                                   # the person says that these episodes exist
-            waiting = tracker.all("SELECT season, episode, title FROM webhook_log WHERE conflict_id = ? AND "
-                                  "season IS NOT NULL", conflict_id)
-            tracker.add_episodes(Episode(show_id, *each) for each in waiting)
+            tracker.add_episodes(tracker.all(
+                "SELECT ?, season, episode, title, NULL, 0 FROM webhook_log WHERE conflict_id = ? AND season NOT NULL",
+                show_id, conflict_id))
         tracker.resolve(conflict_id, show_id)
     done = Worker(config, tracker, server_of(config)).drain(conflict_id)
     stays = " What was marked before stays marked." if before not in (None, str(show_id or "ignore")) else ""
@@ -4332,7 +4322,7 @@ def tracker_command(config: Config) -> int:
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until Stop
 # Threads: "signals" waits for signals, which all other threads block, and puts Stop into the inbox.  The others are
-#   those of the chapters above.  A bug in any of them ends the process from the main thread, with its traceback.
+#   those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
 # Needs of Player: Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
 #   watch_stream
@@ -4405,11 +4395,10 @@ class LogFormatter(logging.Formatter):
 
 def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether stderr goes to the systemd journal, which reads a line's priority (systemd.exec(5), JOURNAL_STREAM)."""
-    try:
+    with contextlib.suppress(OSError):            # stderr may be closed
         status = os.fstat(2)
-    except OSError:
-        return False
-    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 def set_up_log(config: Config) -> None:
@@ -4468,9 +4457,8 @@ def block_signals() -> set[signal.Signals]:
 def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
     """Turn the first signal into Stop; a thread of its own, while all others block signals.
 
-    Why no handler: it would run in the main thread, and not at all if the signal comes in the
-    moment before that waits for its inbox.  A second signal, or a main thread that does not end
-    within the time of a look, ends the process at once.
+    Why no handler: Python runs it in the main thread, which has ended by then.  A second signal, or a watcher
+    that does not end within the time of a look, ends the process at once.
     """
     signal.sigwait(signals)
     inbox.put(Stop())
@@ -4479,7 +4467,7 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
 
 
 def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object) -> None:
-    """Start a thread that ends with the process.  A bug in it ends the process, from the main thread."""
+    """Start a thread that ends with the process.  A bug in it is told to the watcher, which ends the process."""
     def carefully() -> None:
         try:
             target(*args)
@@ -4504,8 +4492,8 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
 
 
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
-          inbox: Inbox) -> int:
-    """Start all threads and watch the player until Stop is in the inbox; -> the exit status."""
+          inbox: Inbox) -> Callable[[], None]:
+    """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
     start("signals", inbox, take_signals, block_signals(), inbox)
     systemd, board, covers, journal, tracker = Systemd(os.environ), Board(), Covers(plex), None, config.tracker_db
     if tracker:
@@ -4531,57 +4519,102 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
             hooks.inbox.put(change)  # type: ignore[union-attr]
         board.publish(status, changes)
         systemd.tell(status)
+
+    def watch() -> None:
+        try:
+            Watcher(config, inbox, plex, tell, systemd.wake_s).run()
+        finally:
+            systemd.notify("STOPPING=1")
+            listener.close()
+            say(logging.INFO, "stopped listening")
     systemd.notify("READY=1")
-    try:
-        Watcher(config, inbox, plex, tell, systemd.wake_s).run()
-    finally:
-        systemd.notify("STOPPING=1")
-        listener.close()
-        say(logging.INFO, "stopped listening")
-    return 0
+    return watch
+
+
+def outlive_main(work: Callable[[], None]) -> None:
+    """Do the daemon's work in a thread that goes on after the main thread has ended.
+
+    CPython keeps the syntax tree of a script in memory until the script ends: 10 MB of this one.  So the
+    main thread ends when all is started.  Python then waits for this thread, as for every thread
+    that is not a daemon thread, and the memory goes back to the system.
+    """
+    may_end = not (3, 12) <= sys.version_info < (3, 12, 3)      # those start no thread after the main thread's end
+
+    def go_on() -> None:
+        try:
+            if may_end:
+                threading.main_thread().join()
+                with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library has no such call
+                    import ctypes  # here: the other commands do without
+
+                    ctypes.CDLL(None).malloc_trim(0)
+            work()
+        except BaseException:                         # a bug of ours: systemd starts the daemon again
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    thread = threading.Thread(target=go_on, name="watcher")
+    thread.start()
+    if not may_end:
+        thread.join()
 
 
 # -- The port: free, ours already, or another program's
 
+def local_url(config: Config, path: str) -> str:
+    """The URL at which this machine reaches the listener of a daemon with these flags.
+
+    0.0.0.0 and :: are all addresses to listen on, and none to connect to.
+    """
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
+    return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
+
+
 def runs_already(config: Config) -> bool:
     """Whether another StreamerBrainz answers on our port."""
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     with contextlib.suppress(PlexError):
-        reply = exchange(urllib.parse.urljoin(webhook_url(host, config.webhooks_port), "/healthz"), {})
+        reply = exchange(local_url(config, "/healthz"), {})
         return reply.headers.get("Server", "").startswith("StreamerBrainz/")
     return False
 
 
-def socket_holder(link: str) -> str:
-    """The process that has a socket open; "" if we may not look into it."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(f"/proc/{pid}/fd/{fd}") == link for fd in os.listdir(f"/proc/{pid}/fd")):
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-                    return f"{comm.read().strip()} (process {pid})"
-    return ""
-
-
 def port_holder(port: int) -> str:
-    """The program that listens on a TCP port, as far as /proc shows it to us."""
+    """The program that listens on a TCP port, as far as /proc shows it: of other users' processes, only root sees it.
+
+    A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
+    among a process's descriptors, that socket is a link to "socket:[INODE]".
+    """
+    links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
-            for fields in map(str.split, lines):
-                listens = fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port
-                if listens and (holder := socket_holder(f"socket:[{fields[9]}]")):
-                    return holder
+            links |= {f"socket:[{fields[9]}]" for fields in map(str.split, lines)
+                      if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd")):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                    return f"{comm.read().strip()} (process {pid})"
     return "another program"
 
 
-def listening_error(error: OSError, config: Config) -> ConfigError:
-    """Why we cannot listen, and what to do about it."""
-    port, host = config.webhooks_port, config.webhooks_host
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; end that, or give another port.")
-    if error.errno == errno.EACCES:
-        return ConfigError(f"-webhooks-port: {port} is for root only; give one above 1023.")
-    return ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
-                       "give an address of this machine.")
+def open_listener(config: Config) -> Listener | None:
+    """The listener; None: another StreamerBrainz has the port.  Raises ConfigError, with what to do about it."""
+    host, port = config.webhooks_host, config.webhooks_port
+    try:
+        return Listener(host, port)
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise ConfigError(f"-webhooks-port: {port} is for root only; give one above 1023.") from error
+        if error.errno != errno.EADDRINUSE:
+            raise ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
+                              "give an address of this machine.") from error
+        if not runs_already(config):
+            raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; "
+                              "end that, or give another port.") from error
+        # systemd takes an end without READY=1 for a failure: there, "nothing to do" must be an error.
+        if os.environ.get("NOTIFY_SOCKET"):
+            raise ConfigError(f"-webhooks-port: another StreamerBrainz, {port_holder(port)}, listens on {port}; "
+                              "end that (and its cron lines) first.") from error
+        return None
 
 
 # -- run, players
@@ -4590,20 +4623,13 @@ def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
     inbox: Inbox = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file, 2) if config.webhook_secret_file else None
-    try:
-        listener = Listener(config.webhooks_host, config.webhooks_port)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE or not runs_already(config):
-            raise listening_error(error, config) from error
-        if os.environ.get("NOTIFY_SOCKET"):           # systemd takes an end without READY=1 for a failure
-            holder = port_holder(config.webhooks_port)
-            raise ConfigError(f"-webhooks-port: another StreamerBrainz, {holder}, listens on {config.webhooks_port}; "
-                              "end that (and its cron lines) first.") from error
+    listener = open_listener(config)
+    if listener is None:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
         return 0
-    with listener:
-        hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
-        return serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox)
+    hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
+    outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox))
+    return 0
 
 
 def ask_token() -> Callable[[], str]:
@@ -4643,23 +4669,24 @@ def players(config: Config) -> int:
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
 # Needs: Ground
-# Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES
-# Needs of Listener: WEBHOOK_PATH, EVERYWHERE, TEST_EVENT, configured_url, guess_address, webhook_url,
-#   given_secrets
+# Needs of Player: PlexServer, Session, server_of, Reply, exchange, tls_context, parse_container, encode_webhook,
+#   PROOF_MISSES
+# Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
-# Needs of Daemon: check_complete, port_holder
+# Needs of Daemon: check_complete, local_url, port_holder
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
-NOTHING = ""
 SERVER = "not asked: no server is configured, or its token cannot be read"
 ANSWER = "not asked: the server does not answer"
 OWNER = "not asked: the server does not accept the token"
 DAEMON = "not asked: the daemon does not listen"
-NO_URL = "it is not an http URL"
-NOT_HERE = "nor a way to it"  # ends what is said of another machine, which may still be a way to this one: a proxy
-CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
+# What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may still be a way to this one,
+# as a proxy is.  Then only ARRIVES, which is said of a webhook, tells.
+NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
+# How much two clocks may differ: NTP keeps them within a second.
+CLOCK_S = 60.0
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
               "Server.log the lines with `Webhook: Error delivering payload`")
 
@@ -4687,18 +4714,32 @@ def compare_clocks(date: str, now: float) -> Finding:
                    "sudo timedatectl set-ntp true   # here and on the server")
 
 
-def verdict(value: str, well: bool, good: str, bad: str, remedy: str, likely: int) -> Finding:
-    """What a value of the server means.  "": it did not tell; older servers tell less."""
+# What the server tells of itself.  For each check: which values are right, what is said of them and of others, the
+# remedy, how likely it is.  Plex sends webhooks only for an owner with Plex Pass, from a server that is signed in to
+# plex.tv, where the URLs are kept, and only if they are on in the server's settings: off is false in JSON, "0" in XML.
+TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
+    "Plex Pass": (lambda features: "webhooks" in features.split(","), "the owner's features have webhooks",
+                  "the owner's features have no webhooks: none is ever sent", "get Plex Pass at "
+                  "https://plex.tv/plex-pass, or do without: the event stream reports each change, too", 9),
+    "signed in": (lambda state: state == "ok", "the server is signed in to plex.tv",
+                  "the server is not signed in to plex.tv ({})", "Plex Web: Settings > General > Sign in", 6),
+    "webhooks switch": (lambda value: value not in ("0", "false"), "on", "webhooks are off in the server's settings",
+                        "Plex Web: Settings > Network > Webhooks: on", 8)}
+
+
+def verdict(check: str, value: str) -> Finding:
+    """What a value of the server means for a check in TOLD.  "": it did not tell; older servers tell less."""
     if not value:
         return Finding(SKIP, "the server does not tell it")
-    return Finding(OK, good) if well else Finding(FAIL, bad, remedy, likely)
+    is_right, good, bad, remedy, likely = TOLD[check]
+    return Finding(OK, good) if is_right(value) else Finding(FAIL, bad.format(value), remedy, likely)
 
 
-def find_player(sessions: Sequence[Session], ours: str, title: str) -> Finding:
+def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
     """Does the configured player exist?  Only a player that plays now can be seen.
 
     A player that was reinstalled has another machine identifier, but often its old title.
-    ours: the identifier in the flags.  title: under which the daemon knows that player.
+    ours: the identifier in the flags.  title: under which the daemon knows that player, if it does.
     """
     if not sessions:
         return Finding(SKIP, "nothing plays: press play on it, and run this again")
@@ -4718,25 +4759,9 @@ def find_player(sessions: Sequence[Session], ours: str, title: str) -> Finding:
 def without_secrets(url: str) -> str:
     """A URL without what may be a secret in it: its query, its user, a path that is not ours."""
     url = re.sub(r"//[^/@]*@", "//", url)
-    parts = re.match(r"([^/]*//[^/?#]*)?([\w/.~-]*)", url, re.ASCII)
-    origin, path = parts.groups("") if parts else ("", "")
-    query = "?token=..." if len(url) > len(origin + path) else ""
-    return origin + (path if path.startswith("/webhooks/") or len(path) < 8 else "/...") + query
-
-
-def form_differences(parts: urllib.parse.SplitResult, port: int, secrets: Sequence[str]) -> Iterator[str]:
-    """How a URL's scheme, port, path and secret differ from those of our webhooks, each in words."""
-    if parts.scheme != "http":
-        yield (f"it is {parts.scheme}, and StreamerBrainz speaks http; "
-               "Plex does not deliver to a certificate of your own")
-    if (given_port := parts.port or (443 if parts.scheme == "https" else 80)) != port:
-        yield f"the port is {given_port}, not {port}"
-    if parts.path != WEBHOOK_PATH:
-        path = re.match(r"[\w/.~-]*", parts.path, re.ASCII)     # what follows in a wrong path may be the secret
-        yield f"the path is {path[0] if path and path[0] else '/'}, not {WEBHOOK_PATH}"
-    given = set(given_secrets(parts.query))
-    if secrets and not given & {each.encode("ascii") for each in secrets}:
-        yield "the secret is another one" if given else "the secret is missing"
+    origin, path, rest = re.findall(r"^((?:[^/]*//[^/?#]*)?)([\w/.~-]*)(.*)", url, re.ASCII | re.DOTALL)[0]
+    shown = path if path.startswith("/webhooks/") or len(path) < 8 else "/..."
+    return f"{origin}{shown}{'?token=...' if rest else ''}"
 
 
 def wrapped(words: str, begin: str, margin: int) -> str:
@@ -4760,18 +4785,28 @@ def is_here(host: str) -> bool | None:
     return False
 
 
-def ask(url: str, headers: Mapping[str, str]) -> tuple[int, object, str]:
-    """Status, JSON (None: it is not JSON) and Server header of an answer; raises PlexError."""
+def host_difference(host: str, plex_url: str) -> str:
+    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all.
+
+    "localhost" is right only where both are one machine.  A server in a container is another one.
+    """
+    address, here = guess_address(plex_url), is_here(host)
+    if host in ("localhost", "::1") or host.startswith("127."):
+        here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
+        return "" if here else f"{host} is the server itself there; the address of this machine is {address}"
+    if here is None:
+        return f"the host {host} has no address (a container's name?); this machine is {address}"
+    return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
+
+
+def ask(url: str, headers: Mapping[str, str]) -> tuple[Reply, object]:
+    """An answer, and the JSON in it (None: it is not JSON).  Raises PlexError."""
     reply = exchange(url, headers, context=tls_context(url))
-    try:
-        said = json.loads(reply.body)
-    except (ValueError, RecursionError):
-        said = None
-    return reply.status, said, str(reply.headers.get("Server", ""))
+    return reply, json_value(reply.body)
 
 
-def arrives(url: str) -> tuple[bool, str]:
-    """Whether a webhook reaches a StreamerBrainz at this URL, and in words what happened to it.
+def send_to(url: str) -> str:
+    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz.
 
     It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
     """
@@ -4779,73 +4814,60 @@ def arrives(url: str) -> tuple[bool, str]:
     try:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
     except PlexError as error:
-        return False, f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
+        return f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
     if TEST_EVENT.encode() in reply.body:
-        return True, "arrives"
-    return False, "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+        return ARRIVES
+    return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
 
 
 class Doctor:
-    """Asks the daemon, the server and plex.tv, and yields the findings."""
-    plex: PlexServer              # only where SERVER is met
+    """Asks the daemon, the server and plex.tv, and yields the findings.
+
+    met: the needs that are met so far.  plex: only where SERVER is.  hidden: all secrets; no finding may show them.
+    secrets: of webhooks; query: the first of them, as our URLs end with it.  now: the daemon's /now.
+    date: in the server's answer.  root: the attributes of the server's "/", which only its owner gets.
+    url: of the account's webhooks, the closest match; right_url: what it should be.
+    """
+    plex: PlexServer
 
     def __init__(self, config: Config):
-        self.config, self.port = config, config.webhooks_port
-        self.met = {NOTHING}                          # the needs that are met so far
-        self.secrets: tuple[str, ...] = ()            # of webhooks
-        self.hidden: tuple[str, ...] = ()             # all secrets: no finding may show them
-        self.now: Mapping[str, Any] = {}              # the daemon's /now
-        self.date = ""                                # in the server's answer
-        self.root: Mapping[str, Any] = {}             # the attributes of the server's "/", which only its owner gets
-        self.url = ""                                 # of the account's webhooks, the closest match
-        self.query = ""                               # the secret, as our URLs end with it
+        self.config, self.port, self.met = config, config.webhooks_port, {""}
+        self.secrets: tuple[str, ...] = ()
+        self.hidden: tuple[str, ...] = ()
+        self.now: Mapping[str, Any] = {}
+        self.root: Mapping[str, Any] = {}
+        self.date = self.url = self.query = ""
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
-        self.plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")     # the tests have their own
 
     def checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
-        """The checks in their order: name, need, function, and the remedy for an error that ends it.
+        """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it.
 
         Each is run before the next is asked for, so that one can depend on what another found.
         """
         config = self.config
-        yield "flags", NOTHING, self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
-        for flag, path, most in (("-plex-token-file", config.plex_token_file, 1),
-                                 ("-webhook-secret-file", config.webhook_secret_file, 2),
-                                 ("-tmdb-token-file", config.tmdb_token_file, 1)):
-            if path:
-                yield flag, NOTHING, functools.partial(self.secret_file, flag, path, most), ""
+        yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
+        # -plex-token-file is Config.plex_token_file, and so on.
+        for flag in SECRETS:
+            if path := getattr(config, flag[1:].replace("-", "_")):
+                yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
-            yield "-on-event", NOTHING, lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
-        yield "daemon", NOTHING, self.daemon, ""
+            yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
+        yield "daemon", "", self.daemon, ""
         yield "webhooks so far", DAEMON, self.arrivals, ""
         yield "each change with its webhook", DAEMON, self.each_change, ""
-        yield from self.server_checks()
+        yield ("server", SERVER, self.server,
+               f"curl -i {config.plex_server_url}/identity   # from here.  Does the server run, at this address?")
+        yield "clock", ANSWER, lambda: compare_clocks(self.date, time.time()), ""
+        yield "token", ANSWER, self.token, "README, Install, step 2: put the owner's token into the file"
+        yield "Plex Pass", OWNER, lambda: verdict("Plex Pass", text(self.root.get("ownerFeatures"), 10000)), ""
+        yield "signed in", OWNER, lambda: verdict("signed in", text(self.root.get("myPlexSigninState"))), ""
+        yield "webhooks switch", OWNER, self.switch, ""
+        yield "player", OWNER, lambda: find_player(
+            self.plex.sessions(), config.plex_machine_id, self.now.get("player")), ""
         yield "webhook in the account", SERVER, self.webhook, ""
         yield "test webhook", DAEMON, self.delivery, ""
         if config.tracker_db:
-            yield "tracker", NOTHING, self.tracker, "correct that, or `tracker import` into a new file"
-
-    def server_checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
-        """The checks of the server, as checks() gives them.
-
-        Plex sends webhooks only for an owner with Plex Pass, from a server that is signed in
-        to plex.tv, where the URLs are kept, and only if they are on in the server's settings.
-        """
-        yield ("server", SERVER, self.server,
-               f"curl -i {self.config.plex_server_url}/identity   # from here.  Does the server run, at this address?")
-        yield "clock", ANSWER, lambda: compare_clocks(self.date, time.time()), ""
-        yield "token", ANSWER, self.token, "README, Install, step 2: put the owner's token into the file"
-        features, state = text(self.root.get("ownerFeatures"), 10000), text(self.root.get("myPlexSigninState"))
-        yield "Plex Pass", OWNER, lambda: verdict(
-            features, "webhooks" in features.split(","), "the owner's features have webhooks",
-            "the owner's features have no webhooks: none is ever sent", "get Plex Pass at https://plex.tv/plex-pass, "
-            "or do without: the event stream reports each change, too", 9), ""
-        yield "signed in", OWNER, lambda: verdict(
-            state, state == "ok", "the server is signed in to plex.tv",
-            f"the server is not signed in to plex.tv ({state})", "Plex Web: Settings > General > Sign in", 6), ""
-        yield "webhooks switch", OWNER, self.switch, ""
-        yield "player", OWNER, lambda: find_player(self.plex.sessions(), self.config.plex_machine_id,
-                                                   text(self.now.get("player"))), ""
+            yield "tracker", "", self.tracker, "correct that, or `tracker import` into a new file"
 
     def outcome(self, check: Callable[[], Finding], remedy: str) -> Finding:
         """What a check finds.  An error that ends it is a FAIL; but a server's is a SKIP where no remedy is known."""
@@ -4856,8 +4878,11 @@ class Doctor:
                 return Finding(FAIL, str(error), remedy)
             if isinstance(error, PlexError):
                 return Finding(SKIP, str(error).partition(". ")[0])       # what follows is advice for our server
-            evidence, _, advice = str(error).partition("; ")              # "-on-event: x is missing; do this."
-            return Finding(FAIL, re.sub("^-[a-z-]+: ", "", evidence), advice or "correct it")
+            # Such as "-on-event: lamp.sh is missing; make it executable."
+            evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
+            if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
+                advice = f"streamerbrainz.py secret -webhook-secret-file {shlex.quote(path[1])}"
+            return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
 
     def run(self) -> Iterator[Finding]:
         """All findings, without a secret in them."""
@@ -4880,9 +4905,9 @@ class Doctor:
         return Finding(OK, "they are complete" if self.config.plex_server_url else
                        "no server is configured: webhooks are the only source")
 
-    def secret_file(self, flag: str, path: str, most: int) -> Finding:
-        """Does a file hold its secret, and can nobody else read it?  most: how many lines it may have."""
-        words, _ = read_secrets(flag, path, most)
+    def secret_file(self, flag: str, path: str) -> Finding:
+        """Does a file hold its secret, and can nobody else read it?"""
+        words, _ = read_secrets(flag, path, 2 if flag == "-webhook-secret-file" else 1)
         self.hidden += words
         if flag == "-webhook-secret-file":
             self.secrets, self.query = words, f"?token={urllib.parse.quote(words[0], '')}"
@@ -4890,20 +4915,17 @@ class Doctor:
             return Finding(OK, f"{path}, readable by you only")
         return Finding(FAIL, f"others can read {path} (mode {stat.S_IMODE(mode):o})", f"chmod 600 {shlex.quote(path)}")
 
-    def ask_daemon(self, path: str) -> tuple[int, Mapping[str, Any], str]:
-        """Status, JSON object and Server header of what listens on our port; raises PlexError if nothing does."""
-        host = "127.0.0.1" if self.config.webhooks_host in EVERYWHERE else self.config.webhooks_host
-        status, said, server = ask(webhook_url(host, self.port).replace(WEBHOOK_PATH, path) + self.query, {})
-        return status, json_object(said), server
-
     def daemon(self) -> Finding:
-        """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
+        """Does StreamerBrainz listen on the port, in this version, and is it healthy?
+
+        Another version: the file was replaced, and the daemon not restarted since.
+        """
         try:
-            status, said, server = self.ask_daemon("/healthz")
+            reply, said = ask(local_url(self.config, "/healthz"), {})
         except PlexError:
             return Finding(FAIL, f"nothing listens on port {self.port}",
                            "systemctl --user start streamerbrainz   # or as README, Install, step 5", 8)
-        program, _, version = server.partition("/")
+        program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
             return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port)}",
                            "end that, or give another -webhooks-port, and change the URL in Plex", 8)
@@ -4911,10 +4933,10 @@ class Doctor:
         if version != VERSION:
             return Finding(FAIL, f"it is version {version}, and this is {VERSION}",
                            "systemctl --user restart streamerbrainz")
-        if status != 200:
-            reasons = said.get("reasons")
+        if reply.status != 200:
+            reasons = json_object(said).get("reasons")
             words = "; ".join(map(text, reasons)) if isinstance(reasons, list) else ""
-            return Finding(FAIL, f"/healthz answers {status}: {words}", "fix the reasons listed")
+            return Finding(FAIL, f"/healthz answers {reply.status}: {words}", "fix the reasons listed")
         return Finding(OK, f"version {version}, healthy")
 
     def arrivals(self) -> Finding:
@@ -4922,14 +4944,15 @@ class Doctor:
 
         Refused ones matter only while the right ones do not come: else the mistake was corrected since.
         """
-        status, self.now, _ = self.ask_daemon("/now")
-        if status != 200:
-            return Finding(FAIL, f"/now answers {status}", "give doctor the daemon's -webhook-secret-file", 2)
+        reply, said = ask(local_url(self.config, "/now") + self.query, {})
+        if reply.status != 200:
+            return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
+        self.now = json_object(said)
         seen = json_object(self.now.get("webhooks"))
-        last_s, missing = seen.get("last_s"), (number(seen.get("in_a_row_missed")) or 0) >= PROOF_MISSES
+        last_s, missed = seen.get("last_s"), number(seen.get("in_a_row_missed")) or 0
         heard = "none has come since the daemon started" if last_s is None else f"the last came {last_s} s ago"
         refused = ", ".join(f"{count} with {status}" for status, count in json_object(seen.get("refused")).items())
-        found = FAIL if refused and (missing or last_s is None) else SKIP if last_s is None else OK
+        found = FAIL if refused and (missed >= PROOF_MISSES or last_s is None) else SKIP if last_s is None else OK
         return Finding(found, heard + (f"; refused: {refused}" if refused else ""), "compare the URL in Plex with "
                        f"{self.right_url} (401: the secret, 404: the path, 413: too large)", 7)
 
@@ -4942,7 +4965,7 @@ class Doctor:
     # -- The server
 
     def server(self) -> Finding:
-        """Does the server answer?"""
+        """Does the server answer?  /identity needs no token, so that a wrong one is not taken for a wrong address."""
         asked_at = time.monotonic()
         reply = self.plex.get("/identity", Accept="application/json")
         version = text(parse_container(reply.body)[0].get("version"))
@@ -4958,70 +4981,68 @@ class Doctor:
         return Finding(OK, f"accepted as the owner's of {text(self.root.get('friendlyName')) or 'the server'}")
 
     def switch(self) -> Finding:
-        """Are webhooks on in the server's settings?
+        """Are webhooks on in the server's settings?  Servers write webHooksEnabled or WebHooksEnabled."""
+        return verdict("webhooks switch", next((str(each.get("value")).lower() for each in self.plex.container(
+            "/:/prefs")[1] if text(each.get("id")).lower() == "webhooksenabled"), ""))
 
-        Servers write webHooksEnabled or WebHooksEnabled.  Off is false in JSON and "0" in XML.
-        """
-        value = next((str(each.get("value")).lower() for each in self.plex.container("/:/prefs")[1]
-                      if text(each.get("id")).lower() == "webhooksenabled"), "")
-        return verdict(value, value not in ("0", "false"), "on", "webhooks are off in the server's settings",
-                       "Plex Web: Settings > Network > Webhooks: on", 8)
-
-    # -- The way of a webhook: the URL in the account, and the delivery
+    # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
 
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?
 
         A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
         """
-        status, found, _ = ask(f"{self.plex_tv}/api/v2/user/webhooks", {
+        plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
+        reply, found = ask(f"{plex_tv}/api/v2/user/webhooks", {
             "Accept": "application/json", "X-Plex-Token": self.plex.current_token,
             "X-Plex-Client-Identifier": "streamerbrainz"})
-        if status != 200 or not isinstance(found, list):
-            return Finding(SKIP, f"plex.tv answers {status}, without a list of webhooks")
+        if reply.status != 200 or not isinstance(found, list):
+            return Finding(SKIP, f"plex.tv answers {reply.status}, without a list of webhooks")
         urls = [url for each in found[:100] if (url := text(json_object(each).get("url"), 2000))]
         if not urls:
             return Finding(FAIL, "the account has no webhook at all",
                            f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url}", 9)
-        closest, wrong = min(((each, self.differences(each)) for each in urls), key=lambda pair: len(pair[1]))
+        closest, wrong = min(((url, self.differences(url)) for url in urls), key=lambda pair: len(pair[1]))
         self.url = "" if wrong == [NO_URL] else closest
-        if not wrong or (any(each.endswith(NOT_HERE) for each in wrong) and arrives(closest)[0]):
+        if not wrong or (any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
                        f"replace it by {self.right_url}", 9)
 
     def differences(self, url: str) -> list[str]:
-        """How a URL differs from one that works, each in words."""
+        """How a URL differs from one that works, each in words; first the host, which is the usual mistake.
+
+        A wrong path is shown only as far as it cannot hold a secret: somebody may have written
+        "/webhooks/plex&token=..." for "/webhooks/plex?token=...".
+        """
         try:
             parts = urllib.parse.urlsplit(url)
-            host, _ = parts.hostname, parts.port
+            host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
         if not host or not re.fullmatch("https?://[!-~]+", url):
             return [NO_URL]
-        found, here = list(form_differences(parts, self.port, self.secrets)), is_here(host)
-        address = guess_address(self.config.plex_server_url)
-        server = urllib.parse.urlsplit(self.config.plex_server_url).hostname or "localhost"
-        if host in ("localhost", "::1") or host.startswith("127."):
-            if not is_here(server):                   # the server sends to itself: another machine, or a container
-                found.insert(0, f"{host} is the server itself there; the address of this machine is {address}")
-        elif here is None:
-            found.append(f"the host {host} has no address (a container's name?); this machine is {address}")
-        elif not here:
-            found.append(f"the host {host} is not this machine, {address}, {NOT_HERE}")
-        return found
+        elsewhere = host_difference(host, self.config.plex_server_url)
+        path = re.findall(r"^[\w/.~-]*", parts.path, re.ASCII)[0] or "/"
+        given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
+        differs = {
+            elsewhere: elsewhere,
+            f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+            "Plex does not deliver to a certificate of your own": parts.scheme != "http",
+            f"the port is {port}, not {self.port}": port != self.port,
+            f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+            "the secret is another one" if given else "the secret is missing": valid and not given & valid}
+        return [words for words, so in differs.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
         own = configured_url(self.config, self.port) + self.query
-        tried = {url: arrives(url) for url in (self.url, own) if url}
-        said = "; ".join(f"to {without_secrets(url)} {words}" for url, (_, words) in tried.items())
-        if all(arrived for arrived, _ in tried.values()):
+        tried = {url: send_to(url) for url in (self.url, own) if url}
+        said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
+        if set(tried.values()) == {ARRIVES}:
             return Finding(OK, said)
         return Finding(FAIL, said, "give doctor the daemon's -webhook-secret-file" if "with 401" in said else
                        f"curl -i {self.right_url}   # from the server's machine; {SERVER_LOG}", 6)
-
-    # -- The tracker
 
     def tracker(self) -> Finding:
         """Is the tracker's file intact, and do its conflicts need a person?"""
@@ -5044,19 +5065,16 @@ def doctor(config: Config) -> int:
     for each in Doctor(config).run():
         findings.append(each)
         if not config.json:
-            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  ", 6), flush=True)
-        if not config.json and each.remedy:
-            print(wrapped(each.remedy, "      -> ", 9), flush=True)
-    failed = [each for each in findings if each.status == FAIL]
-    causes = sorted((each for each in failed if each.likely), key=lambda each: -each.likely)
+            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  ", 6),
+                  *filter(None, [wrapped(each.remedy, "      -> ", 9)]), sep="\n", flush=True)
+    causes = sorted((each for each in findings if each.status == FAIL and each.likely), key=lambda each: -each.likely)
     if config.json:
-        names = ("status", "check", "evidence", "remedy")
-        print(json.dumps({"findings": [{name: getattr(each, name) for name in names} for each in findings],
-                          "causes": [each.evidence for each in causes]}, indent=2))
+        found = [{name: getattr(each, name) for name in ("status", "check", "evidence", "remedy")} for each in findings]
+        print(json.dumps({"findings": found, "causes": [each.evidence for each in causes]}, indent=2))
     elif causes:
         print("\nWhy webhooks may not arrive, the likeliest first:")
         print("\n".join(wrapped(f"{each.check}: {each.evidence}", f"{i}. ", 3) for i, each in enumerate(causes, 1)))
-    return int(bool(failed))
+    return int(any(each.status == FAIL for each in findings))
 
 
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
@@ -5069,15 +5087,13 @@ def doctor(config: Config) -> int:
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
 
-def demo_track(key: str, title: str, artist: str, album: str, seconds: int) -> dict[str, str]:
-    """A track as Plex's attributes.  key: its ratingKey."""
-    return {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
-            "duration": f"{seconds}000"}
-
-
-_KARMA_POLICE = demo_track("101", "Karma Police", "Radiohead", "OK Computer", 264)
-_NO_SURPRISES = demo_track("102", "No Surprises", "Radiohead", "OK Computer", 229)
-_TEARDROP = demo_track("103", "Teardrop", "Massive Attack", "Mezzanine", 331)
+# What plays in the evening, as Plex's attributes of it.
+_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (
+    {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
+     "duration": duration} for key, title, artist, album, duration in (
+        ("101", "Karma Police", "Radiohead", "OK Computer", "264000"),
+        ("102", "No Surprises", "Radiohead", "OK Computer", "229000"),
+        ("103", "Teardrop", "Massive Attack", "Mezzanine", "331000")))
 _PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
           "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
 
@@ -5191,9 +5207,9 @@ def demo(config: Config) -> int:
               f"Look at it: http://127.0.0.1:{listener.port}/ (also /now, /events, /healthz, /metrics)", flush=True)
         start("stand-in", inbox, plex.serve_forever, 0.05)
         start("evening", inbox, play_evening, plex, listener.port, inbox)
-        status = serve(config, listener, Gate(), PlexServer(plex.url, lambda: plex.token), hooks, inbox)
+        serve(config, listener, Gate(), PlexServer(plex.url, lambda: plex.token), hooks, inbox)()
         plex.shutdown()
-    return status
+    return 0
 
 
 # === main: flags and commands (parse_config, main) ===
@@ -5212,10 +5228,7 @@ COMMANDS: dict[str, Callable[[Config], int]] = {
     "run": run, "players": players, "doctor": doctor, "tracker": tracker_command, "secret": make_secret, "hook": hook,
     "demo": demo}
 WORDS_AFTER = {"players": 1, "tracker": 99, "hook": 1}      # how many may follow a command; the others: none
-
-
 NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
-HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
 
 
 def two_dashes(words: Sequence[str]) -> list[str]:
@@ -5298,67 +5311,35 @@ def server_url(word: str) -> str:
 
 # -- The flags and the Config
 
-def add_flags(flags: Callable[..., object]) -> None:
-    """All flags of all commands: the daemon's, the tracker's, and those of single commands."""
-    flags("--webhooks-port", type=port_number, metavar="PORT", help="HTTP listener port (default 3001)")
-    flags("--webhooks-host", metavar="HOST", help="address to listen on (default: all, IPv4 and IPv6)")
-    flags("--webhook-secret-file", metavar="FILE", help="secret that each webhook must bring as ?token=")
-    flags("--rate-limit", type=whole_number, metavar="N", help="webhooks a minute from one address "
-          "(default 100 with a secret or the tracker, else no limit; 0 for no limit)")
-    flags("--plex-server-url", type=server_url, metavar="URL", help="e.g. http://plex.home.arpa:32400")
-    flags("--plex-token-file", metavar="FILE", help="file that holds the Plex token")
-    flags("--plex-ca-file", metavar="FILE", help="CA bundle for an https server with its own certificate")
-    flags("--plex-machine-id", metavar="ID", help="machineIdentifier of the player")
-    flags("--poll-interval", type=interval_s, metavar="S", dest="poll_interval_s", help="seconds between polls, "
-          "in case webhooks and events are lost (default 30; 0 for none)")
-    flags("--no-plex-events", action="store_false", dest="plex_events", help="do not open the server's event stream")
-    flags("--on-event", metavar="COMMAND", help="command to run on each change, with its arguments")
-    flags("--active-timeout", type=interval_s, metavar="S", dest="active_timeout_s",
-          help="seconds without playing until the command is run with inactive (default 10)")
-    flags("--tracker-db", metavar="FILE", help="SQLite file of the watch tracker; turns the tracker on")
-    flags("--tracker-log-days", type=whole_number, metavar="N",
-          help="days to keep the finished entries of its journal (default 90; 0 for ever)")
-    flags("--no-auto-mark-watched", action="store_false", dest="auto_mark_watched",
-          help="find the show of each webhook, but mark nothing")
-    flags("--auto-add-shows", action="store_true", help="add a missing show if it is certain which one it is")
-    flags("--accounts", metavar="NAMES",
-          help="Plex accounts whose watching counts: titles or ids, with commas; * for all (default: the owner's)")
-    flags("--tmdb-token-file", metavar="FILE", help="TMDB API token, for shows that only TMDB can identify")
-    flags("--log-level", choices=tuple(LEVELS), metavar="LEVEL", help="error, warn, info (default) or debug")
-    flags("--log-format", choices=("text", "json"), metavar="FORMAT", help="text (logfmt, default) or json")
-    flags("--json", action="store_true", help="players, doctor, tracker: print JSON")
-    flags("--status", choices=(SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"), metavar="STATUS",
-          help="tracker log: success, failed, ignored, duplicate or waiting")
-    flags("--show", metavar="SHOW", help="tracker log: of this show, by its id or words of its title")
-    flags("--last", type=whole_number, metavar="N", help="tracker log: how many entries (default 20)")
-    flags("--speed", type=speed_factor, metavar="N", help="demo: how many times faster (default 1)")
-    flags("-h", "--help", action="help", help="this help")
-    flags("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
+# The values of flags that do not take every word.
+TYPES = {"webhooks_port": port_number, "rate_limit": whole_number, "plex_server_url": server_url,
+         "poll_interval_s": interval_s, "active_timeout_s": interval_s, "tracker_log_days": whole_number,
+         "last": whole_number, "speed": speed_factor}
+CHOICES = {"log_level": tuple(LEVELS), "log_format": ("text", "json"),
+           "status": (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting")}
 
 
 def flag_parser() -> FlagParser:
-    """The parser of all flags of all commands.  What is not given is left out: the default is Config's."""
-    description, _, epilog = textwrap.dedent(f"    {main.__doc__}").partition("\n\n\n")
+    """The parser of all flags.  It reads the flags and their help in Config's docstring, the commands in main's.
+
+    A flag that is not given is left out of the result: its default is Config's.
+    """
+    first, _, rest = str(main.__doc__).partition("\n")
+    description, _, epilog = f"{first}\n{textwrap.dedent(rest)}".partition("\n\n\n")
+    form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
     parser = FlagParser(prog="streamerbrainz.py", usage="streamerbrainz.py [COMMAND] [FLAGS] [@FILE]",
-                        description=description, epilog=epilog, formatter_class=HelpFormatter, add_help=False,
+                        description=description, epilog=epilog, formatter_class=form, add_help=False,
                         allow_abbrev=False, fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)
-    add_flags(parser.add_argument_group("flags").add_argument)
+    flags = parser.add_argument_group("flags")
+    for name, value, words in re.findall(r"^ *-([a-z-]+)(?: ([A-Z]+))?  +(.+)$", str(Config.__doc__), re.MULTILINE):
+        field = name.replace("-", "_").removeprefix("no_")
+        field = field if field in Config._fields else f"{field}_s"
+        more: dict[str, Any] = {"metavar": value, "type": TYPES.get(field), "choices": CHOICES.get(field)} if value \
+            else {"action": "store_false" if name.startswith("no-") else "store_true"}
+        flags.add_argument(f"--{name}", dest=field, help=words, **more)
+    flags.add_argument("-h", "--help", action="help", help="this help")
+    flags.add_argument("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
     return parser
-
-
-def players_url(word: str) -> str:
-    """The URL of a server that is given as HOST:PORT or as a URL."""
-    try:
-        return server_url(word if "//" in word else f"http://{word}")
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"players: {error}.") from error
-
-
-def unknown_flag(words: Sequence[str]) -> str:
-    """What is said of an unknown flag among these words.  Only its name is repeated: a word may be a token."""
-    flag = next(re.sub("^--?|=.*", "-", word).rstrip("-") for word in words if word.startswith("-"))
-    hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
-    return f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}"
 
 
 def parse_config(words: Sequence[str]) -> Config:
@@ -5371,13 +5352,20 @@ def parse_config(words: Sequence[str]) -> Config:
         flags, rest = flag_parser().parse_known_args(words)
     except UnicodeDecodeError as error:               # Python 3.11; later ones decode such bytes as surrogates
         raise ConfigError(NOT_UTF_8) from error
-    if any(word.startswith("-") and word != "-" for word in rest):
-        raise ConfigError(unknown_flag(rest))
+    if unknown := [word for word in rest if word.startswith("-") and word != "-"]:
+        # Only the flag's name is repeated: what follows its "=" may be a token.
+        flag = re.sub("^--?|=.*", "-", unknown[0]).rstrip("-")
+        hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
+        raise ConfigError(f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}")
     if len(rest) > WORDS_AFTER.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
     if command == "players":
-        rest = [players_url(word) for word in rest]
+        # Given as HOST:PORT or as a URL.
+        try:
+            rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"players: {error}.") from error
     config = Config(command=command, words=tuple(rest), **vars(flags))
     if command == "run":
         check_complete(config)

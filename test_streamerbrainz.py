@@ -1993,14 +1993,16 @@ def test_a_burst_of_webhooks_costs_a_handful_of_looks(plex, token_file, lines):
     with Running(plex, token_file) as daemon:
         eventually(lambda: changes(lines))
         looks.clear()
+        begin = time.monotonic()
         with connect(daemon) as connection:
             for _ in range(1000):
                 connection.sendall(post())
             answers = b""
             while answers.count(b"HTTP/1.1 200 OK") < 1000:
                 answers += connection.recv(65536)
+        sent_s = time.monotonic() - begin
         eventually(lambda: daemon.inbox.empty() and daemon.watcher.players["m1"].claim is None)
-    assert len(looks) <= 100                               # and not 1,000; 4 on a quiet machine
+    assert len(looks) <= sent_s / 0.2 + 5                  # one look at a time while they come, then two: 4 on a quiet machine
 
 
 def test_webhooks_are_answered_while_the_server_hangs(token_file, lines, monkeypatch):
@@ -4388,11 +4390,6 @@ def test_readme_names_each_default_as_the_program_has_it():
                     "log-level": defaults.log_level, "log-format": defaults.log_format, "speed": f"{defaults.speed:g}",
                     "tracker-log-days": str(defaults.tracker_log_days), "last": str(defaults.last),
                     "active-timeout": f"{defaults.active_timeout_s:g}"}
-
-
-def test_readme_shows_the_picture_of_the_docstring():
-    picture = re.search(r"^    Plex Media Server .*?STATUS=$", sb.__doc__, re.M | re.S)[0]
-    assert picture in (HERE / "README.md").read_text()
 
 
 def test_the_unit_calls_the_program_with_flags_that_it_knows():
