@@ -1,20 +1,19 @@
 #!/usr/bin/env python3
 """StreamerBrainz tells what your Plex player is doing, and remembers what you have watched.
 
-It receives the webhooks of Plex Media Server, asks the server's sessions about one chosen
-player (mostly Plexamp), and logs each change of that player:
+It receives the webhooks of Plex Media Server, asks the server's sessions about one chosen player (mostly
+Plexamp), and logs each change of that player:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
-It also shows it on a page, runs a command for it, and marks finished episodes and movies as
-watched in a database.  And it finds out why webhooks do not arrive (`doctor`).
+It also shows each change on a page, runs a command for it, and marks finished episodes and movies as watched in a
+database.  And it finds out why webhooks do not arrive (`doctor`).
 
-There are three witnesses and one judge.  A webhook says that something happened.  The
-server's event stream tells each change at once.  /status/sessions says what is so now.  Each of
-them is wrong at times: webhooks get lost, doubled and late; the stream breaks; sessions lag
-behind, and keep a crashed player for minutes.  So one pure function, advance(), judges what
-they say.  It promises: each true change is reported once, in order and soon; nothing is
-reported that was not true; every playing ends in one stopped.
+Three sources tell of a change; we call them witnesses.  A webhook says that something happened.  The server's event
+stream tells each change at once.  /status/sessions says what is so now.  Each of them is wrong at times: webhooks get
+lost, doubled and late; the stream breaks; sessions lag behind, and keep a crashed player for minutes.  So one pure
+function, advance(), is the judge of what they say.  It promises: each true change is reported once, in order and soon;
+nothing is reported that was not true; whatever is reported as playing is later reported as stopped, once.
 
     Plex Media Server          (a browser, curl, Prometheus)
       |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics
@@ -29,34 +28,35 @@ reported that was not true; every playing ends in one stopped.
     Worker -> Match -> marked             |
                                           +--> Change -> log line, Hooks, systemd's STATUS=
 
-How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.py` lists them.
-Each begins with what it is for, the way of its data, its threads, and what it needs of other
-chapters (a test checks that).  Its first part is pure: it computes, and touches no clock, file,
-socket, thread, log or environment; time comes in as an argument.  Its second part, below
-`# --- the world`, acts, and leaves the decisions to the first.  A reader of Hooks needs Ground
-and Hooks.  Who does not want the tracker skips that chapter; nothing before it names it.
+How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.py` lists them.  Each begins with what it
+is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
+of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
+comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
+Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter before it names it.
 
 thread              owns                               never
-main                nothing: it starts the others, and ends (see outlive_main)
+main                nothing: it starts the others and  (see outlive_main)
+                    ends, to free its memory
 watcher             the PlayerStates and when to look  waits longer than PLEX_S (and the name server)
 listener            the listening socket               reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
-worker              the tracker's shows and marks      delays an answer or the Watcher
-hooks               the one command that runs          delays the Watcher
+worker              the tracker's shows and marks      delays an answer or the watcher
+hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-signals             the signals, blocked elsewhere     does more than put Stop into the inbox
-Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one
-reference (Board.status).  The exceptions are the Gate, the Journal and the Covers, which have a
-lock, and Board.streams, a list of queues.
+signals             waiting for a signal, which all    does anything but put Stop into the inbox
+                    other threads block
+Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
+(Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
+(pictures).  Board.streams is a list of queues.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
   session  an item that a player has now    item     a track, episode, movie, clip, photo
   look     one query of /status/sessions    listener our own HTTP side
-  show     a series, or a movie (of one     entry    a row of the tracker's journal: a webhook,
-           episode, 0x0) in the tracker              or a play that only the history told
-Units: Plex's times are integer milliseconds; our own end in _s.  `at` is monotonic seconds, and in
-the tracker Unix seconds.
+  show     a series; in the tracker also a  entry    a row of the tracker's journal: a webhook, or a play
+           movie, as season 0, episode 0             that is known only from the server's history
+Units: Plex's times are integer milliseconds; names of our own end in _s (seconds).  `at` is a time in monotonic
+seconds, and in the tracker in Unix seconds.
 Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
 """
 from __future__ import annotations
@@ -1762,8 +1762,7 @@ class Watcher:
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> Pages.answer(path) -> Answer, which the Listener sends
-# Threads: the watcher puts each new Status on the Board; request threads read it there.  The Board's list of event streams
-#   and the Covers have locks of their own.
+# Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
 # Needs: Ground
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, position_ms
 
@@ -4505,7 +4504,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     url = configured_url(config, listener.port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=url + ("?token=..." if gate.secret else ""))
     if plex is None:
-        say(logging.INFO, "no -plex-server-url: webhooks are the only witness")
+        say(logging.INFO, "no -plex-server-url: only webhooks tell what plays")
     elif config.plex_events:
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
@@ -4544,7 +4543,7 @@ def outlive_main(work: Callable[[], None]) -> None:
         try:
             if may_end:
                 threading.main_thread().join()
-                with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library has no such call
+                with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
                     import ctypes  # here: the other commands do without
 
                     ctypes.CDLL(None).malloc_trim(0)
@@ -4578,7 +4577,7 @@ def runs_already(config: Config) -> bool:
 
 
 def port_holder(port: int) -> str:
-    """The program that listens on a TCP port, as far as /proc shows it: of other users' processes, only root sees it.
+    """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown.
 
     A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
     among a process's descriptors, that socket is a link to "socket:[INODE]".
@@ -4593,7 +4592,7 @@ def port_holder(port: int) -> str:
             if any(os.readlink(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd")):
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
                     return f"{comm.read().strip()} (process {pid})"
-    return "another program"
+    return ""
 
 
 def open_listener(config: Config) -> Listener | None:
@@ -4608,12 +4607,13 @@ def open_listener(config: Config) -> Listener | None:
             raise ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
                               "give an address of this machine.") from error
         if not runs_already(config):
-            raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port)}; "
+            raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port) or 'another program'}; "
                               "end that, or give another port.") from error
         # systemd takes an end without READY=1 for a failure: there, "nothing to do" must be an error.
         if os.environ.get("NOTIFY_SOCKET"):
-            raise ConfigError(f"-webhooks-port: another StreamerBrainz, {port_holder(port)}, listens on {port}; "
-                              "end that (and its cron lines) first.") from error
+            holder = f", {name}," if (name := port_holder(port)) else ""
+            raise ConfigError(f"-webhooks-port: another StreamerBrainz{holder} listens on {port}; "
+                              "end it (and remove its cron lines) first.") from error
         return None
 
 
@@ -4927,7 +4927,7 @@ class Doctor:
                            "systemctl --user start streamerbrainz   # or as README, Install, step 5", 8)
         program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
-            return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port)}",
+            return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port) or 'another program'}",
                            "end that, or give another -webhooks-port, and change the URL in Plex", 8)
         self.met.add(DAEMON)
         if version != VERSION:

@@ -3764,7 +3764,7 @@ def test_under_systemd_a_port_that_another_of_ours_holds_is_an_error():
         again = start("-webhooks-port", daemon.port, "-webhooks-host", "127.0.0.1", env={**os.environ, "NOTIFY_SOCKET": "/nowhere"})
     assert again.status == 2 and re.fullmatch(
         rf"streamerbrainz: -webhooks-port: another StreamerBrainz, \S+ \(process {daemon.process.pid}\), listens on {daemon.port}; "
-        r"end that \(and its cron lines\) first\.\n", again.err)
+        r"end it \(and remove its cron lines\) first\.\n", again.err)
 
 
 def test_started_twice_it_says_so_and_exits_0_for_cron():
