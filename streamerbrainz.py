@@ -55,6 +55,7 @@ Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_i
   look     one query of /status/sessions    listener our own HTTP side
   show     a series; in the tracker also a  entry    a row of the tracker's journal: a webhook, or a play
            movie, as season 0, episode 0             that is known only from the server's history
+  contract what users and other programs rely on: flags, keys of the log and of JSON, paths, statuses, exit statuses
 Units: Plex's times are integer milliseconds; names of our own end in _s (seconds).  `at` is a time in monotonic
 seconds, and in the tracker in Unix seconds.
 Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
@@ -291,7 +292,7 @@ class Item(NamedTuple):
 
     @property
     def artist(self) -> str:
-        """The artist of a track."""
+        """The artist of a track; of an episode, the show."""
         return self.original_title or self.grandparent_title
 
 
@@ -813,8 +814,8 @@ TRANSITIONS = {
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
 
-# From a look that failed to the next one: the first time, and at most; it doubles each time.  When a webhook comes
-# meanwhile, the server lives: then the next look is no later than RETRY_HEARD_S.
+# From a look that failed to the next one: the first time, and at most; it doubles each time.  A webhook meanwhile shows
+# that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 30.0, 1.0
 # From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
 FOREIGN_S = 1.0
@@ -828,9 +829,10 @@ RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
-# How long a playing view_offset must stand still before the player is taken for dead.  Plex renews it each 10 to
-# 15 s: this is three renewals.  It is a prime number of seconds.  A track of 30 or 40 s on repeat, looked at each 30 s,
-# would be seen at the same position each time; at intervals of 41 s it is not.
+# How long a playing view_offset must stand still before the player is taken for dead: three renewals, as Plex renews it
+# each 10 to 15 s.  When a look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  Then a
+# track on repeat must not be at the same position again by chance, as one of 10, 20 or 40 s would be after 40 s.  41 is
+# a prime: only a track of 41 s would be.
 FROZEN_S = 41.0
 # A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
 # that are missing in a row make a warning.
@@ -1135,7 +1137,10 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
 
 
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
-    """After a look that failed: nothing that is believed changes; look again, after longer and longer waits."""
+    """After a look that failed: look again, after longer and longer waits.
+
+    Nothing that is believed changes, and a claim is kept until the server is back.
+    """
     looks = player.looks + 1 if player.outage else 1
     wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(looks - 1, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
@@ -1501,7 +1506,7 @@ class PlexServer:
             start, before = end, items[0]
         raise PlexError("nonsense", f"{self.url} lists more than {MAX_ITEMS} items.")
 
-    def identity(self) -> str:
+    def server_id(self) -> str:
         """The server's machineIdentifier; raises PlexError."""
         return text(self.container("/identity")[0].get("machineIdentifier"))
 
@@ -1677,7 +1682,7 @@ class Watcher:
             result=refused.sentence)
 
     def hear(self, webhook: Webhook) -> None:
-        """A webhook: let each player that it may concern be judged, and say what became of it."""
+        """A webhook: let each player that it may concern be judged, and say what became of it (but for the tracker)."""
         event = webhook.event if webhook.event in EVENTS else "other"
         self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(),
                                            webhooks=counted(self.status.webhooks, (event, "ok")))
@@ -1838,12 +1843,12 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
                         for when, change in status.changes]}
 
 
-def health(status: Status, seen: Glance, at: float) -> tuple[int, dict[str, object]]:
+def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come.
 
     Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
     """
-    player, reasons, degraded = status.player, [seen.broken] if seen.broken else [], []
+    player, reasons, degraded = status.player, [tracked.broken] if tracked.broken else [], []
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player and player.outage:
@@ -1854,8 +1859,8 @@ def health(status: Status, seen: Glance, at: float) -> tuple[int, dict[str, obje
             reasons.append(f"the server has not answered for {lasts_s:.0f} s: {player.outage.sentence}")
         else:
             degraded.append(player.outage.sentence)
-    if seen.waiting_s >= UNHEALTHY_S:
-        reasons.append(f"a webhook has been waiting for the tracker for {seen.waiting_s:.0f} s")
+    if tracked.waiting_s >= UNHEALTHY_S:
+        reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
     if player and player.proof.in_a_row >= PROOF_MISSES:
         degraded.append(proof_sentence(status, at))
     word = "failing" if reasons else "degraded" if degraded else "ok"
@@ -1988,22 +1993,22 @@ def player_html(player: PlayerState | None, at: float, has_secret: bool, has_pic
             f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
 
 
-def tracker_html(seen: Glance, local: Callable[[str, float], str]) -> str:
+def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
     """What was marked as watched, and which conflicts are open."""
     marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {html.escape(name)}</li>"
-                     for when, name in seen.marked)
+                     for when, name in tracked.marked)
     waiting = "".join(f"<li>{html.escape(name)} ({kind}): <code>streamerbrainz.py tracker resolve {conflict_id} "
-                      "new</code>, or ignore, or the show's id</li>" for conflict_id, name, kind in seen.conflicts)
+                      "new</code>, or ignore, or the show's id</li>" for conflict_id, name, kind in tracked.conflicts)
     return (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
             (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
 
 
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
-                seen: Glance | None, local: Callable[[str, float], str]) -> str:
+                tracked: Glance | None, local: Callable[[str, float], str]) -> str:
     """The status page.
 
     url: to paste into Plex, without the secret.  nonce: allows our style and script, and no others.
-    seen: None without a tracker.  local: a Unix time in a form of strftime(), as local_time().
+    tracked: None without a tracker.  local: a Unix time in a form of strftime(), as local_time().
     """
     escape = html.escape
     signs = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
@@ -2024,7 +2029,7 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 <p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
-{tracker_html(seen, local) if seen else ''}</main>
+{tracker_html(tracked, local) if tracked else ''}</main>
 <footer class=dim>StreamerBrainz {VERSION}</footer>
 <script nonce="{nonce}">{SCRIPT}</script></body></html>
 """
@@ -2124,7 +2129,7 @@ class Answer(NamedTuple):
     status: int = 200
     body: bytes = b""
     media_type: str = "text/plain; charset=utf-8"
-    headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})
+    headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})    # for all: Handler.send()
     events: Iterator[bytes] | None = None     # instead of a body: it goes on until one side ends it
 
 
@@ -2186,8 +2191,8 @@ class Pages:
 
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
 # What for: to answer every request at once and with a true status, whoever sends it and whatever it is.
-# Way: connection -> Gate (rate, secret) -> body -> parse_webhook -> keep(webhook, jpeg) -> 200
-#                                        -> Pages.answer ------------------------------> 200
+# Way: connection -> Gate (rate, secret) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
+#                                        -> a method of Pages -> Answer -----------------------------> 200
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most.  A thread owns its socket and its
 #   bytes.  All threads share the Gate, which has a lock.
 # Needs: Ground
@@ -2524,7 +2529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- the answer
 
     def send(self, answer: Answer) -> None:
-        """Send a whole answer; events are sent until one side ends them."""
+        """Send an answer; all go through here, except for "100 Continue".  Events are sent until one side ends them."""
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
@@ -2533,8 +2538,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(answer.status)
         headers = {} if events else {"Content-Length": str(len(content))}
         if content:
-            headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff", **answer.headers}
-        for name, value in {**headers, **({"Connection": "close"} if self.close_connection else {})}.items():
+            headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
+        closing = {"Connection": "close"} if self.close_connection else {}
+        for name, value in {**headers, **answer.headers, **closing}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -2603,7 +2609,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
               tell: Callable[[Refused | BaseException], object]) -> None:
         """Answer requests until close(); then free the port.  For a thread of its own, which wakes for requests only.
 
-        keep: makes a webhook and its JPEG safe, or raises WebhookError; tell: hears of refusals and of our bugs.
+        keep: makes a webhook and its thumb safe, or raises WebhookError; tell: hears of refusals and of our bugs.
         Both are called in request threads.
         """
         self.gate, self.pages, self.keep, self.tell = gate, pages, keep, tell
@@ -2696,7 +2702,10 @@ def hook_event(change: Change) -> str:
 
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """A hook's environment: librespot's names, so that people's scripts for it work, and some of Plex."""
+    """What a hook finds in its environment, besides ours (see spawn).
+
+    The names are librespot's, so that people's scripts for it work, and some of Plex.
+    """
     item = change.item
     values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
               "ARTISTS": item.artist, "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0,
@@ -2837,7 +2846,7 @@ class Hooks:
                 self.take(self.inbox.get_nowait())
         if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
             self.amplifier = Amplifier()
-            self.enqueue("inactive")
+            self.add("inactive")
 
     def take(self, change: Change) -> None:
         """Add the events of a change to those that wait."""
@@ -2845,10 +2854,10 @@ class Hooks:
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
         if switched_on:
-            self.enqueue("active")
-        self.enqueue(event)
+            self.add("active")
+        self.add(event)
 
-    def enqueue(self, event: str) -> None:
+    def add(self, event: str) -> None:
         """Add an event, with the environment of the last change."""
         self.waiting = enqueue(self.waiting, event, {**self.latest, "PLAYER_EVENT": event})
 
@@ -3171,7 +3180,10 @@ ENTRY_RETRY_MIN_S, ENTRY_RETRY_MAX_S, MAX_ATTEMPTS = 30.0, 3600.0, 30
 
 
 def retry_after_s(attempts: int) -> float | None:
-    """How long to wait after one more attempt in vain, if there were so many before; None: give up."""
+    """How long to wait after an attempt in vain; None: give up.  attempts: made in vain before it.
+
+    Only this pause counts: that the server is back wakes nobody.
+    """
     return min(ENTRY_RETRY_MAX_S, ENTRY_RETRY_MIN_S * 2 ** attempts) if attempts < MAX_ATTEMPTS else None
 
 
@@ -3901,7 +3913,7 @@ class Worker:
         if not self.plex or not key:
             return []
         try:
-            if entry.server not in ("", self.identity):
+            if entry.server not in ("", self.server_id):
                 return []
             return [fields for page in
                     self.plex.pages(f"/library/metadata/{urllib.parse.quote(key, '')}{path}") for fields in page.items]
@@ -3911,10 +3923,10 @@ class Worker:
             raise
 
     @functools.cached_property
-    def identity(self) -> str:
+    def server_id(self) -> str:
         """The server's machineIdentifier; raises PlexError."""
         assert self.plex
-        return self.plex.identity()
+        return self.plex.server_id()
 
     def ask_tmdb(self, show: Show) -> Match | None:
         """The show in the tracker that TMDB says has one of these ids; raises PlexError.
@@ -3942,7 +3954,7 @@ class Worker:
             return True
         since, until = self.tracker.note("history"), int(time.time() - HISTORY_REST_S)
         try:
-            server, accounts = self.identity, self.accounts()
+            server, accounts = self.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 plays = [(number(fields.get("viewedAt")) or 0, fields) for fields in page.items]
                 with self.tracker.transaction():
@@ -4044,7 +4056,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
     newest items come last, so that what is added to the library meanwhile moves no page.
     """
-    server = plex.identity()
+    server = plex.server_id()
     for fields in [fields for page in plex.pages("/library/sections") for fields in page.items]:
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
@@ -4477,7 +4489,10 @@ def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object)
 
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
-    """Make a webhook safe before its answer: in the inbox and the journal.  Raises WebhookError 503: it is not safe."""
+    """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there.
+
+    Then the watcher has it all the same: it only looks.
+    """
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
     if journal:
@@ -4494,11 +4509,10 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
     start("signals", inbox, take_signals, block_signals(), inbox)
-    systemd, board, covers, journal, tracker = Systemd(os.environ), Board(), Covers(plex), None, config.tracker_db
-    if tracker:
-        journal = Journal(Tracker(tracker, create=True), config.accounts)
+    systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
+    journal = Journal(Tracker(path, create=True), config.accounts) if path else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
+    pages = Pages(board, covers, functools.partial(glance, path) if path else None, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     url = configured_url(config, listener.port)
@@ -4510,7 +4524,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     if hooks:
         start("hooks", inbox, hooks.run)
     if journal:
-        store = Tracker(tracker, lasting=False, writing=journal.tracker.writing)
+        store = Tracker(path, lasting=False, writing=journal.tracker.writing)
         start("worker", inbox, Worker(config, store, plex).run, journal.written)
 
     def tell(status: Status, changes: Sequence[Change]) -> None:

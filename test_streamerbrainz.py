@@ -3297,7 +3297,7 @@ def test_two_servers_may_have_the_same_key(store):
 def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
     class Slow:
         """A server, during whose answer a person resolves the conflict."""
-        def identity(self):
+        def server_id(self):
             return "0" * 40
 
         def pages(self, path):
@@ -3313,7 +3313,7 @@ def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
 def test_an_entry_that_another_process_finished_meanwhile_is_not_finished_twice(store, database, lines):
     class Slow:
         """A server, during whose answer another process finishes the entry."""
-        def identity(self):
+        def server_id(self):
             other = sb.Tracker(str(database))
             assert sb.Worker(config("-tracker-db", "x"), other, None).drain() == 1
             other.close()
