@@ -1413,6 +1413,8 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
         content = answer.read(room + 1)               # never by the answer's own number: it may be any
         if len(content) > room:
             raise TooMuch
+        if answer.length:                             # bytes that should have come, too
+            raise http.client.IncompleteRead(content, answer.length)
         return Reply(answer.status, answer.headers, content)
 
 
@@ -2084,7 +2086,8 @@ class Board:
 
 # -- Pages: a path -> an Answer
 
-MAX_COVER = 4 * 2**20         # bytes of a picture from the server
+# Bytes of a picture from the server; and the pause after it gave none, for else each request would wait for PLEX_S.
+MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
 
 
@@ -2097,6 +2100,7 @@ class Covers:
     def __init__(self, plex: PlexServer | None):
         self.plex, self.lock = plex, threading.Lock()
         self.webhook = self.fetched = ("", b"")       # Item.identity and picture; replaced as one
+        self.retry_at = 0.0                           # monotonic s; not before that the server is asked again
 
     def can_have(self, item: Item) -> bool:
         """Whether there may be a picture of an item."""
@@ -2107,10 +2111,13 @@ class Covers:
         identity, picture = self.webhook
         if identity == item.identity:
             return picture
-        with self.lock, contextlib.suppress(PlexError):
-            if self.fetched[0] != item.identity and item.thumb and self.plex:
-                self.fetched = item.identity, self.plex.get(item.thumb, room=MAX_COVER).body
-        return self.fetched[1] if self.fetched[0] == item.identity else b""
+        with self.lock:
+            if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
+                self.retry_at = time.monotonic() + COVER_RETRY_S
+                with contextlib.suppress(PlexError):
+                    if picture := self.plex.get(item.thumb, room=MAX_COVER).body:
+                        self.fetched, self.retry_at = (item.identity, picture), 0.0
+            return self.fetched[1] if self.fetched[0] == item.identity else b""
 
 
 def process_families(started_at: float) -> Iterator[Family]:
@@ -2315,8 +2322,11 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it."""
     if host:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return family, address
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except UnicodeError as error:
+            raise OSError(errno.EINVAL, "that cannot be a host's name") from error
+        return found[0][0], found[0][4]
     return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
 
 
@@ -4260,7 +4270,7 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
         "reason, show_id, type, show_title AS show, conflict_id FROM webhook_log WHERE "
         "(:status = '' OR coalesce(status, 'waiting') = :status) AND (:show = '' OR show_id = :show_id OR "
         "(:show_id IS NULL AND iif(type = 'movie', title, show_title) LIKE :like)) ORDER BY id DESC LIMIT :last",
-        status=config.status, show=config.show, show_id=number(config.show), last=config.last or -1,
+        status=config.status, show=text(config.show), show_id=number(config.show), last=config.last or -1,
         like=f"%{'%'.join(text(config.show).split())}%")[::-1]
     nothing = "No entry matches." if config.status or config.show else "No webhook has arrived yet."
     return print_rows(config, [{**row, "received_at": iso_time(row["received_at"])} for row in rows],
@@ -4473,7 +4483,9 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
     """
     signal.sigwait(signals)
     inbox.put(Stop())
-    signal.sigtimedwait(signals, PLEX_S + 1)
+    again_at = time.monotonic() + 0.5                 # `timeout` and some terminals send each signal twice at once
+    while signal.sigtimedwait(signals, PLEX_S + 1) and time.monotonic() < again_at:
+        pass
     os._exit(1)
 
 

@@ -1791,7 +1791,7 @@ NO_PLEX = "Does -plex-server-url point to Plex Media Server?"
      "{} redirects elsewhere (302), where the token must not go: give the final address as -plex-server-url."),
     (http_answer(b"<html></html>"), "nonsense", NO_LIST),
     (http_answer(sessions_xml(session_xml())[:150]), "nonsense", NOT_XML),
-    (http_answer(sessions_xml(session_xml())[:150], length=9999), "nonsense", NOT_XML),
+    (http_answer(sessions_xml(session_xml())[:150], length=9999), "nonsense", "{} does not speak HTTP as Plex does (IncompleteRead)."),
     (http_answer(b"<!DOCTYPE a><a/>"), "nonsense", DOCTYPE),
     (huge, "nonsense", "{} answered far more than Plex does."),
     (lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 3_000_000), "nonsense",
@@ -2269,6 +2269,20 @@ def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener
         assert len(asked) == 1 and server.requests[0].startswith(b"GET /library/metadata/1/thumb/2 HTTP/1.1\r\n")
         listener.covers.webhook = ("101", b"\xff\xd8\xffwebhook")
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"webhook")
+
+
+@pytest.mark.parametrize("broken", [http_answer(b"\xff\xd8\xffhalf", length=5000), http_answer(b""), http_answer(b"", "500 Oh")])
+def test_a_picture_that_is_cut_short_or_missing_is_not_shown_nor_kept_and_asked_for_again_later(listener, token_file, monkeypatch, broken):
+    answers = [broken, http_answer(b"\xff\xd8\xffwhole")]
+    publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
+    with RawServer(lambda connection: answers[0](connection)) as server:
+        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        for _ in range(2):
+            assert get(listener, "/cover")[0] == 404
+        assert len(server.requests) == 1                            # nobody waits for it twice
+        answers.pop(0)
+        listener.covers.retry_at = 0.0                              # the pause is over
+        assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"whole")
 
 
 def test_events_come_as_they_are_reported_and_sixteen_may_listen(listener):
@@ -3427,6 +3441,11 @@ def test_a_disk_that_is_full_is_503_and_what_was_acknowledged_is_there(database)
     store.close()
 
 
+def test_words_that_are_no_unicode_find_nothing(database):
+    assert tracker(database, "log", "-show", "\udcff") == "No entry matches.\n"
+    assert tracker(database, "shows", "\udcff") == "No title matches.\n"
+
+
 def test_half_surrogates_of_json_are_no_obstacle(database):
     journal = sb.Journal(sb.Tracker(str(database)), "")
     metadata = {**PILOT, "title": "\ud800", "thumb": "\ud800", "grandparentTitle": "\udfff?", "guid": "\ud800", "ratingKey": "\ud800\0", "Guid": [{"id": "\ud800"}]}
@@ -3746,6 +3765,14 @@ def test_under_nohup_a_closed_terminal_does_not_end_it():
         assert status(exchange(daemon, raw("GET /healthz HTTP/1.1\nHost: x\n"))) == 200
         daemon.process.terminate()
         assert daemon.process.wait(20) == 0
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    for _ in range(4):
+        with Process() as daemon:
+            for _ in range(2):
+                daemon.process.terminate()
+            assert daemon.process.wait(20) == 0
 
 
 def test_a_second_signal_ends_what_does_not_end(plex, token_file):
@@ -4160,6 +4187,7 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     ("-plex-ca-file c", "-plex-ca-file is given, but no -plex-server-url that begins with https://."),
     ("players", "players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400"),
     ("players host", "players: give the token in a file, with -plex-token-file."),
+    ("-webhooks-host a..b", "-webhooks-host: cannot listen on a..b (that cannot be a host's name); give an address of this machine."),
     ("players http://[", "players: this is no URL of a server; give one such as http://192.168.1.5:32400."),
     ("@/no/such", "@/no/such cannot be read (No such file or directory); name a file of flags (see: streamerbrainz.py -h)"),
 ])
