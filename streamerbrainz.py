@@ -32,7 +32,7 @@ How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.p
 is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
 of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
 comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
-Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter before it names it.
+Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter before it needs it.
 
 thread              owns                               never
 main                nothing: it starts the others and  (see outlive_main)
@@ -43,11 +43,11 @@ request (0 to 64)   one connection and its bytes       queries Plex (except for 
 worker              the tracker's shows and marks      delays an answer or the watcher
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-signals             waiting for a signal, which all    does anything but put Stop into the inbox
-                    other threads block
+signals             waiting for a signal, which all    decides; it puts Stop into the inbox, and ends a
+                    other threads block                process that does not stop
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
-(pictures).  Board.streams is a list of queues.
+(pictures).  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -151,7 +151,7 @@ class Config(NamedTuple):
     -json                      players, doctor, tracker: print JSON
     -status STATUS             tracker log: success, failed, ignored, duplicate or waiting
     -show SHOW                 tracker log: of this show, by its id or words of its title
-    -last N                    tracker log: how many entries (default 20)
+    -last N                    tracker log: how many entries (default 20; 0: all)
     -speed N                   demo: how many times faster (default 1)
     """
     command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
@@ -411,6 +411,12 @@ def why(error: object) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
+def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) -> int:
+    """Print the rows as JSON if -json is given, else the lines; -> the exit status."""
+    print(json.dumps(rows, indent=2) if config.json else lines)
+    return 0
+
+
 def local_time(form: str, at: float) -> str:
     """A Unix time in this machine's time zone, in a form of strftime()."""
     return time.strftime(form, time.localtime(at))
@@ -596,12 +602,12 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     return parts
 
 
-def parse_payload(payload: bytes) -> Webhook:
+def parse_payload(payload: Body | memoryview) -> Webhook:
     """The Webhook in a payload's JSON, which is UTF-8 whatever its header says; raises WebhookError."""
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
     try:
-        fields = json_object(json.loads(payload))
+        fields = json_object(json.loads(bytes(payload)))
     except (ValueError, RecursionError) as error:
         raise WebhookError(400, "The payload is not JSON.") from error
     event = fields.get("event")
@@ -628,13 +634,13 @@ def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
     header["Content-Type"] = content_type
     media_type = header.get_content_type()
     if media_type == "application/json":
-        return parse_payload(bytes(body)), memoryview(b"")
+        return parse_payload(body), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
     parts = parse_multipart(parameter(header, "boundary", "Content-Type"), body)
     if "payload" not in parts:
         raise WebhookError(400, "The part named payload is missing; it holds a webhook's JSON.")
-    return parse_payload(bytes(parts["payload"])), parts.get("thumb", memoryview(b""))
+    return parse_payload(parts["payload"]), parts.get("thumb", memoryview(b""))
 
 
 def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
@@ -1200,6 +1206,12 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     return player._replace(proof=proof), news
 
 
+def missing_sentence(in_a_row: int) -> str:
+    """What log and page say when webhooks do not arrive."""
+    return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
+            "Without Plex Pass this is normal, and nothing is lost.")
+
+
 # Which function judges which observation.
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {
     Webhook: after_webhook, Notification: after_notification, Stream: after_stream, Look: after_look,
@@ -1314,10 +1326,11 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect to the first address of the name that answers before the deadline; raises OSError."""
         failure: OSError = TimeoutError()
-        for family, kind, protocol, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found, strict=True):
             self.sock = socket.socket(family, kind, protocol)
             try:
-                self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+                self.sock.settimeout(max(0.001, (self.deadline - time.monotonic()) / left))     # some may be silent
                 self.sock.connect(address)
                 self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))     # for TLS, too
                 return
@@ -1329,32 +1342,6 @@ class _Connection(http.client.HTTPConnection):
 
 class _ConnectionTLS(http.client.HTTPSConnection, _Connection):
     """The same over TLS."""
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    """urllib's http and https by our connections.  It is alone in its opener: no proxy, no redirect, no file://."""
-
-    def __init__(self, context: ssl.SSLContext | None):
-        super().__init__()
-        self.context = context
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Called by the opener for http:."""
-        return self.do_open(_Connection, request)
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """Called by the opener for https:."""
-        return self.do_open(_ConnectionTLS, request, context=self.context)
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-@functools.lru_cache(maxsize=4)         # Plex, plex.tv and TMDB have one context each
-def opener(context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
-    """What opens http and https, and nothing else."""
-    director = urllib.request.OpenerDirector()
-    director.add_handler(_Handler(context))
-    return director
 
 
 def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
@@ -1390,7 +1377,10 @@ def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeou
     """An answer of any status, of which the head is read; for the caller to close.  Raises PlexError."""
     with network_faults(url, timeout_s):
         request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, **headers})
-        return opener(context).open(request, timeout=timeout_s)  # type: ignore[no-any-return]
+        request.timeout = timeout_s
+        kind, more = (_ConnectionTLS, {"context": context}) if request.type == "https" else (_Connection, {})
+        # urllib's handler for http, used alone: it knows no proxy, no redirect, no file://
+        return urllib.request.AbstractHTTPHandler().do_open(kind, request, **more)  # type: ignore[return-value]
 
 
 class Reply(NamedTuple):
@@ -1508,6 +1498,7 @@ class PlexServer:
             start, before = end, items[0]
         raise PlexError("nonsense", f"{self.url} lists more than {MAX_ITEMS} items.")
 
+    @functools.cached_property
     def server_id(self) -> str:
         """The server's machineIdentifier; raises PlexError."""
         return text(self.container("/identity")[0].get("machineIdentifier"))
@@ -1603,7 +1594,7 @@ REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
-    if inbox.qsize() >= most:
+    if inbox.qsize() >= most and not isinstance(message, BaseException):
         return False
     inbox.put(message)
     return True
@@ -1714,7 +1705,7 @@ class Watcher:
         player = self.players.pop(webhook.player_uuid, None)
         if player is None:
             crowded = len(self.players) >= MAX_PLAYERS
-            if crowded:                              # forget the one that was silent longest, best one that has stopped
+            if crowded:                              # forget the one silent longest, preferably one that has stopped
                 stopped = (key for key, each in self.players.items() if each.state == STOPPED)
                 del self.players[next(stopped, next(iter(self.players)))]
             player = PlayerState(webhook.player_uuid, has_server=False)
@@ -1761,9 +1752,8 @@ class Watcher:
         elif report.over:
             say(logging.INFO, f"webhooks arrive again; {report.in_a_row} were missing")
         else:
-            say(logging.WARNING, f"webhooks do not arrive: {report.in_a_row} changes in a row came without one. "
-                "The Plex server cannot reach the URL, or the URL is missing in the account's webhooks, or there is no "
-                "Plex Pass (then all is well: the other witnesses are enough). To find out: streamerbrainz.py doctor")
+            say(logging.WARNING, f"{missing_sentence(report.in_a_row)} Else the Plex server cannot reach the URL, "
+                "or it is missing in the account's webhooks. To find out: streamerbrainz.py doctor")
 
 
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
@@ -1771,7 +1761,7 @@ class Watcher:
 # Way: Status -> Board -> Pages.answer(path) -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
 # Needs: Ground
-# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, position_ms
+# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
 
@@ -1806,8 +1796,7 @@ def proof_sentence(status: Status, at: float) -> str:
     proof = status.player.proof if status.player else Proof()
     heard = "none so far" if status.webhook_at is None else f"the last one {at - status.webhook_at:.0f} s ago"
     if proof.in_a_row >= PROOF_MISSES:
-        return (f"Webhooks do not arrive: {proof.in_a_row} changes in a row came without one ({heard}). "
-                "`streamerbrainz.py doctor` finds out why. Without Plex Pass none are sent, and all is well.")
+        return f"{missing_sentence(proof.in_a_row)} Else: `streamerbrainz.py doctor` finds out why ({heard})."
     if proof.delays_s:
         return f"Webhooks arrive ({proof.arrived} came with their change, {proof.missed} were missing; {heard})."
     return f"Whether webhooks arrive is not known yet ({heard})."
@@ -2047,12 +2036,11 @@ MAX_STREAMS, MAX_UNREAD, EVENT_ALIVE_S = 16, 20, 15.0
 
 
 class Board:
-    """The latest Status, and a queue for each listener to /events."""
+    """The latest Status, and a queue for each subscriber of /events."""
 
     def __init__(self) -> None:
         self.status = Status()                        # replaced by the watcher, read by all
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
-        self.room = threading.BoundedSemaphore(MAX_STREAMS)
 
     def publish(self, status: Status, changes: Sequence[Change]) -> None:
         """Replace the Status, and tell each stream of the changes.  A stream that reads too slowly is ended."""
@@ -2063,12 +2051,12 @@ class Board:
                 stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
 
     def events(self) -> Iterator[bytes]:
-        """The body of /events: each change as a server-sent event, until the listener is too slow.
+        """The body of /events: each change as a server-sent event, until the subscriber is too slow.
 
-        Raises WebhookError 503 at its first item if too many listen already.
+        Raises WebhookError 503 at its first item if there are too many already.
         """
-        if not self.room.acquire(blocking=False):
-            raise WebhookError(503, f"{MAX_STREAMS} programs listen to the events already.")
+        if len(self.streams) >= MAX_STREAMS:
+            raise WebhookError(503, f"{MAX_STREAMS} programs are subscribed already.")
         stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.streams.append(stream)
         try:
@@ -2081,7 +2069,6 @@ class Board:
                     event = b": alive\n\n"
         finally:
             self.streams.remove(stream)
-            self.room.release()
 
 
 # -- Pages: a path -> an Answer
@@ -2272,10 +2259,10 @@ class Gate:
 
     def plain(self, path: str) -> str:
         """A path that may be logged: somebody may have pasted the secret into the wrong place of the URL."""
-        path = re.match(r"[\w/.~-]*", path, re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+        path = urllib.parse.unquote(path)
         for word in self.secret.words if self.secret else ():
             path = path.replace(word, "...")
-        return path
+        return re.match(r"[\w/.~-]*", path, re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
 
     def check(self, query: str) -> None:
         """Check the secret in a URL's query; raises WebhookError 401."""
@@ -2292,7 +2279,10 @@ class Gate:
 # -- Our own address
 
 def guess_address(plex_url: str) -> str:
-    """This machine's address as the Plex server, or else its own network, sees it.  No packet is sent for it."""
+    """This machine's address as the Plex server, or else its own network, sees it.
+
+    Nothing is sent to the server; but a name in plex_url is looked up.
+    """
     server = urllib.parse.urlsplit(plex_url).hostname or "192.0.2.1"
     with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((server, 9))
@@ -2334,9 +2324,8 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 
 # Bytes of a webhook; the largest thumb seen is about 1 MB.
 MAX_BODY = 8 * 2**20
-# Few thumbs have more bytes than LARGE_BODY.  Larger bodies: at most MAX_LARGE_BODIES are read at a time, so that they
-# cannot fill the memory.
-LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 8
+# Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
+LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.
 MAX_TRAILERS = 100
 # How long an idle connection may hold its thread, as with Apache and Node; and any one, when all threads are taken.
@@ -2373,7 +2362,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reader.deadline = time.monotonic() + HEAD_S
                 super().handle_one_request()
         except TimeoutError:
-            pass                                      # an idle connection
+            pass                                      # an idle connection (http.server ends a slow one)
         except TooMuch:                               # the first line alone is too long
             self.send_error(431)
 
@@ -2451,10 +2440,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what is wrong, and tell of it."""
         self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
         agent, path = self.headers.get("User-Agent", ""), self.target()
-        if agent != USER_AGENT:                       # doctor's tests are nobody's fault
-            is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
-            self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path), self.client_address[0],
-                                     is_webhook))
+        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
+        is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
+        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path), self.client_address[0],
+                                 is_webhook))
 
     # -- the body
 
@@ -2559,9 +2548,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_events(self, events: Iterable[bytes]) -> None:
         """Send each event at once."""
-        self.wfile.flush()
         self.connection.settimeout(PLEX_S)
-        with contextlib.suppress(OSError):            # the listener has gone
+        self.wfile.flush()
+        with contextlib.suppress(OSError):            # the subscriber has gone
             for event in events:
                 self.wfile.write(event)
                 self.wfile.flush()
@@ -2822,9 +2811,9 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
         exited = os.pidfd_open(pid)
         descriptors.callback(os.close, exited)
         ended, output = read_output(reader, exited)
-        for number in () if ended else (signal.SIGTERM, signal.SIGKILL):
+        for signal_no in () if ended else (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(OSError):        # it has gone, or belongs to another user (sudo)
-                os.killpg(pid, number)
+                os.killpg(pid, signal_no)
             select.select([exited], (), (), HOOK_GRACE_S)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0 if ended else os.WNOHANG)[1])
         return (code if code >= 0 else 128 - code) if ended else None, output
@@ -3043,7 +3032,7 @@ class Candidate(NamedTuple):
     """A show that may be meant."""
     show: Show
     score: float                  # 0 to 1
-    year: int                     # 1: the years agree within one; 0: possible, or not known; -1: something differs
+    fits: int                     # 1: the year fits; 0: possible; -1: year, country or a number differs
 
 
 class Conflict(NamedTuple):
@@ -3104,7 +3093,7 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
     above = [each for each in found if each.score > TAKEN_ABOVE]
     exact = [each for each in above if parse_title(each.show.title).normal == parse_title(wanted.title).normal]
-    for some in ([each for each in exact if each.year == 1], exact, above):
+    for some in ([each for each in exact if each.fits == 1], exact, above):
         if len(some) == 1:
             return Match(some[0].show.id, "title", round(some[0].score, 2))
         if some:
@@ -3923,7 +3912,7 @@ class Worker:
         if not self.plex or not key:
             return []
         try:
-            if entry.server not in ("", self.server_id):
+            if entry.server not in ("", self.plex.server_id):
                 return []
             return [fields for page in
                     self.plex.pages(f"/library/metadata/{urllib.parse.quote(key, '')}{path}") for fields in page.items]
@@ -3931,12 +3920,6 @@ class Worker:
             if error.fault == "missing":
                 return []
             raise
-
-    @functools.cached_property
-    def server_id(self) -> str:
-        """The server's machineIdentifier; raises PlexError."""
-        assert self.plex
-        return self.plex.server_id()
 
     def ask_tmdb(self, show: Show) -> Match | None:
         """The show in the tracker that TMDB says has one of these ids; raises PlexError.
@@ -3964,7 +3947,7 @@ class Worker:
             return True
         since, until = self.tracker.note("history"), int(time.time() - HISTORY_REST_S)
         try:
-            server, accounts = self.server_id, self.accounts()
+            server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 plays = [(number(fields.get("viewedAt")) or 0, fields) for fields in page.items]
                 with self.tracker.transaction():
@@ -4066,7 +4049,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
     newest items come last, so that what is added to the library meanwhile moves no page.
     """
-    server = plex.server_id()
+    server = plex.server_id
     for fields in [fields for page in plex.pages("/library/sections") for fields in page.items]:
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
@@ -4146,12 +4129,6 @@ def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
         yield read_show(movie, MOVIE, place), [read_episode({**movie, "season": 0, "episode": 0}, place)]
 
 
-def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) -> int:
-    """Print the rows as JSON if -json is given, else the lines; returns the exit status."""
-    print(json.dumps(rows, indent=2, ensure_ascii=False) if config.json else lines)
-    return 0
-
-
 def tracker_import(config: Config, tracker: Tracker) -> int:
     """Bring shows, movies and what was watched: from a file, or from the server."""
     plex = server_of(config)
@@ -4199,7 +4176,7 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     for start, holds in (('{"shows": [', SHOW), (', "movies": [', MOVIE)):
         print(start)
         for i, show in enumerate(tracker.shows("type = ? ORDER BY normal, id", holds)):
-            print(f"{',' if i else ' '}{json.dumps(show_fields(tracker, show), ensure_ascii=False)}")
+            print(f"{',' if i else ' '}{json.dumps(show_fields(tracker, show))}")
         print("]")
     print("}")
     return 0
@@ -4345,9 +4322,9 @@ def tracker_command(config: Config) -> int:
 # Threads: "signals" waits for signals, which all other threads block, and puts Stop into the inbox.  The others are
 #   those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
-# Needs of Player: Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
+# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
 #   watch_stream
-# Needs of Page: Board, Covers, Pages, status_sentence
+# Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command
 # Needs of Tracker: Journal, Tracker, Worker, glance
@@ -4503,7 +4480,7 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there.
 
-    Then the watcher has it all the same: it only looks.
+    Then the watcher has judged it all the same.
     """
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
@@ -4512,7 +4489,7 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
             journal.append(webhook)
         except TrackerError as error:
             raise WebhookError(503, "The watch tracker cannot be written now; try again later.") from error
-    ours = machine_id in ("", webhook.player_uuid)
+    ours = machine_id in ("", webhook.player_uuid) and webhook.event in CLAIMS and len(thumb) <= MAX_COVER
     if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
         covers.webhook = webhook.item.identity, bytes(thumb)
 
@@ -4523,6 +4500,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     start("signals", inbox, take_signals, block_signals(), inbox)
     systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
     journal = Journal(Tracker(path, create=True), config.accounts) if path else None
+    worker = Worker(config, Tracker(path, lasting=False, writing=journal.tracker.writing), plex) if journal else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
     pages = Pages(board, covers, functools.partial(glance, path) if path else None, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
@@ -4535,13 +4513,13 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
-    if journal:
-        store = Tracker(path, lasting=False, writing=journal.tracker.writing)
-        start("worker", inbox, Worker(config, store, plex).run, journal.written)
+    if journal and worker:
+        start("worker", inbox, worker.run, journal.written)
 
     def tell(status: Status, changes: Sequence[Change]) -> None:
-        for change in changes if hooks else ():
-            hooks.inbox.put(change)  # type: ignore[union-attr]
+        if hooks:
+            for change in changes:
+                hooks.inbox.put(change)
         board.publish(status, changes)
         systemd.tell(status)
 
@@ -4563,24 +4541,22 @@ def outlive_main(work: Callable[[], None]) -> None:
     main thread ends when all is started.  Python then waits for this thread, as for every thread
     that is not a daemon thread, and the memory goes back to the system.
     """
-    may_end = not (3, 12) <= sys.version_info < (3, 12, 3)      # those start no thread after the main thread's end
+    if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
+        work()
+        return
 
     def go_on() -> None:
         try:
-            if may_end:
-                threading.main_thread().join()
-                with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
-                    import ctypes  # here: the other commands do without
+            threading.main_thread().join()
+            with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
+                import ctypes  # here: the other commands do without
 
-                    ctypes.CDLL(None).malloc_trim(0)
+                ctypes.CDLL(None).malloc_trim(0)
             work()
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
             os._exit(1)
-    thread = threading.Thread(target=go_on, name="watcher")
-    thread.start()
-    if not may_end:
-        thread.join()
+    threading.Thread(target=go_on, name="watcher").start()
 
 
 # -- The port: free, ours already, or another program's
@@ -4613,7 +4589,7 @@ def port_holder(port: int) -> str:
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
             links |= {f"socket:[{fields[9]}]" for fields in map(str.split, lines)
                       if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in filter(str.isdigit, os.listdir("/proc") if links else ()):
         with contextlib.suppress(OSError):
             if any(os.readlink(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd")):
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
@@ -4679,19 +4655,15 @@ def players(config: Config) -> int:
     token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
     sessions = PlexServer(url, token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
-    if config.json:
-        print(json.dumps([session_fields(*row) for row in rows], indent=2))
-    elif rows:
-        print("\n\n".join(session_lines(*row) for row in rows))
-    else:
-        print(f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again.")
-    return 0
+    nothing = f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again."
+    return print_rows(config, [session_fields(*row) for row in rows],
+                      "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
 #   says where it got lost.  `doctor` looks at each of them, says what is wrong there, and how to correct it.
-#   It only asks: no check changes anything.
+#   It sends only webhooks of its own, which change nothing.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
 # Needs: Ground
@@ -4708,8 +4680,8 @@ SERVER = "not asked: no server is configured, or its token cannot be read"
 ANSWER = "not asked: the server does not answer"
 OWNER = "not asked: the server does not accept the token"
 DAEMON = "not asked: the daemon does not listen"
-# What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may still be a way to this one,
-# as a proxy is.  Then only ARRIVES, which is said of a webhook, tells.
+# What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
+# does.  Then doctor sends a webhook there, and ARRIVES proves it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 # How much two clocks may differ: NTP keeps them within a second.
 CLOCK_S = 60.0
@@ -4949,8 +4921,10 @@ class Doctor:
         try:
             reply, said = ask(local_url(self.config, "/healthz"), {})
         except PlexError:
-            return Finding(FAIL, f"nothing listens on port {self.port}",
-                           "systemctl --user start streamerbrainz   # or as README, Install, step 5", 8)
+            holder = port_holder(self.port)
+            return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
+                           if holder else f"nothing listens on port {self.port}",
+                           "systemctl --user restart streamerbrainz   # or as README, Install, step 5", 8)
         program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
             return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port) or 'another program'}",
@@ -5029,8 +5003,8 @@ class Doctor:
             return Finding(FAIL, "the account has no webhook at all",
                            f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url}", 9)
         closest, wrong = min(((url, self.differences(url)) for url in urls), key=lambda pair: len(pair[1]))
-        self.url = "" if wrong == [NO_URL] else closest
-        if not wrong or (any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
+        self.url = closest if wrong != [NO_URL] and WEBHOOK_PATH in closest else ""     # never send to other programs
+        if not wrong or (self.url and any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
                        f"replace it by {self.right_url}", 9)

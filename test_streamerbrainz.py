@@ -2094,8 +2094,8 @@ def test_missing_webhooks_are_a_warning_that_names_leg_and_causes_in_order(lines
     watcher = watcher_alone()
     watcher.report(sb.WebhooksMissing(3))
     watcher.report(sb.WebhooksMissing(7, over=True))
-    assert lines == ["<4>webhooks do not arrive: 3 changes in a row came without one. The Plex server cannot reach the URL, or the URL is missing in "
-                     "the account's webhooks, or there is no Plex Pass (then all is well: the other witnesses are enough). To find out: streamerbrainz.py doctor",
+    assert lines == ["<4>webhooks do not arrive: 3 changes in a row came without one. Without Plex Pass this is normal, and nothing is lost. Else the Plex "
+                     "server cannot reach the URL, or it is missing in the account's webhooks. To find out: streamerbrainz.py doctor",
                      "<6>webhooks arrive again; 7 were missing"]
 
 
@@ -3311,6 +3311,7 @@ def test_two_servers_may_have_the_same_key(store):
 def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
     class Slow:
         """A server, during whose answer a person resolves the conflict."""
+        @property
         def server_id(self):
             return "0" * 40
 
@@ -3327,6 +3328,7 @@ def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
 def test_an_entry_that_another_process_finished_meanwhile_is_not_finished_twice(store, database, lines):
     class Slow:
         """A server, during whose answer another process finishes the entry."""
+        @property
         def server_id(self):
             other = sb.Tracker(str(database))
             assert sb.Worker(config("-tracker-db", "x"), other, None).drain() == 1
