@@ -124,7 +124,6 @@ USER_AGENT = f"StreamerBrainz/{VERSION}"      # and the Server header
 PLEX_S = 5.0                  # for one whole answer of a server; Plex in the same house takes milliseconds
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
-
 class Config(NamedTuple):
     """What the flags say, checked; made by parse_config().  This is the help of the flags (see flag_parser()):
 
@@ -184,31 +183,22 @@ class Config(NamedTuple):
 
     @property
     def webhooks_a_minute(self) -> int:
-        """How many webhooks one address may send; 0: no limit.
-
-        Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
-        """
+        """How many webhooks one address may send; 0: no limit."""
+        # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
         if self.rate_limit is not None:
             return self.rate_limit
         return 100 if self.webhook_secret_file or self.tracker_db else 0
 
-
 # -- Errors: by whose fault
-
 class ConfigError(Exception):
     """The operator's fault: one sentence that names the flag and the remedy."""
 
-
 class WebhookError(Exception):
-    """The sender's fault: the HTTP status (4xx; 503 when too much is waiting), and a sentence for the body.
-
-    headers: of the answer.  503 gets a Retry-After by itself.
-    """
+    """The sender's fault: the HTTP status (4xx; 503 when too much is waiting), a sentence, headers of the answer."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] = MappingProxyType({})):
         super().__init__(sentence)
         self.status, self.headers = status, {**({"Retry-After": "5"} if status == 503 else {}), **headers}
-
 
 class PlexError(Exception):
     """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence.
@@ -221,10 +211,8 @@ class PlexError(Exception):
         super().__init__(sentence)
         self.fault = fault
 
-
 class TrackerError(Exception):
     """The fault of the disk or of the tracker's database, as a sentence."""
-
 
 # -- Items: Plex's attributes -> Item (parse_item)
 # JSON metadata and XML attributes have the same names.  In XML each value is a string; in JSON a
@@ -232,17 +220,13 @@ class TrackerError(Exception):
 
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
 
-
 def text(value: object, most: int = MAX_TEXT) -> str:
-    """A foreign value as text of limited length; "" for anything but text and numbers.
-
-    JSON can hold half of a surrogate pair, which no output can encode: it becomes "?".
-    """
+    """A foreign value as text of limited length; "" for anything but text and numbers."""
+    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?".
     if isinstance(value, str):
         value = value[:most]
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
-
 
 def number(value: object) -> int | None:
     """A foreign value as an int from 0 to 2**53; None for anything else."""
@@ -252,11 +236,9 @@ def number(value: object) -> int | None:
         return int(value)
     return None
 
-
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
-
 
 def json_value(content: bytes) -> object:
     """The value in foreign JSON; None also if it is not JSON, or nested too deep."""
@@ -265,9 +247,7 @@ def json_value(content: bytes) -> object:
     except (ValueError, RecursionError):
         return None
 
-
 TRACK, EPISODE, MOVIE, PHOTO = "track", "episode", "movie", "photo"       # of Item.type
-
 
 class Item(NamedTuple):
     """What is played, as webhooks and sessions both describe it."""
@@ -295,15 +275,11 @@ class Item(NamedTuple):
         """The artist of a track; of an episode, the show."""
         return self.original_title or self.grandparent_title
 
-
 def picture_path(value: object) -> str:
-    """The path of a picture in the server's library; "" for anything else.
-
-    We fetch this path with the owner's token: it must not lead to another host, nor to a path that starts something.
-    """
+    """The path of a picture in the server's library; "" for anything else."""
+    # We fetch this path with the owner's token: it must not lead to another host, nor to a path that starts something.
     path = text(value)
     return path if re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", path, re.ASCII) else ""
-
 
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
@@ -315,10 +291,8 @@ def parse_item(attributes: Mapping[str, Any]) -> Item:
                 parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
                 duration=number(attributes.get("duration")), thumb=picture_path(attributes.get("thumb")))
 
-
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
-
 
 class Change(NamedTuple):
     """One change of the player.  Log, page, hook and metrics all report these, and nothing else."""
@@ -331,13 +305,10 @@ class Change(NamedTuple):
     by: str                       # what made us believe it: webhook, events, sessions, poll or silence
     reason: str = ""              # "frozen": the session still exists, but nothing in it moves; "": none
 
-
 # -- Words: values -> log line, JSON, sentence
-
 def printable(line: str) -> str:
     """A line in which no character can start a new line, colour a terminal or turn the reading direction."""
     return line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
-
 
 def quoted(value: object) -> str:
     """A value of the text log: bare if it cannot be misread, else a JSON string.  No title can forge a line."""
@@ -346,17 +317,14 @@ def quoted(value: object) -> str:
         return bare
     return printable(json.dumps(bare, ensure_ascii=False))
 
-
 def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     """A line of the text log: a sentence (or ""), then logfmt."""
     pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
     return " ".join([printable(sentence), *pairs] if sentence else pairs)
 
-
 def json_line(fields: Mapping[str, object]) -> str:
     """A line of the JSON log: one object."""
     return printable(json.dumps(fields, ensure_ascii=False))
-
 
 def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
     """A Change as keys and values of the log, in the order that is promised to other programs.
@@ -376,7 +344,6 @@ def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> 
             ("by", say_why, change.by))
     return fields | {key: value for key, wanted, value in more if wanted}
 
-
 def playing_sentence(state: str, item: Item | None) -> str:
     """What a player does, in words: 'playing "Karma Police" by Radiohead'."""
     if item is None:
@@ -385,48 +352,38 @@ def playing_sentence(state: str, item: Item | None) -> str:
     of = f" of {item.grandparent_title}" if item.type == EPISODE and item.grandparent_title else ""
     return f'{state} "{item.title}"{of}{by}'
 
-
-MAX_TIME = 253402300799       # Unix s, the end of the year 9999: later ones have no date
-
-
 def iso_time(at: float | None) -> str | None:
     """A Unix time as it stands in JSON: 2026-11-21T20:15:00Z; None for None."""
     if at is None:
         return None
-    return f"{datetime.datetime.fromtimestamp(min(int(at), MAX_TIME), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    last = 253402300799                               # the end of the year 9999: later ones have no date
+    return f"{datetime.datetime.fromtimestamp(min(int(at), last), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 # --- the world
 
 log = logging.getLogger("streamerbrainz")
 
-
 def say(level: int, sentence: str, **fields: object) -> None:
     """Log one fact: a sentence (or ""), and its keys and values."""
     log.log(level, "%s", sentence, extra={"fields": fields})
 
-
 def why(error: object) -> str:
     """Why the system refused, in its own words and without its numbers."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-
 
 def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) -> int:
     """Print the rows as JSON if -json is given, else the lines; -> the exit status."""
     print(json.dumps(rows, indent=2) if config.json else lines)
     return 0
 
-
 def local_time(form: str, at: float) -> str:
     """A Unix time in this machine's time zone, in a form of strftime()."""
     return time.strftime(form, time.localtime(at))
 
-
 # -- Secrets in files: read again when the file changes
-
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
 SECRETS = {"-plex-token-file": "Plex token", "-webhook-secret-file": "webhook secret", "-tmdb-token-file": "TMDB token"}
-
 
 def file_version(file: str | int) -> tuple[int, ...] | None:
     """Numbers that differ after a file (path or descriptor) was written or replaced; None: not a regular file."""
@@ -436,20 +393,13 @@ def file_version(file: str | int) -> tuple[int, ...] | None:
             return status.st_ino, status.st_size, status.st_mtime_ns
     return None
 
-
 def is_private(path: str, mode: int) -> bool:
-    """Whether no other user can read a file.
-
-    The credentials of systemd look readable for a group, but the folder around them is closed to others.
-    """
+    """Whether no other user can read a file."""
+    # The credentials of systemd look readable for a group, but the folder around them is closed to others.
     return not mode & 0o077 or os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
 
-
 def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """The secrets in a flag's file, one a line, and the file's version.  Warns if others can read it.
-
-    most: how many lines it may have.  Raises ConfigError.
-    """
+    """The secrets in a flag's file, one a line (`most` at most), and the file's version; raises ConfigError."""
     name = SECRETS[flag]
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
@@ -468,7 +418,6 @@ def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tupl
     if not is_private(path, mode):
         say(logging.WARNING, f"others can read the file of {flag}; correct it with: chmod 600 {shlex.quote(path)}")
     return tuple(word.decode("ascii") for word in words), version
-
 
 class SecretFile:
     """The secrets in a file, read again when it has changed.  For one thread, or under a lock."""
@@ -502,13 +451,11 @@ class SecretFile:
 # Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
-
 # Of a webhook Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81
 # characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
 # of email.parser grows with the square of a header.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
-
 
 class Scrobble(NamedTuple):
     """What a finished episode or movie tells besides its Item."""
@@ -517,18 +464,15 @@ class Scrobble(NamedTuple):
     guids: tuple[str, ...] = ()   # the item's own in other databases: imdb://, tmdb://, tvdb://
     year: int | None = None       # of the episode, its season or the movie; None: not given
 
-
 def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     """The ids in Plex's `Guid`, a list of {"id": "tmdb://1396"}."""
     found = attributes.get("Guid")
     return tuple(text(json_object(each).get("id")) for each in (found[:MAX_GUIDS] if isinstance(found, list) else ()))
 
-
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
                     item_guids(attributes), number(attributes.get("year")))
-
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
@@ -543,10 +487,8 @@ class Webhook(NamedTuple):
     user: bool = False            # the person is the owner of the account that has this webhook
     scrobble: Scrobble | None = None      # only in a media.scrobble
 
-
 Body = bytes | bytearray          # of a request
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-
 
 def parameter(message: email.message.Message, name: str, header: str) -> str:
     """A parameter of a header; "" if it is missing, or in a form that Plex never uses (RFC 2231)."""
@@ -556,18 +498,13 @@ def parameter(message: email.message.Message, name: str, header: str) -> str:
         return ""
     return value if isinstance(value, str) else ""
 
-
 @functools.lru_cache(maxsize=16)        # Plex sends the same two headers each time
 def part_name(header: bytes) -> str:
     """The name in a part's header; "" if there is no name."""
     return parameter(email.parser.BytesHeaderParser().parsebytes(header), "name", "Content-Disposition")
 
-
 def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
-    """Where each delimiter line of a body begins (with the line break before it), and where the next part begins.
-
-    Raises WebhookError unless the closing delimiter is there, too.
-    """
+    """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
     end = 0
     for _ in range(MAX_PARTS + 1):
         start = body.find(delimiter, end)
@@ -580,7 +517,6 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
         if body[end:end + 2] == b"--":
             return
     raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
-
 
 def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     """The parts named payload and thumb of a multipart body; the first, if a name comes twice.
@@ -601,7 +537,6 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
 
-
 def parse_payload(payload: Body | memoryview) -> Webhook:
     """The Webhook in a payload's JSON, which is UTF-8 whatever its header says; raises WebhookError."""
     if len(payload) > MAX_PAYLOAD:
@@ -620,7 +555,6 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
                    server=text(json_object(fields.get("Server")).get("uuid")), account_id=text(account.get("id")),
                    account=text(account.get("title")), user=fields.get("user") is True,
                    scrobble=parse_scrobble(metadata) if event == "media.scrobble" else None)
-
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
     """The Webhook in a request's body, and a view of its JPEG (empty: none).
@@ -642,7 +576,6 @@ def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
         raise WebhookError(400, "The part named payload is missing; it holds a webhook's JSON.")
     return parse_payload(parts["payload"]), parts.get("thumb", memoryview(b""))
 
-
 def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     """Content-Type and body of a webhook in the form in which Plex sends it; for doctor, the demo and tests."""
     boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
@@ -653,13 +586,10 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
     return f"multipart/form-data; boundary={boundary}", body
 
-
 # -- Sessions: XML -> (Session, ...) (parse_sessions)
-
 # Products whose viewOffset stands still while they play; a capture of Plex for Sonos shows it.
 FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
 IS_PLEX = "Does -plex-server-url point to Plex Media Server?"
-
 
 class Session(NamedTuple):
     """One item that a player has now, from /status/sessions."""
@@ -683,7 +613,6 @@ class Session(NamedTuple):
         """Whether its view_offset should move: it says that it plays, and gives a position."""
         return self.state == PLAYING and self.view_offset is not None and self.product not in FREEZING_PRODUCTS
 
-
 class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE before its entities can grow ("billion laughs"): Plex never sends one."""
 
@@ -691,11 +620,9 @@ class _NoDoctype(ElementTree.TreeBuilder):
         """Called by the parser at a DOCTYPE."""
         raise PlexError("nonsense", "The server's answer has a DOCTYPE, which Plex never sends.")
 
-
 # XML 1.0 forbids these, and Plex puts them into titles all the same: as characters and as references.
 _CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
 _REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
-
 
 def parse_session(element: ElementTree.Element) -> Session | None:
     """The Session of a Track, Video, Photo or other element; None if it has no player."""
@@ -712,7 +639,6 @@ def parse_session(element: ElementTree.Element) -> Session | None:
                    product=text(player.get("product")), platform=text(player.get("platform")),
                    user=text(user.get("title")) if user is not None else "")
 
-
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
     parser = ElementTree.XMLParser(target=_NoDoctype())
@@ -725,29 +651,21 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
         raise PlexError("nonsense", f"The server's answer is XML, but not a list of sessions. {IS_PLEX}")
     return root
 
-
 def parse_sessions(xml: bytes) -> tuple[Session, ...]:
     """The sessions in an answer of /status/sessions; raises PlexError if it is not such an answer."""
     return tuple(session for element in parse_xml(xml) if (session := parse_session(element)))
 
-
 def find_session(sessions: Sequence[Session]) -> Session | None:
-    """Which of one player's sessions shows what it does: a playing one first, a photo last, then the newest.
-
-    A player can have several: a paused track and a photo over it, or what a crash left behind.
-    """
+    """Which of one player's sessions shows what it does: a playing one first, a photo last, then the newest."""
+    # A player can have several: a paused track and a photo over it, or what a crash left behind.
     def rank(session: Session) -> tuple[bool, bool, int]:
         return session.state != PAUSED, session.item.type != PHOTO, number(session.session_key) or 0
     return max(sessions, key=rank, default=None)
 
-
 # -- Library: JSON or XML -> items (parse_container)
-
 def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
-    """The attributes of a MediaContainer, and those of each item in it, as JSON names them; raises PlexError.
-
-    We ask for JSON; older servers, and some paths, answer in XML all the same.
-    """
+    """The attributes of a MediaContainer, and those of each item in it, as JSON names them; raises PlexError."""
+    # We ask for JSON; older servers, and some paths, answer in XML all the same.
     if (body := body.lstrip())[:1] == b"<":
         root = parse_xml(body)
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
@@ -758,11 +676,8 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
     found = next((each for each in lists if isinstance(each, list)), [])
     return container, [each for each in found if isinstance(each, dict)]
 
-
 # -- Notifications: lines of the event stream -> (Notification, ...) (read_events, parse_notifications)
-
 MAX_EVENT = 64 * 1024         # bytes of an event of the stream; 300 are usual
-
 
 class Notification(NamedTuple):
     """One `playing` event of the server's event stream: at each change, and about every 10 s while it plays."""
@@ -771,7 +686,6 @@ class Notification(NamedTuple):
     client_identifier: str        # the player's machineIdentifier; "": not given (older servers)
     rating_key: str               # as in Item
     view_offset: int | None       # ms; None: not given
-
 
 def read_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     """The (event, data) of each server-sent event in a stream's lines; comments and other fields are ignored."""
@@ -787,7 +701,6 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
                 yield event, data
             event, data = "", b""
 
-
 def parse_notifications(data: bytes) -> tuple[Notification, ...]:
     """The notifications in an event's data: one, or a list, perhaps in a container.  Other shapes: none."""
     fields = json_object(json_value(data))
@@ -797,7 +710,6 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
                               client_identifier=text(one.get("clientIdentifier")),
                               rating_key=text(one.get("ratingKey")), view_offset=number(one.get("viewOffset")))
                  for one in each if one.get("state") in (PLAYING, PAUSED, STOPPED, BUFFERING))
-
 
 # -- The judge: an observation -> PlayerState and reports (advance)
 # All that decides what is reported stands here.  There are three witnesses:
@@ -815,11 +727,9 @@ TRANSITIONS = {
     (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
     (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None,
 }
-
 # What a webhook's event claims about its player; all other events claim nothing.
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
-
 # From a look that failed to the next one: the first time, and at most; it doubles each time.  A webhook meanwhile shows
 # that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 30.0, 1.0
@@ -846,17 +756,14 @@ PROOF_S, PROOF_MISSES = 10.0, 3
 # How many webhooks wait for a look to show their change, and how many of the last delays are kept for their median.
 MAX_EARLY, MAX_DELAYS = 20, 20
 
-
 class Look(NamedTuple):
     """What /status/sessions showed, of all players."""
     sessions: tuple[Session, ...]
-
 
 class Outage(NamedTuple):
     """A look that failed."""
     fault: str                    # as in PlexError
     sentence: str                 # as in PlexError
-
 
 class Stream(NamedTuple):
     """The event stream opened, broke after it was open, or could not be opened."""
@@ -864,14 +771,11 @@ class Stream(NamedTuple):
     fault: str = ""               # as in PlexError; "": opened
     sentence: str = ""            # as in PlexError
 
-
 Observation = Webhook | Look | Outage | Notification | Stream
-
 
 class Recovery(NamedTuple):
     """The server answers again."""
     after_s: float                # since the first look that failed
-
 
 class Claim(NamedTuple):
     """What a webhook or a notification says, until the sessions agree or time is up."""
@@ -884,13 +788,11 @@ class Claim(NamedTuple):
         same = item is None or self.identity in ("", item.identity)
         return state == STOPPED or not same if self.state == STOPPED else state == self.state and same
 
-
 class Trace(NamedTuple):
     """What is remembered of a session from one look to the next."""
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
     stale: bool = False           # left behind by a crash; ignored until it moves
-
 
 class Expected(NamedTuple):
     """A change whose webhook has not come yet, or a webhook whose change has not been seen yet."""
@@ -901,7 +803,6 @@ class Expected(NamedTuple):
     def matches(self, other: Expected) -> bool:
         """Whether both can belong to the same change of the player."""
         return self.state == other.state and (self.identity == other.identity or "" in (self.identity, other.identity))
-
 
 class Proof(NamedTuple):
     """Whether webhooks arrive, as far as the other witnesses can tell."""
@@ -917,7 +818,6 @@ class Proof(NamedTuple):
     def median_delay_s(self) -> float | None:
         """The median of the last delays; None: no webhook has arrived."""
         return sorted(self.delays_s)[len(self.delays_s) // 2] if self.delays_s else None
-
 
 class PlayerState(NamedTuple):
     """What is known of one player."""
@@ -946,34 +846,28 @@ class PlayerState(NamedTuple):
         """Whether that is the item that plays, or played last."""
         return self.item is not None and self.item.identity == identity
 
-
 class WebhooksMissing(NamedTuple):
     """Changes were seen, but the webhooks that Plex documents for them did not come; or they arrive again."""
     in_a_row: int
     over: bool = False            # they arrive again
 
-
 Report = Change | Outage | Recovery | WebhooksMissing
 Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what to report
-
 
 def clamp(view_offset: int, item: Item | None) -> int:
     """A position that is not beyond the item's end; ms."""
     return min(view_offset, item.duration) if item and item.duration else view_offset
-
 
 def position_ms(player: PlayerState, at: float) -> int:
     """Where the player is in its item at a time: the last position that Plex gave, plus the time since then; ms."""
     ran_on = int((at - player.moved_at) * 1000) if player.state == PLAYING else 0
     return clamp(player.view_offset + ran_on, player.item)
 
-
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
     if player.look_at is not None and player.look_at <= at:
         return player
     return player._replace(look_at=at, look_why="sessions")
-
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
            player_title: str, by: str, reason: str = "") -> Verdict:
@@ -997,7 +891,6 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
                     reason)
     return player, (change,) if changed else ()
 
-
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook, where there is no server to ask: it is believed, unless it is late.
 
@@ -1011,7 +904,6 @@ def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Ver
     if left and webhook.event != "media.play" and at < player.changed_at + LATE_S:
         return player, ()
     return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title, "webhook")
-
 
 def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook: a reason to look, at once for our player, soon for another one."""
@@ -1027,7 +919,6 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
         player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
     wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
     return look_no_later(player, at + wait_s), ()
-
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -1056,11 +947,9 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
     return (player if disputed else look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0))), ()
 
-
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
     return (player if stream.event == "failed" or player.outage else look_no_later(player, at)), ()
-
 
 def follow(trace: Trace | None, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It starts anew when state or position have changed: the session is alive."""
@@ -1068,11 +957,9 @@ def follow(trace: Trace | None, session: Session, at: float) -> Trace:
         return trace._replace(session=session)
     return Trace(session, at)
 
-
 def frozen(trace: Trace, heard_at: float, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
     return trace.session.can_freeze and at - max(trace.since, heard_at) >= FROZEN_S
-
 
 def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
     """A session's trace after the choice: if it stands still beside the chosen one, it is stale.
@@ -1085,7 +972,6 @@ def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
         return trace
     still = trace.session.state == PAUSED or (trace.session.can_freeze and trace.since < at)
     return trace._replace(stale=True) if still else trace
-
 
 def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.
@@ -1105,7 +991,6 @@ def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerStat
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
     return player
-
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     """After a look: the sessions decide, except for those of a player that crashed.
@@ -1141,31 +1026,24 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     player = player._replace(foreign_keys=keys, traces=tuple(outlast(trace, session, at) for trace in traces))
     return schedule(player, chosen, at), reports + changes
 
-
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
-    """After a look that failed: look again, after longer and longer waits.
-
-    Nothing that is believed changes, and a claim is kept until the server is back.
-    """
+    """After a look that failed: look again, after longer and longer waits."""
+    # Nothing that is believed changes, and a claim is kept until the server is back.
     looks = player.looks + 1 if player.outage else 1
     wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(looks - 1, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
     since = player.outage_at if player.outage else at
     return player._replace(outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
 
-
 def documented(change: Change, before: PlayerState) -> bool:
-    """Whether Plex documents a webhook for a change: start, pause, resume and stop.
-
-    There is none for a skip within the queue, for a crash (reason), and for a player that we took
-    for crashed and that plays on.
-    """
+    """Whether Plex documents a webhook for a change: start, pause, resume and stop."""
+    # There is none for a skip within the queue, for a crash (reason), and for a player that we took
+    # for crashed and that plays on.
     same = before.plays(change.item.identity)
     left = any(before.plays(trace.session.item.identity) for trace in before.traces)
     back = same and left and change.old_state == STOPPED
     skip = not same and change.state == PLAYING and change.old_state != STOPPED
     return not (change.reason or back or skip or change.state == change.old_state)
-
 
 def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
           at: float) -> Verdict:
@@ -1205,18 +1083,15 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
                   (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
     return player._replace(proof=proof), news
 
-
 def missing_sentence(in_a_row: int) -> str:
     """What log and page say when webhooks do not arrive."""
     return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
             "Without Plex Pass this is normal, and nothing is lost.")
 
-
 # Which function judges which observation.
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {
     Webhook: after_webhook, Notification: after_notification, Stream: after_stream, Look: after_look,
     Outage: after_outage}
-
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what to report, in order.
@@ -1229,13 +1104,10 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
     player, news = prove(before, player, observation, reports, at)
     return player, reports + news
 
-
 # -- Status: what the Watcher knows, for the other chapters
-
 # The events of Plex's documentation, as a label of the metrics; all others are "other".
 EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
                     "admin.database.corrupted", "device.new"))
-
 
 class Status(NamedTuple):
     """What the Watcher knows.  Each change of it makes a new one, which any thread may read."""
@@ -1251,7 +1123,6 @@ class Status(NamedTuple):
     reported: Mapping[tuple[str, str], int] = MappingProxyType({})      # how many changes by (state, by)
     busy_since: float | None = None   # monotonic s; None: the main loop waits for something to do
 
-
 def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
     """Counts with one more of a key."""
     return {**counts, key: counts.get(key, 0) + 1}
@@ -1260,20 +1131,15 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
 # --- the world
 
 # -- HTTP: one way to ask a server (exchange)
-
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
-
 
 class TooMuch(http.client.HTTPException):
     """The other side sent more than it may."""
 
-
 class BoundedReader(io.RawIOBase):
-    """A connection's bytes: at most `room` of them, and until a deadline, however many reads they take.
-
-    A time limit on each read is not enough: a sender that drips one byte a second never reaches it.
-    """
+    """A connection's bytes: at most `room` of them, and until a deadline, however many reads they take."""
+    # A time limit on each read is not enough: a sender that drips one byte a second never reaches it.
 
     def __init__(self, connection: socket.socket, seconds: float, room: int):
         self.connection, self.raw = connection, connection.makefile("rb", buffering=0)
@@ -1304,7 +1170,6 @@ class BoundedReader(io.RawIOBase):
         self.raw.close()
         super().close()
 
-
 class _Answer(http.client.HTTPResponse):
     """An answer that is read within a deadline."""
 
@@ -1313,7 +1178,6 @@ class _Answer(http.client.HTTPResponse):
         self.fp.close()
         self.reader = BoundedReader(connection, deadline - time.monotonic(), MAX_HEAD)
         self.fp = io.BufferedReader(self.reader)
-
 
 class _Connection(http.client.HTTPConnection):
     """A connection whose timeout counts from its making to the last byte of its one answer."""
@@ -1339,10 +1203,8 @@ class _Connection(http.client.HTTPConnection):
                 failure = error
         raise failure
 
-
 class _ConnectionTLS(http.client.HTTPSConnection, _Connection):
     """The same over TLS."""
-
 
 def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     """What went wrong on the way to a server.  The URL in it has no path and no query."""
@@ -1362,7 +1224,6 @@ def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     hint = "" if urllib.parse.urlsplit(url).port else " It has no port: Plex usually listens on 32400."
     return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
 
-
 @contextlib.contextmanager
 def network_faults(url: str, timeout_s: float) -> Iterator[None]:
     """For calls of http.client and nothing else: all that they raise on foreign bytes becomes a PlexError."""
@@ -1370,7 +1231,6 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError) as error:
         raise network_error(error, urllib.parse.urljoin(url, "/")[:-1], timeout_s) from None
-
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
                 context: ssl.SSLContext | None) -> _Answer:
@@ -1382,13 +1242,11 @@ def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeou
         # urllib's handler for http, used alone: it knows no proxy, no redirect, no file://
         return urllib.request.AbstractHTTPHandler().do_open(kind, request, **more)  # type: ignore[return-value]
 
-
 class Reply(NamedTuple):
     """A whole answer."""
     status: int
     headers: email.message.Message
     body: bytes
-
 
 def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *, timeout_s: float = 0.0,
              room: int = MAX_ANSWER, context: ssl.SSLContext | None = None) -> Reply:
@@ -1407,7 +1265,6 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
             raise http.client.IncompleteRead(content, answer.length)
         return Reply(answer.status, answer.headers, content)
 
-
 def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
     """How to verify an https server; None for http.  Raises ConfigError for a bad ca_file ("": the system's CAs)."""
     try:
@@ -1415,9 +1272,7 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
     except OSError as error:                          # ssl.SSLError is one, too
         raise ConfigError(f"-plex-ca-file: {ca_file} is not a CA bundle ({why(error)}); give a PEM file.") from error
 
-
 # -- Plex Media Server (PlexServer, follow_stream)
-
 # A page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.
 MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS = 8 * 2**20, 200, 2_000_000
 # Plex pings on the event stream every 10 s: after SILENCE_S without a line it is broken.
@@ -1428,14 +1283,12 @@ STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
 WITHOUT_STREAM = {"missing": "the server has none (404)",
                   "refused": "the server refuses the token in the X-Plex-Token header for it (401)"}
 
-
 # What an HTTP status means: (fault, what stands after the URL).
 STATUSES = {
     401: ("refused", "refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
     403: ("forbidden", "does not show its sessions to this token (403): it must be the server owner's."),
     404: ("missing", "answers 404 to {path}. " + IS_PLEX),
     503: ("starting", "is still starting, or in maintenance (503).")}
-
 
 def check_status(status: int, url: str, path: str) -> None:
     """Raise PlexError for any HTTP status but 200."""
@@ -1446,13 +1299,11 @@ def check_status(status: int, url: str, path: str) -> None:
                     "give the final address as -plex-server-url.")
         raise PlexError(fault, f"{url} {said.format(path=path.partition('?')[0])}")
 
-
 class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
     items: list[Mapping[str, Any]]    # Plex's attributes of each
     end: int                      # items up to the page's end
     total: int                    # items in all
-
 
 class PlexServer:
     """Plex Media Server at a URL.  The token travels in the X-Plex-Token header only, and to that URL only."""
@@ -1504,10 +1355,8 @@ class PlexServer:
         return text(self.container("/identity")[0].get("machineIdentifier"))
 
     def notifications(self) -> Iterator[Notification | None]:
-        """None when the event stream is open, then each notification when it comes; raises PlexError when it breaks.
-
-        For the stream's own thread.  It uses the token of the last look.
-        """
+        """None when the event stream is open, then each notification when it comes; raises PlexError when it breaks."""
+        # For the stream's own thread.  It uses the token of the last look.
         path, headers = "/:/eventsource/notifications?filters=playing", {"X-Plex-Token": self.current_token}
         with open_answer(self.url + path, headers, None, PLEX_S, self.context) as answer:
             check_status(answer.status, self.url, path)
@@ -1526,7 +1375,6 @@ class PlexServer:
                 raise PlexError("unreachable", f"{self.url} ended the event stream.")
             yield line
 
-
 def server_of(config: Config) -> PlexServer | None:
     """The configured server; None: there is none.  Raises ConfigError."""
     if not config.plex_server_url or not config.plex_token_file:
@@ -1534,13 +1382,9 @@ def server_of(config: Config) -> PlexServer | None:
     return PlexServer(config.plex_server_url, SecretFile("-plex-token-file", config.plex_token_file).first,
                       config.plex_ca_file)
 
-
 def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], object],
                   pause: Callable[[float], object]) -> NoReturn:
-    """Read the event stream for ever, and tell what it says; in a thread of its own.
-
-    pause: sleeps for so many seconds, or until there is a reason to try again.
-    """
+    """Read the event stream for ever, and tell what it says.  pause: sleeps, or ends early for a reason to retry."""
     pause_s = STREAM_MIN_S
     while True:
         event, opened_at = "failed", time.monotonic()
@@ -1556,9 +1400,7 @@ def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], obje
             pause((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
             pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
-
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
-
 # How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait:
 # if it is left out, it comes again after 10 s.
 MAX_INBOX, MAX_NOTED = 2000, 100
@@ -1566,7 +1408,6 @@ MAX_INBOX, MAX_NOTED = 2000, 100
 REST_S = 0.01
 # Players that are remembered where webhooks of all players are the only witness; changes that the page shows.
 MAX_PLAYERS, MAX_RECENT = 50, 10
-
 
 class Refused(NamedTuple):
     """A request that was refused."""
@@ -1576,21 +1417,17 @@ class Refused(NamedTuple):
     address: str                  # of the sender
     is_webhook: bool              # it was meant to be one: by its path, or its User-Agent is Plex's
 
-
 class Stop(NamedTuple):
     """A signal to end."""
-
 
 # An exception is a bug of ours in another thread: the watcher raises it, and so ends the process.
 Message = Webhook | Notification | Stream | Refused | Stop | BaseException
 Inbox = queue.SimpleQueue[Message]
-
 # What a person can correct, and how; each is a warning, once a minute.
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
                  "`streamerbrainz.py secret` prints",
             404: "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex",
             429: "more webhooks than -rate-limit allows came from one address, and were refused"}
-
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1598,7 +1435,6 @@ def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
         return False
     inbox.put(message)
     return True
-
 
 def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
     """The stream's thread.  Notifications go into the inbox only while few messages wait: webhooks need the room."""
@@ -1609,7 +1445,6 @@ def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
         plex.renewed.wait(pause_s)
         plex.renewed.clear()
     follow_stream(plex, tell, pause)
-
 
 class Watcher:
     """Takes messages from the inbox, looks when a look is due, and reports what advance() says."""
@@ -1764,11 +1599,9 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-
 # How long the main loop may be busy (a look takes PLEX_S, and a slow name server its time); and how long an outage may
 # last, or a webhook wait for the tracker.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
-
 
 class Glance(NamedTuple):
     """What the watch tracker shows of itself, in one reading."""
@@ -1777,7 +1610,6 @@ class Glance(NamedTuple):
     waiting_s: float = 0.0        # age of the oldest entry that the worker has not touched; 0: none
     entries: Mapping[str, int] = MappingProxyType({})     # how many, by status
     broken: str = ""              # why it cannot be read; "": it can
-
 
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
@@ -1790,7 +1622,6 @@ def status_sentence(status: Status, at: float) -> str:
     heard = "no webhook yet" if status.webhook_at is None else f"last webhook {at - status.webhook_at:.0f} s ago"
     return printable(f"{doing}; {heard}")
 
-
 def proof_sentence(status: Status, at: float) -> str:
     """Whether webhooks arrive, in words."""
     proof = status.player.proof if status.player else Proof()
@@ -1800,7 +1631,6 @@ def proof_sentence(status: Status, at: float) -> str:
     if proof.delays_s:
         return f"Webhooks arrive ({proof.arrived} came with their change, {proof.missed} were missing; {heard})."
     return f"Whether webhooks arrive is not known yet ({heard})."
-
 
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
@@ -1814,7 +1644,6 @@ def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
             "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
             "events": {"up": True if status.stream_open else None if unknown else False,
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
-
 
 def now_fields(status: Status, at: float) -> dict[str, object]:
     """What plays, as /now tells it: first the log's keys, then how that is known."""
@@ -1833,12 +1662,9 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
             "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
                         for when, change in status.changes]}
 
-
 def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
-    """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come.
-
-    Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
-    """
+    """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
+    # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
     player, reasons, degraded = status.player, [tracked.broken] if tracked.broken else [], []
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
@@ -1857,10 +1683,8 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
-
 # A metric of Prometheus: name, kind, help, and its samples by their labels.
 Family = tuple[str, str, str, Mapping[tuple[tuple[str, str], ...], float]]
-
 
 def metric_families(status: Status, entries: Mapping[str, int], at: float) -> Iterator[Family]:
     """The figures of the program.  No title, user or session is in a label.  entries: of the journal, by status."""
@@ -1886,7 +1710,6 @@ def metric_families(status: Status, entries: Mapping[str, int], at: float) -> It
     yield (f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.",
            {(("status", each),): n for each, n in entries.items()})
 
-
 def metric_lines(families: Iterable[Family]) -> str:
     """Metrics in Prometheus' text format."""
     lines = []
@@ -1897,9 +1720,7 @@ def metric_lines(families: Iterable[Family]) -> str:
             lines.append(f"{name}{f'{{{each}}}' if labels else ''} {float(value):.10g}")
     return "\n".join(lines) + "\n"
 
-
 # -- Status -> HTML (status_page)
-
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
@@ -1954,11 +1775,9 @@ const listen = again => {
 listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
 """
 
-
 def clock(ms: int) -> str:
     """A position or duration as people read it: 4:24."""
     return f"{ms // 60000}:{ms // 1000 % 60:02}"
-
 
 def item_words(item: Item) -> tuple[str, str]:
     """What stands below an item's title: the artist and the album, or the show and its episode."""
@@ -1966,7 +1785,6 @@ def item_words(item: Item) -> tuple[str, str]:
         season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
         return item.grandparent_title, season
     return (item.artist, item.parent_title) if item.type == TRACK else ("", "")
-
 
 def player_html(player: PlayerState | None, at: float, has_secret: bool, has_picture: bool) -> str:
     """What plays, with its picture and its position."""
@@ -1983,7 +1801,6 @@ def player_html(player: PlayerState | None, at: float, has_secret: bool, has_pic
     return (f"{cover}<div><p class=dim>{escape(player.state)}{escape(where)}</p><h1>{escape(item.title)}</h1>"
             f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
 
-
 def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
     """What was marked as watched, and which conflicts are open."""
     marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {html.escape(name)}</li>"
@@ -1992,7 +1809,6 @@ def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
                       "new</code>, or ignore, or the show's id</li>" for conflict_id, name, kind in tracked.conflicts)
     return (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
             (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
-
 
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
@@ -2029,11 +1845,9 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 # --- the world
 
 # -- Board: what the watcher tells the request threads
-
 # How many may listen to /events at once (each holds a thread), and how many events each may leave unread before it is
 # dropped.  A comment keeps a silent connection open.
 MAX_STREAMS, MAX_UNREAD, EVENT_ALIVE_S = 16, 20, 15.0
-
 
 class Board:
     """The latest Status, and a queue for each subscriber of /events."""
@@ -2051,10 +1865,8 @@ class Board:
                 stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
 
     def events(self) -> Iterator[bytes]:
-        """The body of /events: each change as a server-sent event, until the subscriber is too slow.
-
-        Raises WebhookError 503 at its first item if there are too many already.
-        """
+        """The body of /events: each change as a server-sent event, until the subscriber is too slow."""
+        # Raises WebhookError 503, at its first item, if there are too many already.
         if len(self.streams) >= MAX_STREAMS:
             raise WebhookError(503, f"{MAX_STREAMS} programs are subscribed already.")
         stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -2070,19 +1882,14 @@ class Board:
         finally:
             self.streams.remove(stream)
 
-
 # -- Pages: a path -> an Answer
-
 # Bytes of a picture from the server; and the pause after it gave none, for else each request would wait for PLEX_S.
 MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
 
-
 class Covers:
-    """The pictures of what plays: the last one that a webhook brought, and the last one that we fetched.
-
-    One request thread at a time asks the server for a picture; the others wait for it.
-    """
+    """The pictures of what plays: the last one that a webhook brought, and the last one that we fetched."""
+    # One request thread at a time asks the server for a picture; the others wait for it.
 
     def __init__(self, plex: PlexServer | None):
         self.plex, self.lock = plex, threading.Lock()
@@ -2106,7 +1913,6 @@ class Covers:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
 
-
 def process_families(started_at: float) -> Iterator[Family]:
     """The figures of this process, by Prometheus' names."""
     figures = {"process_start_time_seconds": started_at, "process_cpu_seconds_total": time.process_time(),
@@ -2117,7 +1923,6 @@ def process_families(started_at: float) -> Iterator[Family]:
     for name, value in figures.items():
         yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", {(): value}
 
-
 class Answer(NamedTuple):
     """What a request is answered."""
     status: int = 200
@@ -2125,7 +1930,6 @@ class Answer(NamedTuple):
     media_type: str = "text/plain; charset=utf-8"
     headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})    # for all: Handler.send()
     events: Iterator[bytes] | None = None     # instead of a body: it goes on until one side ends it
-
 
 class Pages:
     """What each path shows.  Its methods run in request threads, and change nothing."""
@@ -2190,16 +1994,13 @@ class Pages:
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most.  A thread owns its socket and its
 #   bytes.  All threads share the Gate, which has a lock.
 # Needs: Ground
-# Needs of Player: Body, BoundedReader, MAX_HEAD, Refused, TooMuch, Webhook, parse_webhook
+# Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
 # Needs of Page: Answer, Pages
 
 # -- Who may send, and how often
-
 MAX_PAIRS = 16                # of a URL's query that are read
 WEBHOOK_PATH = "/webhooks/plex"
-EVERYWHERE = ("", "0.0.0.0", "::")    # of -webhooks-host
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
-
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     """A token bucket: what an address has left after one webhook, and how many seconds it must wait (0: it may pass).
@@ -2209,12 +2010,10 @@ def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
-
 def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
-
 
 def webhook_url(host: str, port: int) -> str:
     """The URL of our webhooks."""
@@ -2226,12 +2025,10 @@ def webhook_url(host: str, port: int) -> str:
 MAX_ADDRESSES = 1000          # whose webhooks are counted; the one that was silent longest is forgotten
 MAX_PATH = 200                # characters of a path that are logged
 
-
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
     address = address.partition("%")[0].removeprefix("::ffff:")
     return address if "." in address else socket.inet_pton(socket.AF_INET6, address)[:8].hex()
-
 
 class Gate:
     """Decides who may send: who knows the secret, and not too often from one address.  For any thread."""
@@ -2275,39 +2072,30 @@ class Gate:
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.",
                                {"WWW-Authenticate": "Secret"})
 
-
 # -- Our own address
-
 def guess_address(plex_url: str) -> str:
-    """This machine's address as the Plex server, or else its own network, sees it.
-
-    Nothing is sent to the server; but a name in plex_url is looked up.
-    """
+    """This machine's address as the Plex server, or else its own network, sees it."""
+    # Nothing is sent to the server; but a name in plex_url is looked up.
     server = urllib.parse.urlsplit(plex_url).hostname or "192.0.2.1"
     with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((server, 9))
         return str(probe.getsockname()[0])
     return socket.gethostname()
 
-
 def configured_url(config: Config, port: int) -> str:
     """The URL of our webhooks, for the Plex server."""
-    everywhere = config.webhooks_host in EVERYWHERE
+    everywhere = config.webhooks_host in ("", "0.0.0.0", "::")
     return webhook_url(guess_address(config.plex_server_url) if everywhere else config.webhooks_host, port)
 
-
 def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
-    """The URL of our webhooks, for the page.  host: the Host header, which says how the browser reaches this machine.
-
-    A browser on this machine says "localhost", which is useless for a Plex server elsewhere.
-    """
+    """The URL of our webhooks, for the page.  host: the Host header: how the browser reaches this machine."""
+    # A browser on this machine says "localhost", which is useless for a Plex server elsewhere.
     if bound_to in ("127.0.0.1", "::1"):                       # the demo
         return webhook_url(bound_to, port)
     here = re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
     if here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
-
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it."""
@@ -2319,9 +2107,7 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
         return found[0][0], found[0][4]
     return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
 
-
 # -- Handler: one connection, its requests one after the other
-
 # Bytes of a webhook; the largest thumb seen is about 1 MB.
 MAX_BODY = 8 * 2**20
 # Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
@@ -2334,7 +2120,6 @@ KEEP_ALIVE_S, CROWDED_S = 5.0, 1.0
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
 # How long a refused sender may go on sending; nginx gives 5 s.
 LINGER_S = 2.0
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection.  Each request is answered at once; only a picture may wait for Plex."""
@@ -2572,12 +2357,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the Watcher logs what became of a webhook."""
 
-
 # -- Listener: the socket, and a thread for each connection
-
 MAX_CONNECTIONS = 64          # threads at once; each may hold 8 MB of stack, mostly untouched
-REST_ACCEPT_S = 0.01          # after accept() failed, when this machine has no more files
-
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
@@ -2634,7 +2415,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             return super().get_request()
         except OSError:
-            time.sleep(REST_ACCEPT_S)
+            time.sleep(REST_S)                        # this machine has no more files
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2659,9 +2440,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if error and not isinstance(error, OSError):
             self.tell(error)
 
-
 # -- secret: a new webhook secret, and the URL to paste
-
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
     path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
@@ -2694,17 +2473,13 @@ def make_secret(config: Config) -> int:
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
 
-
 def hook_event(change: Change) -> str:
     """The name of a change, as librespot's --onevent would call it."""
     return "track_changed" if change.state == change.old_state else change.state
 
-
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn).
-
-    The names are librespot's, so that people's scripts for it work, and some of Plex.
-    """
+    """What a hook finds in its environment, besides ours (see spawn)."""
+    # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
     values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
               "ARTISTS": item.artist, "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0,
@@ -2714,13 +2489,11 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
               "OLD_STATE": change.old_state, "REASON": change.reason}
     return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
 
-
 class Amplifier(NamedTuple):
     """Whether the hook was told `active`, and when it must be told `inactive`."""
     playing: frozenset[str] = frozenset()     # machine_identifiers
     active: bool = False
     off_at: float | None = None   # monotonic s; None: not before something changes
-
 
 def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
     """The amplifier after a change of a player, and whether the hook must be told `active` first."""
@@ -2729,7 +2502,6 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
     playing = amplifier.playing - {change.machine_identifier}
     ended = amplifier.active and not playing and amplifier.off_at is None
     return Amplifier(playing, amplifier.active, at + active_timeout_s if ended else amplifier.off_at), False
-
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
     """The waiting events with one more.
@@ -2752,7 +2524,6 @@ MAX_OUTPUT = 4096
 # What systemd says to us, and to nobody else.
 NOT_FOR_HOOKS = {b"NOTIFY_SOCKET", b"WATCHDOG_PID", b"WATCHDOG_USEC", b"CREDENTIALS_DIRECTORY", b"JOURNAL_STREAM"}
 
-
 def hook_command(words: str) -> list[str]:
     """The whole path and the arguments of -on-event; raises ConfigError."""
     try:
@@ -2764,7 +2535,6 @@ def hook_command(words: str) -> list[str]:
         raise ConfigError(f"-on-event: {arguments[0] if arguments else 'the command'} is missing or not executable; "
                           "give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments[1:]]
-
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
     """Start a command in a process group of its own, with our environment and this one; -> its process id.
@@ -2779,7 +2549,6 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -
                               (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                               (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
 
-
 def read_output(reader: int, exited: int) -> tuple[bool, bytes]:
     """Whether a command ended within HOOK_S, and the beginning of its output.  exited: its pidfd."""
     output, watched, deadline = b"", [reader, exited], time.monotonic() + HOOK_S
@@ -2793,7 +2562,6 @@ def read_output(reader: int, exited: int) -> tuple[bool, bytes]:
         elif exited in ready:
             return True, output
     return False, output
-
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status, and the beginning of its output.
@@ -2817,7 +2585,6 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
             select.select([exited], (), (), HOOK_GRACE_S)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0 if ended else os.WNOHANG)[1])
         return (code if code >= 0 else 128 - code) if ended else None, output
-
 
 class Hooks:
     """Runs the -on-event command, one event at a time, in a thread of its own."""
@@ -2876,13 +2643,10 @@ class Hooks:
         else:
             say(self.level, "the -on-event command ran", event=event, output=said[:MAX_TEXT])
 
-
 # -- hook: try the command by hand
-
 HOOK_EVENTS = (PLAYING, PAUSED, STOPPED, "track_changed", *SWITCHES)
 SAMPLE = Item(TRACK, "101", "plex://track/5d07cdb2403c640290f4b12a", "Karma Police", "OK Computer", "Radiohead",
               duration=264000, sample_rate=44100, bit_depth=16)
-
 
 def hook(config: Config) -> int:
     """Run the -on-event command once, with sample values, and print everything about it."""
@@ -2918,7 +2682,6 @@ def hook(config: Config) -> int:
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
-
 # Show.type of a show: the database calls it by what is watched of it.  A movie's is MOVIE.
 # No season or episode has a higher number than MAX_NUMBER: a season can be a year, a soap opera has 10,000 episodes.
 SHOW, MAX_NUMBER = EPISODE, 100_000
@@ -2927,7 +2690,6 @@ SHOW, MAX_NUMBER = EPISODE, 100_000
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
 _GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|tvdb|tmdb|imdb)\d?(?:://|-)"
                    r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
-
 
 class Ids(NamedTuple):
     """The ids of a show or movie in other databases; None: not known."""
@@ -2938,7 +2700,6 @@ class Ids(NamedTuple):
     def contradicts(self, other: Ids) -> bool:
         """Whether both have an id in the same database, and the ids differ: these are two shows."""
         return any(None not in pair and pair[0] != pair[1] for pair in zip(self, other, strict=True))
-
 
 def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
     """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id.
@@ -2952,12 +2713,10 @@ def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | Non
     value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
     return DATABASES[found[1]], value, number(found[4]), number(found[5])
 
-
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
     found: dict[str, Any] = {parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed}
     return Ids(**found)
-
 
 # -- Titles: a title -> Match | Conflict (parse_title, similarity, choose_show)
 # A mark on the wrong show is worse than a question: everything uncertain becomes a conflict,
@@ -2969,18 +2728,15 @@ def normal(title: str) -> str:
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", plain.replace("&", " and ")))
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title.strip()
 
-
 class Title(NamedTuple):
     """A title, split into its parts: "The Office (US) (2005)"."""
     normal: str                   # office
     year: int | None              # 2005; None: it has none
     country: str                  # US, a code of two letters; "": it has none
 
-
 # The year or country behind a title, in brackets; and of two codes of one country, the usual one.
 _QUALIFIER = re.compile(r"(.*\S)\s*[(\[](\d{4}|[A-Z]{2}|USA)[)\]]\s*", re.DOTALL)
 COUNTRIES = {"USA": "US", "GB": "UK"}
-
 
 def parse_title(title: str) -> Title:
     """The Title that Plex or a person wrote."""
@@ -2993,23 +2749,19 @@ def parse_title(title: str) -> Title:
             country = COUNTRIES.get(word, word)
     return Title(normal(title), year, country)
 
-
 def named(title: str, year: int | None) -> str:
     """How a person calls a show or movie: 'Castle (2009)'."""
     return f"{title} ({year})" if year and parse_title(title).year is None else title
-
 
 def trigrams(title: str) -> frozenset[str]:
     """The trigrams of a normal title, as PostgreSQL's pg_trgm makes them: two blanks before each word, one after."""
     padded = [f"  {word} " for word in title.split()]
     return frozenset(word[i:i + 3] for word in padded for i in range(len(word) - 2))
 
-
 def similarity(one: str, two: str) -> float:
     """How similar two normal titles are, 0 to 1: the share of their trigrams that both have (pg_trgm's similarity)."""
     a, b = trigrams(one), trigrams(two)
     return len(a & b) / len(a | b) if a or b else float(one == two)
-
 
 class Show(NamedTuple):
     """A show or movie, in the tracker or as a server describes it."""
@@ -3020,13 +2772,11 @@ class Show(NamedTuple):
     id: int = 0                   # the tracker's; 0: not in it
     own_year: bool = True         # False: the year may be that of a season or an episode
 
-
 class Match(NamedTuple):
     """The show that is meant."""
     show_id: int                  # the tracker's; 0: a person chose to ignore this show
     by: str                       # mapping, tmdb_id, tvdb_id, imdb_id, title; new: it was added; import
     confidence: float             # 0 to 1
-
 
 class Candidate(NamedTuple):
     """A show that may be meant."""
@@ -3034,12 +2784,10 @@ class Candidate(NamedTuple):
     score: float                  # 0 to 1
     fits: int                     # 1: the year fits; 0: possible; -1: year, country or a number differs
 
-
 class Conflict(NamedTuple):
     """It is not certain which show is meant."""
     kind: str                     # multiple_matches, ambiguous, no_match
     candidates: tuple[Candidate, ...] = ()
-
 
 # How much an id is trusted, in the order in which they are tried; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
@@ -3050,7 +2798,6 @@ TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
 YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\b(?:\d+|[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
-
 
 def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:
     """1: within one; 0: the show began earlier, and the year may be a season's; -1: neither; None: not known.
@@ -3064,12 +2811,9 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
         return None
     return 1 if abs(year - known_year) <= 1 else 0 if known_year < year and not own else -1
 
-
 def candidate(wanted: Show, known: Show) -> Candidate | None:
-    """A known show as one that may be meant; None if it cannot be.
-
-    What differs in year, country or a number is never accepted by itself, only offered to a person.
-    """
+    """A known show as one that may be meant; None if it cannot be."""
+    # What differs in year, country or a number is never accepted by itself, only offered to a person.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries = {title.country, known_title.country}
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries):
@@ -3082,7 +2826,6 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
             _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal):
         return Candidate(known, min(score, TAKEN_ABOVE), -1)
     return Candidate(known, score, years or 0)
-
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     """Which of the known shows is meant, by title and year.
@@ -3100,19 +2843,14 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
             return Conflict("multiple_matches", tuple(found[:MAX_CANDIDATES]))
     return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
 
-
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
-
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
 SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
 
-
 class Entry(NamedTuple):
-    """One row of the tracker's journal: a webhook, or a play that only the server's history told of.
-
-    The fields are columns of webhook_log; those from `type` on are Plex's words about the item.
-    """
+    """One row of the tracker's journal: a webhook, or a play that only the server's history told of."""
+    # The fields are columns of webhook_log; those from `type` on are Plex's words about the item.
     received_at: float            # Unix s; of a play from the history: when it was viewed
     event: str                    # the webhook's; HISTORY
     server: str = ""              # its machineIdentifier (Server.uuid); "": not given
@@ -3162,7 +2900,6 @@ class Entry(NamedTuple):
         guids = (self.guid, *self.guids.split()) if movie else (self.show_guid, self.guid_of_show)
         return Show(self.type, self.name, self.year, parse_ids(guids), own_year=movie)
 
-
 class Outcome(NamedTuple):
     """What became of an entry."""
     status: str                   # SUCCESS, FAILED, IGNORED, DUPLICATE
@@ -3171,20 +2908,15 @@ class Outcome(NamedTuple):
     match: Match | None = None
     retry: bool = False           # the failure may pass: try again later
 
-
 # An entry whose server cannot be asked is tried again after 30 s, for a server restarts in that time.  Each pause is
 # twice as long as the one before, up to an hour: a server that was away all evening is found again within it.  Thirty
 # attempts take a day.
 ENTRY_RETRY_MIN_S, ENTRY_RETRY_MAX_S, MAX_ATTEMPTS = 30.0, 3600.0, 30
 
-
 def retry_after_s(attempts: int) -> float | None:
-    """How long to wait after an attempt in vain; None: give up.  attempts: made in vain before it.
-
-    Only this pause counts: that the server is back wakes nobody.
-    """
+    """How long to wait after an attempt in vain; None: give up.  attempts: made in vain before it."""
+    # Only this pause counts: that the server is back wakes nobody.
     return min(ENTRY_RETRY_MAX_S, ENTRY_RETRY_MIN_S * 2 ** attempts) if attempts < MAX_ATTEMPTS else None
-
 
 def entry_of(webhook: Webhook, at: float) -> Entry:
     """The Entry of a webhook that came at this Unix time.  A legacy agent's guid fills in season and episode."""
@@ -3199,12 +2931,9 @@ def entry_of(webhook: Webhook, at: float) -> Entry:
                  item.guid, item.title, item.grandparent_title, season, episode, scrobble.year, scrobble.show_key,
                  scrobble.show_guid, " ".join(scrobble.guids))
 
-
 def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
-    """The Entry of a play in the server's history; None if it is not tracked.  accounts: ids; None: all count.
-
-    It is made as that of a webhook; but the history has the show's key only in a path, /library/metadata/1000.
-    """
+    """The Entry of a play in the server's history; None if it is not tracked.  accounts: ids; None: all count."""
+    # It is made as that of a webhook; but the history has the show's key only in a path, /library/metadata/1000.
     key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
     play = Webhook(HISTORY, item=parse_item(fields), server=server, account_id=text(fields.get("accountID")),
                    scrobble=parse_scrobble(fields)._replace(show_key=key))
@@ -3212,25 +2941,21 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
     wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
 
-
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
     numbers = {"season": entry.season, "episode number": entry.episode}
     wrong = [word for word, value in numbers.items() if value is None or value > MAX_NUMBER]
     return next(iter(wrong), "") if entry.name else "title"
 
-
 def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
     return {name.strip().casefold() for name in accounts.split(",")} - {""}
-
 
 def is_other_account(webhook: Webhook, accounts: str) -> bool:
     """Whether someone else watched.  accounts: as -accounts; "": only the webhook's owner counts; "*": everyone."""
     if accounts in ("", "*"):
         return not accounts and not webhook.user
     return not {webhook.account.casefold(), webhook.account_id} & split_accounts(accounts)
-
 
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
@@ -3247,9 +2972,7 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
         return Outcome(FAILED, "validation_failed", f"the webhook has no {missing}")
     return None
 
-
 # -- Words: -> log, terminal, JSON (conflict_reason, unix_time, episode_row, season_lines)
-
 def conflict_reason(show: Show, conflict: Conflict) -> str:
     """Why a person is asked."""
     name = named(show.title, show.year)
@@ -3258,7 +2981,6 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
             "multiple_matches": f"{name} may be any of {best}"}
     return f"{conflict.kind}: {said[conflict.kind]}"
 
-
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
     moment = datetime.datetime.fromisoformat(word)
@@ -3266,11 +2988,9 @@ def unix_time(word: str) -> int:
         raise ValueError("a time without a zone")
     return max(0, int(moment.timestamp()))
 
-
 # A row of the table episode without its show: season, number, title, when it was first watched (Unix s; None: never or
 # not known), and how often.
 EpisodeRow = tuple[int, int, str, int | None, int]
-
 
 def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     """An episode or movie of a server's library; None: it has no season or no number.
@@ -3284,12 +3004,10 @@ def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     watched_at = min(number(fields.get("lastViewedAt")) or int(at), int(at)) if plays else None
     return season, episode, item.title, watched_at, plays
 
-
 def cut(line: str, width: int = 80) -> str:
     """A line in at most so many columns of a terminal, in which the wide letters of East Asia take two."""
     ends = list(itertools.accumulate((1 + (unicodedata.east_asian_width(c) in "WF") for c in line), initial=0))
     return line if ends[-1] <= width else line[:sum(end < width for end in ends[1:])] + "\u2026"
-
 
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
@@ -3304,7 +3022,6 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 # --- the world
 
 # -- The database: Tracker
-
 # These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.
 APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 1
 # Times are Unix seconds.  Files of earlier versions also have the tables `trigram` and `found`, which nothing uses now.
@@ -3345,7 +3062,6 @@ SCHEMA = (
     # How far an import or the reading of the history has come.
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.
 DATABASE_S, BATCH = 5.0, 200
@@ -3353,12 +3069,9 @@ DATABASE_S, BATCH = 5.0, 200
 # history within six hours: if somebody paused for dinner, their times differ by that.
 DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
 
-
 class Tracker:
-    """The watch tracker's database, for one thread at a time.  All methods raise TrackerError.
-
-    Methods that write must be called within transaction().
-    """
+    """The watch tracker's database, for one thread at a time.  All methods raise TrackerError."""
+    # Methods that write must be called within transaction().
 
     def __init__(self, path: str, create: bool = False, lasting: bool = True, writing: threading.Lock | None = None,
                  write: bool = True):
@@ -3471,10 +3184,8 @@ class Tracker:
     # -- the journal
 
     def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
-        """Add an entry; outcome None: the worker is to finish it.
-
-        Of the many webhooks that are not media.scrobble (play, pause, ...) only a short row is kept.
-        """
+        """Add an entry; outcome None: the worker is to finish it."""
+        # Of the many webhooks that are not media.scrobble (play, pause, ...) only a short row is kept.
         kept = ("received_at", "event", "server", "account_id", "account", "type", "title") \
             if outcome and outcome.action == "event_not_scrobble" else Entry._fields[:-2]      # not id, attempts
         ends = dict(zip(("status", "action", "reason"), outcome, strict=False)) if outcome else {"retry_at": 0.0}
@@ -3491,10 +3202,8 @@ class Tracker:
                         "action NOT IN ('conflict_created', 'episode_not_found')", entry.id) is not None
 
     def is_duplicate(self, entry: Entry) -> bool:
-        """Whether the same account finished the same item within DUPLICATE_S, and that was a success.
-
-        Live TV has no rating key: so guid and title are compared, too.
-        """
+        """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
+        # Live TV has no rating key: so guid and title are compared, too.
         return self.one(
             "SELECT 1 FROM webhook_log WHERE rating_key = :rating_key AND guid = :guid AND title = :title AND "
             "show_title = :show_title AND season IS :season AND episode IS :episode AND server = :server AND "
@@ -3562,10 +3271,8 @@ class Tracker:
         return Match(row["show_id"] or 0, "mapping", row["confidence"])
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
-        """Whether the server has this show already, under another guid of Plex's.
-
-        Each show has only one, so two shows of the same title on one server are two shows.
-        """
+        """Whether the server has this show already, under another guid of Plex's."""
+        # Each show has only one, so two shows of the same title on one server are two shows.
         return entry.guid_of_show.startswith("plex://") and self.one(
             "SELECT 1 FROM mapping WHERE show_id = ? AND server = ? AND guid LIKE 'plex://%' AND guid <> ?", show_id,
             entry.server, entry.guid_of_show) is not None
@@ -3589,10 +3296,8 @@ class Tracker:
                 self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, episodes: Iterable[Sequence[object]]) -> None:
-        """Add or complete episodes, each a show's id and its EpisodeRow.
-
-        What was watched stays watched, at its earliest date.
-        """
+        """Add or complete episodes, each a show's id and its EpisodeRow."""
+        # What was watched stays watched, at its earliest date.
         self.connection.executemany(
             "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), "
@@ -3631,7 +3336,6 @@ class Tracker:
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
 
-
 def glance(path: str) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
     try:
@@ -3649,14 +3353,10 @@ def glance(path: str) -> Glance:
                   tuple((row["id"], named(row["title"], row["year"]), row["kind"]) for row in asked),
                   0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)))
 
-
 # -- On the disk before the answer: Journal
-
 def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = None) -> None:
-    """Log what became of an entry.  conflict_id: of a new conflict.
-
-    A failure that is tried again is a warning only once, and so is a conflict that several episodes wait for.
-    """
+    """Log what became of an entry.  conflict_id: of a new conflict."""
+    # A failure that is tried again is a warning only once, and so is a conflict that several episodes wait for.
     level = {SUCCESS: logging.INFO, FAILED: logging.WARNING}.get(outcome.status, logging.DEBUG)
     said = entry.attempts > 0 if outcome.retry else outcome.action == "conflict_created" and conflict_id is None
     about = {"title": entry.name} if entry.type != EPISODE else \
@@ -3666,10 +3366,8 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
         **{key: value for key, value in more.items() if value})
 
-
 # An entry on its way to the disk; its outcome (None: the worker decides); how the commit ended, for the waiting thread.
 Ticket = tuple[Entry, Outcome | None, queue.SimpleQueue[TrackerError | None]]
-
 
 class Journal:
     """Entries that are on the disk before their webhooks are answered.
@@ -3718,14 +3416,10 @@ class Journal:
         if not fault and any(outcome is None for _, outcome, _ in tickets):
             self.written.set()
 
-
 # -- Entries -> marks and conflicts: find_in_tmdb, Worker
-
 def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | None:
-    """The id at themoviedb.org of a show or movie, by its id in another database; None: not found.  Raises PlexError.
-
-    The token travels in a header only.
-    """
+    """The TMDB id of a show or movie, by its id in another database; None: not found.  Raises PlexError."""
+    # The token travels in a header only.
     url = os.environ.get("STREAMERBRAINZ_TMDB_URL", "https://api.themoviedb.org")       # the variable is for tests
     reply = exchange(f"{url}/3/find/{value}?external_source={column}", {"Authorization": f"Bearer {token}"},
                      context=tls_context(url))
@@ -3738,13 +3432,11 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
     found = answer.get("movie_results" if type == MOVIE else "tv_results")       # there are other kinds, too
     return number(json_object(found[0]).get("id")) if isinstance(found, list) and len(found) == 1 else None
 
-
 # The server's history is read every hour, or a minute after the server was down.  A play younger than a minute is left
 # for the next reading: its webhook may still come.
 HISTORY_S, HISTORY_RETRY_S, HISTORY_REST_S = 3600.0, 60.0, 60.0
 # From a fault of the tracker (the disk is full) to the next try.
 TRACKER_RETRY_S = 30.0
-
 
 class Asked(NamedTuple):
     """What the servers say about an entry's show."""
@@ -3752,12 +3444,9 @@ class Asked(NamedTuple):
     match: Match | None = None    # the show in the tracker that TMDB means; None: it was not asked, or knows none
     episodes: Sequence[EpisodeRow] = ()   # those that our server has, if they may be needed; none of them watched
 
-
 class Worker:
-    """Finishes the journal's entries: finds the show, then marks what was watched, or makes a conflict.
-
-    It asks the server and TMDB before a transaction, never within: answers to webhooks wait for it.
-    """
+    """Finishes the journal's entries: finds the show, then marks what was watched, or makes a conflict."""
+    # It asks the server and TMDB before a transaction, never within: answers to webhooks wait for it.
 
     def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):
         """plex None: no server can be asked."""
@@ -3922,10 +3611,8 @@ class Worker:
             raise
 
     def ask_tmdb(self, show: Show) -> Match | None:
-        """The show in the tracker that TMDB says has one of these ids; raises PlexError.
-
-        It is not asked about a show whose id it gave already, nor about a movie's id at TheTVDB, which it never knows.
-        """
+        """The show in the tracker that TMDB says has one of these ids; raises PlexError."""
+        # It is not asked about a show whose TMDB id is known, nor about a movie's id at TheTVDB: it knows none.
         token = self.tmdb_token() if self.tmdb_token and show.ids.tmdb_id is None else ""
         for column in ("imdb_id",) if show.type == MOVIE else ("tvdb_id", "imdb_id"):
             asked = show.type, column, getattr(show.ids, column)
@@ -3939,10 +3626,8 @@ class Worker:
     # -- plays without a webhook
 
     def recover(self) -> bool:
-        """Put plays of the server's history into the journal if no webhook told of them.
-
-        Returns whether the server answered.  How far the history was read is noted with the entries of each page.
-        """
+        """Put plays of the server's history into the journal if no webhook told of them; -> whether it answered."""
+        # How far the history was read is noted with the entries of each page.
         if not self.plex:
             return True
         since, until = self.tracker.note("history"), int(time.time() - HISTORY_REST_S)
@@ -3986,9 +3671,7 @@ class Worker:
                     "DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? AND "
                     "status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
 
-
 # -- Commands: import
-
 # For one page of an import: a small NAS takes seconds for 500 items.
 IMPORT_S = 60.0
 # What is imported of a library, by its type: what a person calls these items, their Show.type ("" for episodes, which
@@ -4001,19 +3684,15 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched_at": str, "plays": int}
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
-
 def show_progress(name: str, count: int, total: int) -> None:
     """How far long work has come, on stderr: a bar on a terminal, else a line."""
     terminal, filled = sys.stderr.isatty(), 30 * count // max(total, 1)
     start = f"\r{name:24.24} [{'#' * filled}{'.' * (30 - filled)}]" if terminal else f"{name}:"
     print(f"{start} {count} of {total}", end="" if terminal and count < total else "\n", file=sys.stderr, flush=True)
 
-
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
-    """The id of a show in the tracker, added if it is missing; within a transaction.
-
-    Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
-    """
+    """The id of a show in the tracker, added if it is missing; within a transaction."""
+    # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
     found, title = mapped or tracker.match_ids(show), parse_title(show.title)
     same = (known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type)
             if (known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids))
@@ -4021,12 +3700,9 @@ def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> in
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
-
 def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> None:
-    """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped.
-
-    A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
-    """
+    """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped."""
+    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
     item = parse_item(fields)
     key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
     entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=item.title, show_title=item.title,
@@ -4041,7 +3717,6 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
         tracker.add_episodes([(match.show_id, *row)])
-
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError.
@@ -4063,7 +3738,6 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
-
 def catch_up(tracker: Tracker, worker: Worker) -> None:
     """After an import: try again to finish what waited, then close the conflicts whose shows are known now."""
     for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
@@ -4073,7 +3747,6 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
                                "WHERE resolution IS NULL AND show_id NOT NULL AND "
                                "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))"):
             tracker.resolve(row["id"], row["show_id"])
-
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""
@@ -4087,7 +3760,6 @@ def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, An
             raise ConfigError(f"tracker import: {place}{wrong}.")
     return value
 
-
 def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
     """A Show in the JSON form; raises ConfigError."""
     if not fields.get("title"):
@@ -4097,7 +3769,6 @@ def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
         raise ConfigError(f"tracker import: {place}.imdb_id is not an id such as tt0903747.")
     return Show(type, text(fields["title"]), fields.get("year"),
                 Ids(fields.get("tmdb_id") or None, fields.get("tvdb_id") or None, imdb_id))
-
 
 def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     """An episode in the JSON form; raises ConfigError.  What is watched was played at least once."""
@@ -4110,7 +3781,6 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
         raise ConfigError(f"tracker import: {place}.watched_at is not a time such as 2026-11-21T20:15:00Z.") from error
     plays = max(fields.get("plays") or 0, int(watched_at is not None))
     return season, episode, text(fields.get("title")), watched_at, plays
-
 
 def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
@@ -4127,7 +3797,6 @@ def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     for i, value in enumerate(whole.get("movies") or ()):
         movie, place = checked(value, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS}), f"movies[{i}]"
         yield read_show(movie, MOVIE, place), [read_episode({**movie, "season": 0, "episode": 0}, place)]
-
 
 def tracker_import(config: Config, tracker: Tracker) -> int:
     """Bring shows, movies and what was watched: from a file, or from the server."""
@@ -4153,12 +3822,9 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     return print_rows(config, [counts], "The tracker now has {shows} shows, {episodes} episodes and {movies} movies."
                       .format_map(counts))
 
-
 # -- Commands: export, shows, show, log, conflicts, resolve
-
 # A type in the database -> what a person calls it.
 KINDS = {SHOW: "show", MOVIE: "movie"}
-
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
@@ -4170,7 +3836,6 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     played = episodes[0] if episodes else {"watched_at": None, "plays": 0}
     return {**fields, **{key: played[key] for key in PLAY_KEYS}}
 
-
 def tracker_export(config: Config, tracker: Tracker) -> int:
     """Print all shows and movies in the JSON form, each on its own line."""
     for start, holds in (('{"shows": [', SHOW), (', "movies": [', MOVIE)):
@@ -4180,7 +3845,6 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("]")
     print("}")
     return 0
-
 
 def tracker_shows(config: Config, tracker: Tracker) -> int:
     """Print each show and movie, the last watched first."""
@@ -4203,14 +3867,12 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
                  "The tracker is empty. `tracker import` reads your Plex library into it."]
     return print_rows(config, rows, "\n".join(lines))
 
-
 def show_of(tracker: Tracker, word: str) -> Show:
     """The show or movie with the id that a person typed; raises ConfigError."""
     show = tracker.show(number(word) or 0)
     if show is None:
         raise ConfigError(f"there is no show {quoted(word)}; `tracker shows` prints their ids.")
     return show
-
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
     """Print a show's seasons, each as a grid of what was watched; or when a movie was."""
@@ -4226,7 +3888,6 @@ def tracker_show(config: Config, tracker: Tracker) -> int:
                   for season, episodes in itertools.groupby(fields["episodes"], key=lambda each: each["season"])]
     return print_rows(config, [{"id": show.id, "type": KINDS[show.type], **fields}], "\n".join(lines))
 
-
 def log_lines(row: Mapping[str, Any]) -> str:
     """An entry in the lines of `tracker log`; a reason only where a person may want to act."""
     is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
@@ -4238,7 +3899,6 @@ def log_lines(row: Mapping[str, Any]) -> str:
         return line
     indent = " " * 13
     return line + "\n" + textwrap.fill(printable(row["reason"]), 80, initial_indent=indent, subsequent_indent=indent)
-
 
 def tracker_log(config: Config, tracker: Tracker) -> int:
     """Print what became of the last webhooks, the newest last."""
@@ -4252,7 +3912,6 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
     nothing = "No entry matches." if config.status or config.show else "No webhook has arrived yet."
     return print_rows(config, [{**row, "received_at": iso_time(row["received_at"])} for row in rows],
                       "\n".join(map(log_lines, rows)) or nothing)
-
 
 def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     """Print the open conflicts, each with the commands that resolve it."""
@@ -4268,7 +3927,6 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
                   *(cut(f"{command} {show.id}   # {score:.2f} {printable(named(show.title, show.year))}")
                     for show, score in known), f"{command} new", f"{command} ignore"]
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
-
 
 def tracker_resolve(config: Config, tracker: Tracker) -> int:
     """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
@@ -4293,14 +3951,12 @@ def tracker_resolve(config: Config, tracker: Tracker) -> int:
     return print_rows(config, [{"conflict": conflict_id, "show_id": show_id or None, "done": done}],
                       f"Conflict {conflict_id} is resolved. {said}{stays}")
 
-
 # command -> its function, its words, how many of them it needs, and whether it creates the file
 TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str, int, bool]] = {
     "import": (tracker_import, "[FILE]", 0, True), "export": (tracker_export, "", 0, False),
     "shows": (tracker_shows, "[WORDS...]", 0, False), "show": (tracker_show, "ID", 1, False),
     "log": (tracker_log, "", 0, False), "conflicts": (tracker_conflicts, "", 0, False),
     "resolve": (tracker_resolve, "ID SHOW|new|ignore", 2, False)}
-
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
@@ -4343,7 +3999,6 @@ def check_complete(config: Config) -> None:
     if config.tmdb_token_file and not config.tracker_db:
         raise ConfigError("-tmdb-token-file is given, but no -tracker-db; only the tracker uses it.")
 
-
 def session_fields(session: Session, configured: bool) -> dict[str, object]:
     """A Session as `players -json` prints it, with the log's and Plex's words."""
     item = session.item
@@ -4351,7 +4006,6 @@ def session_fields(session: Session, configured: bool) -> dict[str, object]:
             "platform": session.platform, "user": session.user, "state": session.state, "type": item.type,
             "title": item.title, "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
             "configured": configured}
-
 
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines; the last one is a flag to copy."""
@@ -4365,10 +4019,8 @@ def session_lines(session: Session, configured: bool) -> str:
 # --- the world
 
 # -- The log
-
 LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and the journal's priorities
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
-
 
 class LogFormatter(logging.Formatter):
     """The log's lines, from the records that say() makes."""
@@ -4390,14 +4042,12 @@ class LogFormatter(logging.Formatter):
             line = f"{now}{text_line(sentence, fields)}"
         return f"<{priority}>{line}" if self.journal else line
 
-
 def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether stderr goes to the systemd journal, which reads a line's priority (systemd.exec(5), JOURNAL_STREAM)."""
     with contextlib.suppress(OSError):            # stderr may be closed
         status = os.fstat(2)
         return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
-
 
 def set_up_log(config: Config) -> None:
     """Send the log to stderr, in the form that the flags say."""
@@ -4408,9 +4058,7 @@ def set_up_log(config: Config) -> None:
     log.setLevel(LEVELS[config.log_level][0])
     log.propagate = False
 
-
 # -- systemd
-
 class Systemd:
     """The service manager (sd_notify(3)); if there is none, nothing happens."""
 
@@ -4438,19 +4086,14 @@ class Systemd:
                 self.notify("WATCHDOG=1", f"STATUS={sentence}")
                 self.pinged_at, self.told = now, doing
 
-
 # -- Signals and threads
-
 def block_signals() -> set[signal.Signals]:
-    """Block the signals that end us, in this thread and all that it will start; -> those to wait for.
-
-    One that is ignored stays ignored: `nohup` does that with SIGHUP.
-    """
+    """Block the signals that end us, in this thread and all that it will start; -> those to wait for."""
+    # One that is ignored stays ignored: `nohup` does that with SIGHUP.
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signals = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
-
 
 def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
     """Turn the first signal into Stop; a thread of its own, while all others block signals.
@@ -4465,7 +4108,6 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
         pass
     os._exit(1)
 
-
 def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object) -> None:
     """Start a thread that ends with the process.  A bug in it is told to the watcher, which ends the process."""
     def carefully() -> None:
@@ -4474,7 +4116,6 @@ def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object)
         except Exception as error:
             inbox.put(error)
     threading.Thread(target=carefully, name=name, daemon=True).start()
-
 
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
@@ -4492,7 +4133,6 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
     ours = machine_id in ("", webhook.player_uuid) and webhook.event in CLAIMS and len(thumb) <= MAX_COVER
     if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
         covers.webhook = webhook.item.identity, bytes(thumb)
-
 
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
@@ -4533,7 +4173,6 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     systemd.notify("READY=1")
     return watch
 
-
 def outlive_main(work: Callable[[], None]) -> None:
     """Do the daemon's work in a thread that goes on after the main thread has ended.
 
@@ -4558,17 +4197,12 @@ def outlive_main(work: Callable[[], None]) -> None:
             os._exit(1)
     threading.Thread(target=go_on, name="watcher").start()
 
-
 # -- The port: free, ours already, or another program's
-
 def local_url(config: Config, path: str) -> str:
-    """The URL at which this machine reaches the listener of a daemon with these flags.
-
-    0.0.0.0 and :: are all addresses to listen on, and none to connect to.
-    """
+    """The URL at which this machine reaches the listener of a daemon with these flags."""
+    # 0.0.0.0 and :: are all addresses to listen on, and none to connect to.
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
-
 
 def runs_already(config: Config) -> bool:
     """Whether another StreamerBrainz answers on our port."""
@@ -4576,7 +4210,6 @@ def runs_already(config: Config) -> bool:
         reply = exchange(local_url(config, "/healthz"), {})
         return reply.headers.get("Server", "").startswith("StreamerBrainz/")
     return False
-
 
 def port_holder(port: int) -> str:
     """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown.
@@ -4595,7 +4228,6 @@ def port_holder(port: int) -> str:
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
                     return f"{comm.read().strip()} (process {pid})"
     return ""
-
 
 def open_listener(config: Config) -> Listener | None:
     """The listener; None: another StreamerBrainz has the port.  Raises ConfigError, with what to do about it."""
@@ -4618,9 +4250,7 @@ def open_listener(config: Config) -> Listener | None:
                               "end it (and remove its cron lines) first.") from error
         return None
 
-
 # -- run, players
-
 def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
     inbox: Inbox = queue.SimpleQueue()
@@ -4633,7 +4263,6 @@ def run(config: Config) -> int:
     outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox))
     return 0
 
-
 def ask_token() -> Callable[[], str]:
     """The token, asked for on the terminal without echo: on a command line, ps would show it."""
     if not sys.stdin.isatty():
@@ -4645,7 +4274,6 @@ def ask_token() -> Callable[[], str]:
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     return lambda: token
-
 
 def players(config: Config) -> int:
     """Print every player in the sessions."""
@@ -4688,7 +4316,6 @@ CLOCK_S = 60.0
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
               "Server.log the lines with `Webhook: Error delivering payload`")
 
-
 class Finding(NamedTuple):
     """What one check found."""
     status: str                   # OK, FAIL, or SKIP: it could not be checked
@@ -4697,9 +4324,7 @@ class Finding(NamedTuple):
     likely: int = 0               # 1 to 9: how likely this FAIL is why webhooks do not arrive; 0: it is not
     check: str = ""               # what was checked; Doctor.run() fills it in
 
-
 # -- Verdicts: an answer -> Finding
-
 def compare_clocks(date: str, now: float) -> Finding:
     """Is our clock right?  The server tells its own in the Date header of each answer.  now: Unix s."""
     try:
@@ -4710,7 +4335,6 @@ def compare_clocks(date: str, now: float) -> Finding:
         return Finding(OK, f"within {CLOCK_S:.0f} s of the server's")
     return Finding(FAIL, f"it is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's",
                    "sudo timedatectl set-ntp true   # here and on the server")
-
 
 # What the server tells of itself.  For each check: which values are right, what is said of them and of others, the
 # remedy, how likely it is.  Plex sends webhooks only for an owner with Plex Pass, from a server that is signed in to
@@ -4724,14 +4348,12 @@ TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
     "webhooks switch": (lambda value: value not in ("0", "false"), "on", "webhooks are off in the server's settings",
                         "Plex Web: Settings > Network > Webhooks: on", 8)}
 
-
 def verdict(check: str, value: str) -> Finding:
     """What a value of the server means for a check in TOLD.  "": it did not tell; older servers tell less."""
     if not value:
         return Finding(SKIP, "the server does not tell it")
     is_right, good, bad, remedy, likely = TOLD[check]
     return Finding(OK, good) if is_right(value) else Finding(FAIL, bad.format(value), remedy, likely)
-
 
 def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
     """Does the configured player exist?  Only a player that plays now can be seen.
@@ -4751,16 +4373,13 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
                    if same else f"{ours} has no session, but others have: {known}",
                    f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
 
-
 # -- URLs of webhooks
-
 def without_secrets(url: str) -> str:
     """A URL without what may be a secret in it: its query, its user, a path that is not ours."""
     url = re.sub(r"//[^/@]*@", "//", url)
     origin, path, rest = re.findall(r"^((?:[^/]*//[^/?#]*)?)([\w/.~-]*)(.*)", url, re.ASCII | re.DOTALL)[0]
     shown = path if path.startswith("/webhooks/") or len(path) < 8 else "/..."
     return f"{origin}{shown}{'?token=...' if rest else ''}"
-
 
 def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
@@ -4782,12 +4401,9 @@ def is_here(host: str) -> bool | None:
             return True
     return False
 
-
 def host_difference(host: str, plex_url: str) -> str:
-    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all.
-
-    "localhost" is right only where both are one machine.  A server in a container is another one.
-    """
+    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
+    # "localhost" is right only where both are one machine.  A server in a container is another one.
     address, here = guess_address(plex_url), is_here(host)
     if host in ("localhost", "::1") or host.startswith("127."):
         here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
@@ -4796,18 +4412,14 @@ def host_difference(host: str, plex_url: str) -> str:
         return f"the host {host} has no address (a container's name?); this machine is {address}"
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
-
 def ask(url: str, headers: Mapping[str, str]) -> tuple[Reply, object]:
     """An answer, and the JSON in it (None: it is not JSON).  Raises PlexError."""
     reply = exchange(url, headers, context=tls_context(url))
     return reply, json_value(reply.body)
 
-
 def send_to(url: str) -> str:
-    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz.
-
-    It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
-    """
+    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
+    # It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
     content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
     try:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
@@ -4816,7 +4428,6 @@ def send_to(url: str) -> str:
     if TEST_EVENT.encode() in reply.body:
         return ARRIVES
     return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
-
 
 class Doctor:
     """Asks the daemon, the server and plex.tv, and yields the findings.
@@ -4838,10 +4449,8 @@ class Doctor:
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
 
     def checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
-        """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it.
-
-        Each is run before the next is asked for, so that one can depend on what another found.
-        """
+        """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it."""
+        # Each is run before the next is asked for, so that one can depend on what another found.
         config = self.config
         yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
         # -plex-token-file is Config.plex_token_file, and so on.
@@ -4914,10 +4523,8 @@ class Doctor:
         return Finding(FAIL, f"others can read {path} (mode {stat.S_IMODE(mode):o})", f"chmod 600 {shlex.quote(path)}")
 
     def daemon(self) -> Finding:
-        """Does StreamerBrainz listen on the port, in this version, and is it healthy?
-
-        Another version: the file was replaced, and the daemon not restarted since.
-        """
+        """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
+        # Another version: the file was replaced, and the daemon not restarted since.
         try:
             reply, said = ask(local_url(self.config, "/healthz"), {})
         except PlexError:
@@ -4940,10 +4547,8 @@ class Doctor:
         return Finding(OK, f"version {version}, healthy")
 
     def arrivals(self) -> Finding:
-        """Which webhooks has the daemon received, and which has it refused?
-
-        Refused ones matter only while the right ones do not come: else the mistake was corrected since.
-        """
+        """Which webhooks has the daemon received, and which has it refused?"""
+        # Refused ones matter only while the right ones do not come: else the mistake was corrected since.
         reply, said = ask(local_url(self.config, "/now") + self.query, {})
         if reply.status != 200:
             return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
@@ -4988,10 +4593,8 @@ class Doctor:
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
 
     def webhook(self) -> Finding:
-        """Has the owner's account at plex.tv a webhook that leads here?
-
-        A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
-        """
+        """Has the owner's account at plex.tv a webhook that leads here?"""
+        # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
         plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
         reply, found = ask(f"{plex_tv}/api/v2/user/webhooks", {
             "Accept": "application/json", "X-Plex-Token": self.plex.current_token,
@@ -5057,7 +4660,6 @@ class Doctor:
         return Finding(OK, f"intact, form {SCHEMA_VERSION}; last webhook: {iso_time(last) or 'none yet'}; "
                        f"{conflicts} open conflicts, {failed} failed entries")
 
-
 def doctor(config: Config) -> int:
     """Print each finding, then the likely causes, likeliest first; -> 1 if a check failed."""
     log.setLevel(logging.ERROR)                       # what would be a warning is a finding here
@@ -5096,7 +4698,6 @@ _KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (
         ("103", "Teardrop", "Massive Attack", "Mezzanine", "331000")))
 _PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
           "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
-
 # (second, what the viewer reads, state, item, the webhook that Plex sends, how often it sends it)
 EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (0, "You press play in Plexamp.", PLAYING, _KARMA_POLICE, "media.play", 1),
@@ -5129,7 +4730,6 @@ class _StandInHandler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the log is the daemon's."""
-
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
@@ -5180,7 +4780,6 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return exchange(url, {"Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"},
                         body).status
 
-
 def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
     """Play the script against the listener on a port, then put Stop into the inbox."""
     start = time.monotonic() + 0.5                    # when the first events come, the daemon listens
@@ -5191,7 +4790,6 @@ def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
         for _ in range(count):
             plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
     inbox.put(Stop())
-
 
 def demo(config: Config) -> int:
     """Play an evening: the stand-in sends real webhooks to the real daemon, which looks at the stand-in's sessions."""
@@ -5230,17 +4828,13 @@ COMMANDS: dict[str, Callable[[Config], int]] = {
 WORDS_AFTER = {"players": 1, "tracker": 99, "hook": 1}      # how many may follow a command; the others: none
 NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
 
-
 def two_dashes(words: Sequence[str]) -> list[str]:
     """Arguments with -flag as --flag."""
     return [f"-{word}" if re.match("-[a-z]{2}", word) else word for word in words]
 
-
 class FlagParser(argparse.ArgumentParser):
-    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors.
-
-    Inside, each flag has two dashes: with one, argparse would take -plex-token for -plex-token-file.
-    """
+    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors."""
+    # Inside, each flag has two dashes: with one, argparse would take -plex-token for -plex-token-file.
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a ConfigError, with the flags as our users write them."""
@@ -5253,10 +4847,8 @@ class FlagParser(argparse.ArgumentParser):
         return super().format_help().replace(" --", " -")
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The arguments in a line of an @FILE, with words quoted as in a shell.
-
-        A line that is not a flag may be a token that was pasted there: no message repeats it.
-        """
+        """The arguments in a line of an @FILE, with words quoted as in a shell."""
+        # A line that is not a flag may be a token that was pasted there: no message repeats it.
         if re.search("[\udc80-\udcff]", arg_line):    # how Python marks bytes that are not UTF-8
             raise ConfigError(NOT_UTF_8)
         arg_line = arg_line.removeprefix("\ufeff")    # Windows' Notepad begins a file with it
@@ -5270,7 +4862,6 @@ class FlagParser(argparse.ArgumentParser):
             raise ConfigError(f"a line of the @FILE has more than a flag and its value: {quoted(words[0])}; "
                               "put the value in quotes.")
         return two_dashes(words)
-
 
 def number_from(lowest: int, highest: int, name: str, unit: str, or_zero: bool = False, whole: bool = False
                 ) -> Callable[[str], float]:
@@ -5287,12 +4878,8 @@ def number_from(lowest: int, highest: int, name: str, unit: str, or_zero: bool =
         return int(value) if whole else value
     return convert
 
-
-port_number = number_from(1, 65535, "port", "a number", whole=True)
 whole_number = number_from(0, 10**6, "whole number", "one", whole=True)
 interval_s = number_from(1, 86400, "interval", "seconds", or_zero=True)
-speed_factor = number_from(1, 100, "speed", "a number")
-
 
 def server_url(word: str) -> str:
     """The base URL of a server, without a slash at its end.  The URL itself is in no message: it may hold a token."""
@@ -5308,22 +4895,17 @@ def server_url(word: str) -> str:
         raise argparse.ArgumentTypeError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
 
-
 # -- The flags and the Config
-
 # The values of flags that do not take every word.
-TYPES = {"webhooks_port": port_number, "rate_limit": whole_number, "plex_server_url": server_url,
-         "poll_interval_s": interval_s, "active_timeout_s": interval_s, "tracker_log_days": whole_number,
-         "last": whole_number, "speed": speed_factor}
+TYPES = {"webhooks_port": number_from(1, 65535, "port", "a number", whole=True), "rate_limit": whole_number,
+         "plex_server_url": server_url, "poll_interval_s": interval_s, "active_timeout_s": interval_s,
+         "tracker_log_days": whole_number, "last": whole_number, "speed": number_from(1, 100, "speed", "a number")}
 CHOICES = {"log_level": tuple(LEVELS), "log_format": ("text", "json"),
            "status": (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting")}
 
-
 def flag_parser() -> FlagParser:
-    """The parser of all flags.  It reads the flags and their help in Config's docstring, the commands in main's.
-
-    A flag that is not given is left out of the result: its default is Config's.
-    """
+    """The parser of all flags.  It reads the flags and their help in Config's docstring, the commands in main's."""
+    # A flag that is not given is left out of the result: its default is Config's.
     first, _, rest = str(main.__doc__).partition("\n")
     description, _, epilog = f"{first}\n{textwrap.dedent(rest)}".partition("\n\n\n")
     form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
@@ -5340,7 +4922,6 @@ def flag_parser() -> FlagParser:
     flags.add_argument("-h", "--help", action="help", help="this help")
     flags.add_argument("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
     return parser
-
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
