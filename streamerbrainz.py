@@ -1940,8 +1940,8 @@ class Pages:
         self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
         self.started_at = time.time()
         self.paths: dict[str, Callable[[str, str], Answer]] = {
-            "/": self.page, "/now": self.now, "/events": self.events, "/cover": self.cover, "/healthz": self.healthz,
-            "/metrics": self.metrics}
+            "/": self.page, "/now": self.now, "/events": self.events, "/cover": self.cover, "/metrics": self.metrics,
+            "/healthz": self.healthz}
 
     def page(self, query: str, host: str) -> Answer:
         """The status page.  It may load nothing but its own style, script and picture."""
@@ -4825,7 +4825,6 @@ def demo(config: Config) -> int:
 COMMANDS: dict[str, Callable[[Config], int]] = {
     "run": run, "players": players, "doctor": doctor, "tracker": tracker_command, "secret": make_secret, "hook": hook,
     "demo": demo}
-WORDS_AFTER = {"players": 1, "tracker": 99, "hook": 1}      # how many may follow a command; the others: none
 NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
 
 def two_dashes(words: Sequence[str]) -> list[str]:
@@ -4938,7 +4937,8 @@ def parse_config(words: Sequence[str]) -> Config:
         flag = re.sub("^--?|=.*", "-", unknown[0]).rstrip("-")
         hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
         raise ConfigError(f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}")
-    if len(rest) > WORDS_AFTER.get(command, 0):
+    # How many words may follow a command.
+    if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
     if command == "players":
