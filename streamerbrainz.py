@@ -37,14 +37,14 @@ Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter
 thread              owns                               never
 main                nothing: it starts the others and  (see outlive_main)
                     ends, to free its memory
-watcher             the PlayerStates and when to look  waits longer than PLEX_S (and the name server)
+watcher             the PlayerStates and when to look  waits for Plex over PLEX_S (and the name server)
 listener            the listening socket               reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
-worker              the tracker's shows and marks      delays an answer or the watcher
+worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-signals             waiting for a signal, which all    decides; it puts Stop into the inbox, and ends a
-                    other threads block                process that does not stop
+signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
+                    other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
 (pictures).  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
@@ -588,7 +588,7 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
 
 # -- Sessions: XML -> (Session, ...) (parse_sessions)
 # Products whose viewOffset stands still while they play; a capture of Plex for Sonos shows it.
-FREEZING_PRODUCTS = frozenset({"Plex for Sonos"})
+STILL_PRODUCTS = frozenset({"Plex for Sonos"})
 IS_PLEX = "Does -plex-server-url point to Plex Media Server?"
 
 class Session(NamedTuple):
@@ -609,9 +609,9 @@ class Session(NamedTuple):
         return self.session_key, self.item.identity
 
     @property
-    def can_freeze(self) -> bool:
+    def must_move(self) -> bool:
         """Whether its view_offset should move: it says that it plays, and gives a position."""
-        return self.state == PLAYING and self.view_offset is not None and self.product not in FREEZING_PRODUCTS
+        return self.state == PLAYING and self.view_offset is not None and self.product not in STILL_PRODUCTS
 
 class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE before its entities can grow ("billion laughs"): Plex never sends one."""
@@ -746,9 +746,9 @@ RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
 # How long a playing view_offset must stand still before the player is taken for dead: three renewals, as Plex renews it
-# each 10 to 15 s.  When a look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  Then a
-# track on repeat must not be at the same position again by chance, as one of 10, 20 or 40 s would be after 40 s.  41 is
-# a prime: only a track of 41 s would be.
+# each 10 to 15 s.  When a look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  By then
+# a track on repeat may be at that position again, if its length divides the wait: 10, 20 and 40 s divide 40.  41 is a
+# prime: only a track of 41 s can be.
 FROZEN_S = 41.0
 # A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
 # that are missing in a row make a warning.
@@ -959,7 +959,7 @@ def follow(trace: Trace | None, session: Session, at: float) -> Trace:
 
 def frozen(trace: Trace, heard_at: float, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
-    return trace.session.can_freeze and at - max(trace.since, heard_at) >= FROZEN_S
+    return trace.session.must_move and at - max(trace.since, heard_at) >= FROZEN_S
 
 def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
     """A session's trace after the choice: if it stands still beside the chosen one, it is stale.
@@ -970,14 +970,14 @@ def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
     """
     if chosen is None or trace.session is chosen or chosen.item.type == PHOTO:
         return trace
-    still = trace.session.state == PAUSED or (trace.session.can_freeze and trace.since < at)
+    still = trace.session.state == PAUSED or (trace.session.must_move and trace.since < at)
     return trace._replace(stale=True) if still else trace
 
 def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.
 
-    A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A
-    position that has not moved: when FROZEN_S are over.  A player that buffers: after BUFFERING_S.
+    A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A position that has not
+    moved (if there are slow looks): when FROZEN_S are over.  A player that buffers: after BUFFERING_S.
     """
     claim, met = player.claim, player.claim is None or player.claim.met_by(player.state, player.item)
     if not met and player.looks < len(RELOOK_S):
@@ -986,7 +986,7 @@ def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerStat
     player = player._replace(claim=None, looks=0, look_at=slow, look_why="poll")
     if claim and met:
         player = look_no_later(player, at + CONFIRM_S)
-    if slow and chosen and chosen.session.can_freeze and chosen.since < at:
+    if slow and chosen and chosen.session.must_move and chosen.since < at:
         player = look_no_later(player, max(chosen.since, player.heard_at) + FROZEN_S)
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
@@ -1593,7 +1593,7 @@ class Watcher:
 
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
-# Way: Status -> Board -> Pages.answer(path) -> Answer, which the Listener sends
+# Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
 # Needs: Ground
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
@@ -1928,7 +1928,7 @@ class Answer(NamedTuple):
     status: int = 200
     body: bytes = b""
     media_type: str = "text/plain; charset=utf-8"
-    headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})    # for all: Handler.send()
+    headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})    # not for all: see send()
     events: Iterator[bytes] | None = None     # instead of a body: it goes on until one side ends it
 
 class Pages:
@@ -2114,7 +2114,7 @@ MAX_BODY = 8 * 2**20
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.
 MAX_TRAILERS = 100
-# How long an idle connection may hold its thread, as with Apache and Node; and any one, when all threads are taken.
+# How long an idle connection may hold its thread, as in Apache and Node; its age to be closed at, if all are taken.
 KEEP_ALIVE_S, CROWDED_S = 5.0, 1.0
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
@@ -3446,7 +3446,7 @@ class Asked(NamedTuple):
 
 class Worker:
     """Finishes the journal's entries: finds the show, then marks what was watched, or makes a conflict."""
-    # It asks the server and TMDB before a transaction, never within: answers to webhooks wait for it.
+    # It asks the server and TMDB before a transaction, not within: answers to webhooks wait for its end.
 
     def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):
         """plex None: no server can be asked."""
@@ -4121,7 +4121,7 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there.
 
-    Then the watcher has judged it all the same.
+    If a write fails, it is judged all the same.
     """
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
@@ -4682,7 +4682,7 @@ def doctor(config: Config) -> int:
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
 # Way: EVENING -> StandIn (its sessions, its webhooks) -> the real listener and the real daemon -> log lines
-# Threads: "stand-in" answers for Plex, "evening" plays the script.  Everything else is as in the Daemon.
+# Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
 # Needs: Ground
 # Needs of Player: PlexServer, encode_webhook, exchange, Inbox, Stop
 # Needs of Listener: Gate, Listener, WEBHOOK_PATH
