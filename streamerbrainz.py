@@ -82,6 +82,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import random
@@ -487,7 +488,7 @@ class Webhook(NamedTuple):
     user: bool = False            # the person is the owner of the account that has this webhook
     scrobble: Scrobble | None = None      # only in a media.scrobble
 
-Body = bytes | bytearray          # of a request
+Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 def parameter(message: email.message.Message, name: str, header: str) -> str:
@@ -580,11 +581,9 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     """Content-Type and body of a webhook in the form in which Plex sends it; for doctor, the demo and tests."""
     boundary = "-" * 24 + "Ag1hQ8fKx0PzJm3Wc5Ys7T"
     part = b"--%b\r\nContent-Disposition: form-data; name=%b\r\nContent-Type: %b\r\n\r\n%b\r\n"
-    parts = [(b'"payload"', b"application/json", payload)]
-    if thumb:
-        parts.append((b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
-    body = b"".join(part % (boundary.encode(), *fields) for fields in parts) + b"--%b--\r\n" % boundary.encode()
-    return f"multipart/form-data; boundary={boundary}", body
+    parts = ((b'"payload"', b"application/json", payload), (b'"thumb"; filename="thumb.jpg"', b"image/jpeg", thumb))
+    body = b"".join(part % (boundary.encode(), *fields) for fields in parts[:1 + bool(thumb)])
+    return f"multipart/form-data; boundary={boundary}", body + b"--%b--\r\n" % boundary.encode()
 
 # -- Sessions: XML -> (Session, ...) (parse_sessions)
 # Products whose viewOffset stands still while they play; a capture of Plex for Sonos shows it.
@@ -2267,8 +2266,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         got = len(body)
         if got == LARGE_BODY < length:
             self.enter_large(held)
-            body = bytearray(body).ljust(length, b"\0")
-            got += self.rfile.readinto(memoryview(body)[got:])
+            whole = mmap.mmap(-1, length)             # pages of its own: malloc would keep 2 MB for each thread
+            whole.write(body)
+            got, body = got + self.rfile.readinto(memoryview(whole)[got:]), whole
         if got < length:
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
@@ -4937,7 +4937,6 @@ def parse_config(words: Sequence[str]) -> Config:
         flag = re.sub("^--?|=.*", "-", unknown[0]).rstrip("-")
         hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
         raise ConfigError(f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}")
-    # How many words may follow a command.
     if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
