@@ -2746,9 +2746,27 @@ def hook(tmp_path):
 
 @contextlib.contextmanager
 def hooking(command, active_timeout_s=10.0):
+    """Hooks in a thread, which ends with the test: later it would write into the log of another one."""
     hooks = sb.Hooks(sb.hook_command(command), active_timeout_s)
-    threading.Thread(target=hooks.run, daemon=True).start()
-    yield hooks
+    take = hooks.take
+
+    def take_or_end(change):
+        if change is None:
+            raise EOFError
+        take(change)
+
+    def run():
+        with contextlib.suppress(EOFError):
+            hooks.run()
+    hooks.take = take_or_end
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield hooks
+    finally:
+        hooks.inbox.put(None)
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def changed(state=PLAYING, old=STOPPED, item=SONG):
