@@ -399,9 +399,9 @@ def is_private(path: str, mode: int) -> bool:
     # The credentials of systemd look readable for a group, but the folder around them is closed to others.
     return not mode & 0o077 or os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
 
-def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
-    """The secrets in a flag's file, one a line (`most` at most), and the file's version; raises ConfigError."""
-    name = SECRETS[flag]
+def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """The secrets in a flag's file (of webhooks two lines at most), and the file's version; raises ConfigError."""
+    name, most = SECRETS[flag], 2 if flag == "-webhook-secret-file" else 1
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
             mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
@@ -423,16 +423,16 @@ def read_secrets(flag: str, path: str, most: int) -> tuple[tuple[str, ...], tupl
 class SecretFile:
     """The secrets in a file, read again when it has changed.  For one thread, or under a lock."""
 
-    def __init__(self, flag: str, path: str, most: int = 1):
-        """most: how many lines it may have.  Raises ConfigError if there is no secret in it."""
-        self.flag, self.path, self.most = flag, path, most
-        self.words, self.version = read_secrets(flag, path, most)
+    def __init__(self, flag: str, path: str):
+        """flag: one of SECRETS, which reads this file.  Raises ConfigError if there is no secret in it."""
+        self.flag, self.path = flag, path
+        self.words, self.version = read_secrets(flag, path)
 
     def renewed(self) -> tuple[str, ...]:
         """The secrets that are valid now.  While the file is being replaced or cannot be read: the last ones."""
         if self.version != (version := file_version(self.path)):
             try:
-                self.words, self.version = read_secrets(self.flag, self.path, self.most)
+                self.words, self.version = read_secrets(self.flag, self.path)
                 say(logging.INFO, f"the {SECRETS[self.flag]} was read again", file=self.path)
             except ConfigError as error:
                 self.version = version                # say it once; try again when the file changes
@@ -2445,7 +2445,7 @@ def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
     path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
     is_there = os.path.exists(path) and os.path.getsize(path)
-    before = SecretFile("-webhook-secret-file", path, 2).words[:1] if is_there else ()
+    before = SecretFile("-webhook-secret-file", path).words[:1] if is_there else ()
     secret = secrets.token_urlsafe(32)
     try:
         folder, name = os.path.split(os.path.abspath(path))
@@ -4254,7 +4254,7 @@ def open_listener(config: Config) -> Listener | None:
 def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
     inbox: Inbox = queue.SimpleQueue()
-    secret = SecretFile("-webhook-secret-file", config.webhook_secret_file, 2) if config.webhook_secret_file else None
+    secret = SecretFile("-webhook-secret-file", config.webhook_secret_file) if config.webhook_secret_file else None
     listener = open_listener(config)
     if listener is None:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
@@ -4514,7 +4514,7 @@ class Doctor:
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
-        words, _ = read_secrets(flag, path, 2 if flag == "-webhook-secret-file" else 1)
+        words, _ = read_secrets(flag, path)
         self.hidden += words
         if flag == "-webhook-secret-file":
             self.secrets, self.query = words, f"?token={urllib.parse.quote(words[0], '')}"

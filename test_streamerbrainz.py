@@ -740,7 +740,7 @@ def test_a_secret_must_survive_a_url(tmp_path, content, sentence):
     file = tmp_path / "secret"
     file.write_text(content)
     with pytest.raises(sb.ConfigError, match=re.escape(sentence)):
-        sb.SecretFile("-webhook-secret-file", str(file), 2)
+        sb.SecretFile("-webhook-secret-file", str(file))
 
 
 # === Player ===
@@ -2214,7 +2214,7 @@ def test_the_page_shows_what_plays_and_no_secret(listener, tmp_path):
     file = tmp_path / "secret"
     file.write_text("0123456789abcdef")
     file.chmod(0o600)
-    listener.gate.secret, listener.pages.has_secret = sb.SecretFile("-webhook-secret-file", str(file), 2), True
+    listener.gate.secret, listener.pages.has_secret = sb.SecretFile("-webhook-secret-file", str(file)), True
     publish(listener)
     assert get(listener)[0] == 401
     seen_everywhere(listener)
@@ -2639,7 +2639,7 @@ def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_log
     file = tmp_path / "secret"
     file.write_text("SECRET+of/base64=")
     file.chmod(0o600)
-    gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(file), 2))
+    gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(file)))
     gate.check("token=SECRET+of/base64=")
     gate.check("token=SECRET%2Bof%2Fbase64%3D")
     for path in ("/webhooks/plex%3Ftoken=SECRET+of/base64=", "/webhooks/plex&token=SECRET+of/base64=", "/x;SECRET+of/base64="):
@@ -2659,7 +2659,7 @@ def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex
     monkeypatch.setenv("HOME", str(tmp_path))
     assert call("secret").status == 0
     assert stat.S_IMODE((tmp_path / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
-    with Running(plex, None, gate=sb.Gate(sb.SecretFile("-webhook-secret-file", str(file), 2), 100)) as daemon:
+    with Running(plex, None, gate=sb.Gate(sb.SecretFile("-webhook-secret-file", str(file)), 100)) as daemon:
         assert [send(daemon, event="media.rate", query=query) for query in (
             f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
             f"?tok={new}", "?token=%ff", "?" + "token=a&" * 900)] == [200] * 5 + [401] * 6
@@ -3941,7 +3941,7 @@ def sick(plex, tmp_path, token_file, monkeypatch):
         secret = tmp_path / "secret"
         secret.write_text("0123456789abcdef")
         secret.chmod(0o600)
-        gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(secret), 2))
+        gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(secret)))
         daemon = stack.enter_context(Running(plex, None, gate=gate))
 
         def examine(*words):
