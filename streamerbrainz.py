@@ -1264,6 +1264,7 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
             raise http.client.IncompleteRead(content, answer.length)
         return Reply(answer.status, answer.headers, content)
 
+@functools.lru_cache(maxsize=4)         # to load the CAs takes 30 ms, and the tracker asks TMDB for each show
 def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
     """How to verify an https server; None for http.  Raises ConfigError for a bad ca_file ("": the system's CAs)."""
     try:
