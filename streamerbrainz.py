@@ -717,8 +717,10 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 #   a look          at /status/sessions says what is so now.  Sessions lag behind a webhook by up to
 #                   2 s, and a player that crashed stays in them for 3 to 30 minutes.
 # Where there is a server to ask, only a look changes what is believed.  A webhook or a notification is
-# a reason to look at once, and a Claim: if the sessions do not agree with it yet, we look again for some
-# seconds.  Where there is no server, the webhooks decide.
+# a reason to look at once, and a Claim.  Where there is no server, the webhooks decide.  Three rules do most of the work:
+#   A claim waits for the sessions that it is about: until they agree, we look again for some seconds.
+#   A session counts while it lives: while it moves, or a witness speaks of it.  Others stand still: a crash left them.
+#   Of positions, the latest that a witness said counts.
 
 # (what is believed, what a witness says) -> what is believed then; None: wait until it says more.
 TRANSITIONS = {
@@ -738,12 +740,20 @@ FOREIGN_S = 1.0
 LATE_S = 10.0
 # From one look to the next while a player buffers; for FROZEN_S, no longer.
 BUFFERING_S = 2.0
-# The waits between looks while the sessions do not agree with a claim.  Sessions lag by up to 2 s.  Steps
-# of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
-RELOOK_S = (0.1, 0.15, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0)
+# When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s.  Steps of
+# 0.25 s find a change that lasts only 2 s; steps that double would miss it.  And so many claims may wait at once.
+RELOOK_S, MAX_CLAIMS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5), 8
+# The same after a notification that does not say whose it is, until a look shows its session.
+WHOSE_S = (FOREIGN_S, 2.5)
+# No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
+# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
+MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
+# A session that plays shows life at least so often: Plex renews its position, and repeats its notification, each 10 to
+# 15 s.  What was silent for longer while a newer session of the player began was left behind by a crash.
+RENEWED_S, LIFE_S = 10.0, 16.0
 # How long a playing view_offset must stand still before the player is taken for dead: three renewals, as Plex renews it
 # each 10 to 15 s.  When a look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  By then
 # a track on repeat may be at that position again, if its length divides the wait: 10, 20 and 40 s divide 40.  41 is a
@@ -781,17 +791,35 @@ class Claim(NamedTuple):
     state: str                    # PLAYING, PAUSED or STOPPED
     identity: str                 # Item.identity; "": not given
     by: str                       # webhook or events
+    session_key: str              # Session.session_key; "": not given (webhooks)
+    at: float                     # when it was said
+    view_offset: int | None = None    # ms; None: not given, or perhaps late (webhooks)
+    ours: bool = True             # False: perhaps of another player
 
-    def met_by(self, state: str, item: Item | None) -> bool:
-        """Whether the sessions agree, or have already moved on (this item stopped, and another plays)."""
-        same = item is None or self.identity in ("", item.identity)
-        return state == STOPPED or not same if self.state == STOPPED else state == self.state and same
+    @property
+    def waits_s(self) -> tuple[float, ...]:
+        """When to look again, in seconds after it was said."""
+        return RELOOK_S if self.ours else WHOSE_S
+
+    def about(self, session: Session) -> bool:
+        """Whether it speaks of a session.  A notification of live TV may have a rating key that the session lacks."""
+        same_item = self.identity in ("", session.item.identity) or (self.session_key and not session.item.rating_key)
+        return self.session_key in ("", session.session_key) and bool(same_item)
+
+    def met_by(self, sessions: Iterable[Session]) -> bool:
+        """Whether the player's sessions agree.  One that buffers is about to play."""
+        states = {each.state for each in sessions if self.about(each)}
+        agreeing = {PLAYING, BUFFERING} if self.state == PLAYING else {self.state}
+        return not states if self.state == STOPPED else not states.isdisjoint(agreeing)
 
 class Trace(NamedTuple):
     """What is remembered of a session from one look to the next."""
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
-    stale: bool = False           # left behind by a crash; ignored until it moves
+    alive_at: float               # the last sign of life, as far as known: it moved, or a witness said that it plays
+    born: float                   # when its session_key was first seen
+    told: bool = False            # a witness told of its state, too
+    stale: bool = False           # perhaps left behind by a crash: a newer session began after its last sign of life
 
 class Expected(NamedTuple):
     """A change whose webhook has not come yet, or a webhook whose change has not been seen yet."""
@@ -811,6 +839,7 @@ class Proof(NamedTuple):
     arrived: int = 0
     missed: int = 0
     in_a_row: int = 0             # missed since the last one that arrived
+    heard_at: float = -math.inf   # when the last webhook of our player came, whatever it told
     delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
     @property
@@ -825,14 +854,14 @@ class PlayerState(NamedTuple):
     poll_interval_s: float = 0.0  # between slow looks; 0: none
     state: str = STOPPED          # as reported last
     item: Item | None = None      # what plays, or played last; None: nothing yet
+    session_key: str = ""         # of the session that showed it
     previous: str = ""            # Item.identity of what played before it
     player_title: str = ""
     view_offset: int = 0          # ms; 0: not given
     moved_at: float = 0.0         # when view_offset was first seen
     changed_at: float = -math.inf  # when state or item changed last
-    heard_at: float = -math.inf   # when a webhook or a notification last said that it plays
-    claim: Claim | None = None    # what a webhook or a notification says, and the sessions do not yet
-    looks: int = 0                # made so far for the claim, or in the outage
+    claims: tuple[Claim, ...] = ()    # what webhooks and notifications say, and the sessions do not yet; newest first
+    looked: tuple[float, ...] = ()    # when the last MAX_LOOKS looks were
     look_at: float | None = None  # when to look next; None: not before something is heard
     look_why: str = "sessions"    # "poll": the next look is a slow look; "sessions": there is a reason for it
     proof: Proof = Proof()
@@ -840,6 +869,7 @@ class PlayerState(NamedTuple):
     foreign_keys: frozenset[str] = frozenset()    # Session.session_key of the other players, at the last look
     outage: Outage | None = None  # None: the last look succeeded
     outage_at: float = 0.0        # when it began
+    retries: int = 0              # looks that failed in it
 
     def plays(self, identity: str) -> bool:
         """Whether that is the item that plays, or played last."""
@@ -868,20 +898,43 @@ def look_no_later(player: PlayerState, at: float) -> PlayerState:
         return player
     return player._replace(look_at=at, look_why="sessions")
 
-def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int | None, moved_at: float, at: float,
+def within_budget(player: PlayerState) -> PlayerState:
+    """The player, with its next look put off until the budget allows it."""
+    if player.look_at is None:
+        return player
+    recent = [at for at in player.looked if at > player.look_at - BUDGET_S]
+    if len(recent) < FREE_LOOKS:
+        return player
+    gap_s = (recent[0] + BUDGET_S - recent[-1]) / (MAX_LOOKS + 1 - len(recent))
+    return player._replace(look_at=max(player.look_at, recent[-1] + gap_s))
+
+def claimed(player: PlayerState, claim: Claim, at: float, wait_s: float = 0.0) -> PlayerState:
+    """The player with one more claim, and its next look after wait_s at the latest; in an outage Plex gets a rest."""
+    same = [each for each in player.claims if each[:4] == claim[:4]]
+    if claim.ours or not same:                        # who repeats that somebody plays does not put off the looks
+        claims = (claim, *(each for each in player.claims if each not in same))
+        player = player._replace(claims=claims[:MAX_CLAIMS])
+    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else wait_s))
+
+def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
+    """The player after a sign of life of the session that a claim is about, and of no other."""
+    # A webhook names no session: it may mean what plays, but wakes no ghost of the same item, or of the item before.
+    key = claim.session_key or (player.session_key if player.state != STOPPED else None)
+    return player._replace(traces=tuple(
+        trace._replace(alive_at=at, stale=False) if trace.session.session_key == key and claim.about(trace.session)
+        else trace for trace in player.traces))
+
+def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
            player_title: str, by: str, reason: str = "") -> Verdict:
     """A witness is believed: the player after it, and the Change, if anything changed.
 
     witnessed: what the player does, and with which item; moved_at: when it was at view_offset.
-    view_offset None: not given; then an item that plays on has moved since, and a new one begins at 0.
     """
     state = TRANSITIONS[player.state, witnessed]
-    if item is None or state is None:
+    if item is None or state is None or state == player.state == STOPPED:
         return player, ()
     same = player.plays(item.identity)
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
-    if view_offset is None:
-        view_offset, moved_at = position_ms(player, at) if same else 0, at
     player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
                              changed_at=at if changed else player.changed_at,
                              previous=player.previous if same or not player.item else player.item.identity,
@@ -896,13 +949,15 @@ def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Ver
     Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S
     of the change: Plex sent it before the webhook that made the change.
     """
-    claimed, item = CLAIMS.get(webhook.event), webhook.item or player.item
-    if claimed is None or item is None or webhook.player_uuid != player.machine_identifier:
+    state, item = CLAIMS.get(webhook.event), webhook.item or player.item
+    if state is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
     left = item.identity == player.previous or (player.state == STOPPED and player.plays(item.identity))
     if left and webhook.event != "media.play" and at < player.changed_at + LATE_S:
         return player, ()
-    return become(player, claimed, item, webhook.view_offset, at, at, webhook.player_title, "webhook")
+    goes_on = position_ms(player, at) if player.state != STOPPED and player.plays(item.identity) else 0
+    return become(player, state, item, goes_on if webhook.view_offset is None else webhook.view_offset, at, at,
+                  webhook.player_title, "webhook")
 
 def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook: a reason to look, at once for our player, soon for another one."""
@@ -910,14 +965,12 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
         return after_webhook_alone(player, webhook, at)
     if not webhook.player_uuid:
         return player, ()
-    ours, claimed = webhook.player_uuid == player.machine_identifier, CLAIMS.get(webhook.event)
-    if ours and claimed == PLAYING:
-        player = player._replace(heard_at=at)
-    if ours and claimed:
-        claim = Claim(claimed, webhook.item.identity if webhook.item else "", "webhook")
-        player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
-    wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
-    return look_no_later(player, at + wait_s), ()
+    state, ours = CLAIMS.get(webhook.event), webhook.player_uuid == player.machine_identifier
+    if not ours or state is None:
+        wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
+        return look_no_later(player, at + wait_s), ()
+    claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
+    return claimed(revived(player, claim, at) if state == PLAYING else player, claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -925,71 +978,119 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     Older servers do not name the player.  Then the session tells whose it is: another
     player's is ignored, and an unknown one needs a look to tell.
     """
-    if notification.client_identifier not in ("", player.machine_identifier):
+    key, keys = notification.session_key, {trace.session.session_key for trace in player.traces}
+    named = bool(notification.client_identifier)
+    if named and notification.client_identifier != player.machine_identifier or not named and key in player.foreign_keys:
         return player, ()
-    if not notification.client_identifier:
-        if notification.session_key in player.foreign_keys:
-            return player, ()
-        if notification.session_key not in {trace.session.session_key for trace in player.traces}:
-            return look_no_later(player, at + FOREIGN_S), ()
-    if notification.state in (PLAYING, BUFFERING):
-        player = player._replace(heard_at=at)
-    unnamed = player.item is not None and "" in (notification.rating_key, player.item.rating_key)      # live TV
-    same, state = unnamed or player.plays(notification.rating_key), TRANSITIONS[player.state, notification.state]
-    if state in (player.state, None) and (same or state == STOPPED):
-        if same and notification.view_offset is not None:
-            player = player._replace(view_offset=clamp(notification.view_offset, player.item), moved_at=at)
+    said = Claim(notification.state, notification.rating_key, "events", key, at, notification.view_offset)
+    if not named and key not in keys:
+        return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
+    if said.state == STOPPED and key not in keys:     # a stop may come without the session's key, or under a new one
+        said = said._replace(session_key="")
+    known = [trace for trace in player.traces if said.about(trace.session)]
+    if not known and said.state == STOPPED:           # of an item that is over already
         return player, ()
-    # In a flood of contradicting notifications each takes the place of the last claim, but causes no look of its own.
-    disputed = player.claim is not None and player.claim.by == "events" and player.look_at is not None
-    claim = Claim(state or PAUSED, notification.rating_key, "events")
-    player = player._replace(claim=claim, looks=player.looks if player.outage else 0)
-    return (player if disputed else look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0))), ()
+    alive = player if said.state in (PAUSED, STOPPED) else revived(player, said, at)
+    if not known or not all(repeats(player, trace.session, said.state) for trace in known):
+        return claimed(alive, said._replace(state=TRANSITIONS[player.state, said.state] or PAUSED), at), ()
+    if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
+        alive = alive._replace(view_offset=clamp(said.view_offset, player.item), moved_at=at)
+    return look_no_later(alive, at) if any(trace.stale for trace in known) else alive, ()
+
+def repeats(player: PlayerState, session: Session, said: str) -> bool:
+    """Whether a notification repeats what is known of a session; of what the player plays, that is what we reported."""
+    believed = player.state if session.session_key == player.session_key and player.plays(session.item.identity) else \
+        PLAYING if session.state == BUFFERING else session.state
+    return TRANSITIONS[believed, said] in (believed, None)
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
     return (player if stream.event == "failed" or player.outage else look_no_later(player, at)), ()
 
-def follow(trace: Trace | None, session: Session, at: float) -> Trace:
-    """A session's trace after a look.  It starts anew when state or position have changed: the session is alive."""
-    if trace and (trace.session.state, trace.session.view_offset) == (session.state, session.view_offset):
-        return trace._replace(session=session)
-    return Trace(session, at)
+def follow(player: PlayerState, session: Session, at: float) -> Trace:
+    """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
+    same = [trace for trace in player.traces if trace.session.session_key == session.session_key]
+    before = next((trace for trace in same if trace.session.key == session.key), None)
+    if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
+        return before._replace(session=session)
+    told = [claim for claim in player.claims if claim.state == session.state and claim.about(session)] or \
+        [trace for trace in same if trace.told and trace.session.state == session.state]
+    alive_at, now, was = at, session.view_offset, before.session.view_offset if before else None
+    if before and None not in (now, was) and session.state == before.session.state == PLAYING and now > was:
+        # It played on since the last look, which may be long ago, and may have crashed since then.
+        alive_at = min(at, max(at - RENEWED_S, before.since + (now - was) / 1000))
+    return Trace(session, at, alive_at, same[0].born if same else at, bool(told))
 
-def frozen(trace: Trace, heard_at: float, at: float) -> bool:
+def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
-    return trace.session.must_move and at - max(trace.since, heard_at) >= FROZEN_S
+    return trace.session.must_move and at - max(trace.since, trace.alive_at) >= FROZEN_S
 
-def outlast(trace: Trace, chosen: Session | None, at: float) -> Trace:
-    """A session's trace after the choice: if it stands still beside the chosen one, it is stale.
+def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
+    """A session's trace, stale if a newer session of the player began after its last sign of life.
 
     A player that crashed and was started again has two sessions: the new one, and the old one
     that stands still.  When the new one ends, the old one must not be reported as playing.  A
     photo does not count as the new one: people look at photos while a track is paused.
     """
-    if chosen is None or trace.session is chosen or chosen.item.type == PHOTO:
-        return trace
-    still = trace.session.state == PAUSED or (trace.session.must_move and trace.since < at)
-    return trace._replace(stale=True) if still else trace
+    def age(each: Trace) -> tuple[float, int]:
+        return each.born, number(each.session.session_key) or 0
+    still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
+    newer = still and any(age(each) > age(trace) and each.born >= trace.alive_at and each.session.item.type != PHOTO
+                          for each in traces)
+    return trace._replace(stale=True) if newer else trace
 
-def schedule(player: PlayerState, chosen: Trace | None, at: float) -> PlayerState:
-    """The player after a successful look, with the time of the next one.
+def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
+    """Whether a session counts.  What is believed to play does until it is frozen, another one for LIFE_S."""
+    # One player can have two that play (a cast, several rooms).  When the newest ends, the other one is what it does
+    # then, if it lives.  If it is stale, we wait until it shows life: nobody knows yet whether it was left by a crash.
+    believed = player.state == PLAYING and player.session_key == trace.session.session_key and not trace.stale
+    if trace.session.must_move and not believed:
+        return at - trace.alive_at < LIFE_S
+    return not trace.stale and not frozen(trace, at)
+
+def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
+    """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
 
     A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A position that has not
     moved (if there are slow looks): when FROZEN_S are over.  A player that buffers: after BUFFERING_S.
     """
-    claim, met = player.claim, player.claim is None or player.claim.met_by(player.state, player.item)
-    if not met and player.looks < len(RELOOK_S):
-        return player._replace(look_at=at + RELOOK_S[player.looks], look_why="sessions", looks=player.looks + 1)
+    begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
+    keys = {trace.session.session_key for trace in traces}
+    met = [each for each in player.claims if each.session_key in player.foreign_keys or
+           ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
+    claims = tuple(each for each in player.claims if each not in met and begun < each.at + each.waits_s[-1])
     slow = at + player.poll_interval_s if player.poll_interval_s else None
-    player = player._replace(claim=None, looks=0, look_at=slow, look_why="poll")
-    if claim and met:
+    player = player._replace(claims=claims, look_at=slow, look_why="poll")
+    for claim in {each.waits_s: each for each in claims[::-1]}.values():      # the newest of each kind serves the others
+        marks = (claim.at + wait_s for wait_s in claim.waits_s)
+        player = look_no_later(player, next((mark for mark in marks if mark > at), at))
+    if any(claim.ours for claim in met):
         player = look_no_later(player, at + CONFIRM_S)
     if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(chosen.since, player.heard_at) + FROZEN_S)
+        player = look_no_later(player, max(chosen.since, chosen.alive_at) + FROZEN_S)
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
+    for trace in traces:
+        if trace.stale:                               # by then it has shown life, or is dead
+            player = look_no_later(player, trace.alive_at + LIFE_S)
     return player
+
+def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
+    """After a look that shows what the player does.  Its position is the latest that a witness said."""
+    session, state = chosen.session, chosen.session.state
+    about = [claim for claim in player.claims if claim.about(session)]
+    if state == BUFFERING and any(claim.state == PLAYING for claim in about):
+        state = PLAYING                               # two witnesses agree: it is starting
+    by = next((claim.by for claim in about if claim.state == state), player.look_why)
+    said = [(chosen.since, session.view_offset, chosen.since),
+            *((claim.at, claim.view_offset, claim.at) for claim in about if claim.by == "events")]
+    if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
+        goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)
+        said.append((player.moved_at if player.session_key == session.session_key else -math.inf, *goes_on))
+    _, view_offset, moved_at = max((each for each in said if each[1] is not None), key=lambda each: each[0],
+                                   default=(at, 0, at))
+    return become(player._replace(session_key=session.session_key), state, session.item, view_offset or 0, moved_at, at,
+                  session.player_title, by)
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     """After a look: the sessions decide, except for those of a player that crashed.
@@ -997,42 +1098,36 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     Of our player's sessions, those that are stale or frozen do not count.  Of the others one is
     chosen (find_session), and it is what the player does.  If there is none, the player has
     stopped: its session is gone, as Plex says it, or the item that plays is in a frozen one.
+    If the best one may be stale, it is not known yet what the player does, and nothing changes.
     """
-    reports: tuple[Report, ...] = ()
-    if player.outage:
-        reports = (Recovery(at - player.outage_at),)
-        player = player._replace(outage=None, looks=0)
-    known = {trace.session.key: trace for trace in player.traces}
-    traces = [follow(known.get(session.key), session, at)
+    reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
+    changes: tuple[Report, ...] = ()
+    player = player._replace(outage=None, retries=0)
+    traces = [follow(player, session, at)
               for session in look.sessions if session.machine_identifier == player.machine_identifier]
-    dead = [trace for trace in traces if frozen(trace, player.heard_at, at)]
-    session = find_session([trace.session for trace in traces if not trace.stale and trace not in dead])
-    chosen = next((trace for trace in traces if trace.session is session), None)
-    claim, by = player.claim, player.look_why
-    if chosen and session:
-        state = session.state
-        if state == BUFFERING and claim and claim.state == PLAYING and claim.met_by(PLAYING, session.item):
-            state = PLAYING                           # two witnesses agree: it is starting
-        by = claim.by if claim and claim.met_by(state, session.item) else by
-        player, changes = become(player, state, session.item, session.view_offset, chosen.since, at,
-                                 session.player_title, by)
-    elif player.item and any(player.plays(trace.session.item.identity) for trace in dead):
-        player, changes = become(player, STOPPED, player.item, player.view_offset, at, at, "", "silence", "frozen")
-    else:                                             # the session is gone: this is how Plex says "stopped"
-        by = claim.by if claim and claim.state == STOPPED else by
-        player, changes = become(player, STOPPED, player.item, None, at, at, "", by)
+    traces = [outlast(trace, traces) for trace in traces]
+    live = {trace.session: trace for trace in traces if may_live(player, trace, at)}
+    session = find_session([*live])
+    chosen = live[session] if session else None
+    if chosen and not chosen.stale:
+        player, changes = believe(player, chosen, at)
+    elif player.item and not chosen:
+        died = any(frozen(trace, at) and player.plays(trace.session.item.identity) for trace in traces)
+        by = next((each.by for each in player.claims if each.state == STOPPED and each.ours), player.look_why)
+        view_offset = player.view_offset if died else position_ms(player, at)
+        player, changes = become(player, STOPPED, player.item, view_offset, at, at, "", "silence" if died else by,
+                                 "frozen" if died else "")
     keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
-    player = player._replace(foreign_keys=keys, traces=tuple(outlast(trace, session, at) for trace in traces))
-    return schedule(player, chosen, at), reports + changes
+    player = player._replace(foreign_keys=keys, traces=tuple(traces))
+    return schedule(player, [*live.values()], chosen, at), reports + changes
 
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
     """After a look that failed: look again, after longer and longer waits."""
     # Nothing that is believed changes, and a claim is kept until the server is back.
-    looks = player.looks + 1 if player.outage else 1
-    wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(looks - 1, 10))
+    wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(player.retries, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
     since = player.outage_at if player.outage else at
-    return player._replace(outage=outage, outage_at=since, looks=looks, look_at=at + wait_s), news
+    return player._replace(outage=outage, outage_at=since, retries=player.retries + 1, look_at=at + wait_s), news
 
 def documented(change: Change, before: PlayerState) -> bool:
     """Whether Plex documents a webhook for a change: start, pause, resume and stop."""
@@ -1050,11 +1145,14 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
 
     Each documented change must have its webhook, whichever comes first.  A webhook proves as much
     under another player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.
+    And no alarm while webhooks of our player come at all: one may be of a change too short to be seen.
     """
-    proof = player.proof
+    proof, delays_s = player.proof, list[float]()
     changes = [each for each in proof.changes if at - each.at < PROOF_S]
     webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
-    missed, delays_s = len(proof.changes) - len(changes), []
+    ours = isinstance(observation, Webhook) and observation.player_uuid == player.machine_identifier
+    heard_at = at if ours else proof.heard_at
+    missed = proof.changes[:len(proof.changes) - len(changes)]
     if isinstance(observation, Webhook) and observation.event in CLAIMS:
         webhook = Expected(CLAIMS[observation.event], observation.item.identity if observation.item else "", at)
         if met := next((each for each in changes if each.matches(webhook)), None):
@@ -1071,14 +1169,14 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
                 delays_s.append(0.0)
             else:
                 changes.append(seen)
-    in_a_row = 0 if delays_s else proof.in_a_row + missed
+    in_a_row = 0 if delays_s or ours else proof.in_a_row + sum(each.at - PROOF_S > heard_at for each in missed)
     news: tuple[Report, ...] = ()
     if proof.in_a_row < PROOF_MISSES <= in_a_row:
         news = (WebhooksMissing(in_a_row),)
-    elif delays_s and proof.in_a_row >= PROOF_MISSES:
+    elif in_a_row == 0 and proof.in_a_row >= PROOF_MISSES:
         news = (WebhooksMissing(proof.in_a_row, over=True),)
     proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
-                  proof.arrived + len(delays_s), proof.missed + missed, in_a_row,
+                  proof.arrived + len(delays_s), proof.missed + len(missed), in_a_row, heard_at,
                   (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
     return player._replace(proof=proof), news
 
@@ -1097,9 +1195,12 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
 
     at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
     """
+    if isinstance(observation, (Look, Outage)):
+        before = before._replace(looked=(*before.looked, at)[-MAX_LOOKS:])
     player, reports = AFTER[type(observation)](before, observation, at)
     if not player.has_server:
         return player, reports                        # the webhooks are the only witness: nothing proves them
+    player = within_budget(player)
     player, news = prove(before, player, observation, reports, at)
     return player, reports + news
 

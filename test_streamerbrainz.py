@@ -7,8 +7,10 @@ Real captures lie outside the repository; the tests that read them are skipped w
 from __future__ import annotations
 
 import ast
+import collections
 import contextlib
 import functools
+import heapq
 import http.client
 import http.server
 import io
@@ -1046,6 +1048,7 @@ def test_sessions_may_lag_behind_the_webhook_by_up_to_two_seconds(lag):
     judge.show(session_xml())
     judge.wait(0.25)
     assert judge.said() == [(PLAYING, A)]
+    judge.wait(sb.BUDGET_S)                                # two such series at once would take all looks
     judge.hear("media.stop")
     judge.wait(lag)
     assert judge.said() == []
@@ -1062,7 +1065,7 @@ def test_looks_end_when_the_sessions_bear_the_webhook_out_or_time_is_up():
     assert judge.looks == 2                                # the second confirms
     judge.hear("media.pause")
     judge.wait(60)
-    assert judge.looks == 3 + len(sb.RELOOK_S) and judge.player.claim is None
+    assert judge.looks == 3 + len(sb.RELOOK_S) and judge.player.claims == ()
     judge.hear("media.stop", item=OTHER)                   # of an item that is over: borne out
     judge.wait(60)
     assert judge.looks == 5 + len(sb.RELOOK_S)
@@ -1740,8 +1743,435 @@ def test_every_change_is_reported_once_in_order_and_never_falsely(seed):
         assert said == true
 
 
-@pytest.mark.parametrize("hear", [lambda judge: judge.hear("media.play", uuid="m2"), lambda judge: judge.note(PLAYING, "102", player="", key="99")])
-def test_what_may_be_of_another_player_is_looked_at_a_second_later(hear):
+# What random evenings taught
+
+def test_a_webhook_of_one_item_wakes_no_ghost_of_another():
+    judge = playing(poll_interval_s=2.0)
+    judge.wait(60)
+    assert judge.said() == [(STOPPED, A)]
+    judge.hear("media.play", OTHER)
+    judge.wait(0.5)                                        # the sessions lag, and show the ghost alone
+    judge.show(session_xml(), session_xml(key="8", item=OTHER))
+    judge.wait(5)
+    assert judge.said() == [(PLAYING, B)]
+
+
+@pytest.mark.parametrize("told", [None, 40000])
+def test_what_was_stopped_begins_at_0_or_where_a_witness_says(told):
+    judge = playing(poll_interval_s=2.0)
+    judge.wait(6)
+    judge.show()
+    judge.note(STOPPED)
+    judge.wait(5)
+    judge.show(session_xml(offset=None, key="8"))
+    judge.note(key="8", view_offset=told)
+    judge.wait(1)
+    assert [(r.state, r.position_ms) for r in judge.reports if isinstance(r, Change)] == [(STOPPED, 6000), (PLAYING, told or 0)]
+    assert sb.position_ms(judge.player, judge.at) == (told or 0) + 1000
+
+
+def test_a_late_webhook_does_not_bring_back_the_position_before_a_seek():
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.note(view_offset=90000)                          # the sessions lag: they say 0 still
+    judge.hear("media.resume")
+    judge.wait(3)
+    assert sb.position_ms(judge.player, judge.at) == 93000 and judge.said() == []
+
+
+def two(first=PLAYING, second=PLAYING, at=0, more=""):
+    """Two sessions of our player, 10 s apart in their items; the newer one is of OTHER."""
+    return session_xml(first, offset=str(at), key="7"), session_xml(second, offset=str(at), key="8", item=OTHER, **({"tag": more} if more else {}))
+
+
+def test_of_two_sessions_that_play_the_newest_counts_and_renewals_cost_no_look():
+    judge = playing(poll_interval_s=0.0)
+    judge.show(*two())
+    judge.note(PLAYING, "102", key="8", view_offset=0)
+    judge.wait(5)
+    looks = judge.looks
+    for repeat in range(1, 31):
+        judge.show(*two(at=repeat * 10000))
+        for key, rating_key in (("7", "101"), ("8", "102")):
+            judge.note(PLAYING, rating_key, key=key, view_offset=repeat * 10000)
+        judge.wait(10)
+    assert judge.said() == [(PLAYING, B)] and judge.looks - looks <= 2
+    assert sb.position_ms(judge.player, judge.at) == 264000       # not beyond its end, nor the other one's
+    for first, second, said in ((PLAYING, PAUSED, (PLAYING, A)), (PLAYING, PLAYING, (PLAYING, B)), (PAUSED, PLAYING, None), (PAUSED, PAUSED, (PAUSED, B))):
+        judge.show(*two(first, second, 301000))
+        judge.note(first, key="7")
+        judge.note(second, "102", key="8")
+        judge.wait(3)
+        assert judge.said() == [said] * (said is not None)
+    judge.show(two(PAUSED)[0])
+    judge.note(STOPPED, "102", key="8")
+    judge.wait(3)
+    assert judge.said() == [(PAUSED, A)]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_whether_the_older_of_two_sessions_lives_is_waited_for(lives):
+    """The newer one ends 3 s after its begin.  Was the older one left by a crash?"""
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.show(*two())
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(3)
+    judge.show(session_xml())
+    judge.note(STOPPED, "102", key="8")
+    judge.wait(4)
+    assert judge.said() == [(PLAYING, B)]
+    if lives:
+        judge.show(session_xml(offset="10000"))
+        judge.note(PLAYING, view_offset=10000)
+    judge.wait(sb.LIFE_S)
+    assert judge.said() == [(PLAYING, A) if lives else (STOPPED, B)]
+
+
+def test_no_more_than_twenty_looks_in_ten_seconds_whatever_comes():
+    judge, rng, looked = playing(poll_interval_s=1.0), random.Random(1), []
+    for _ in range(20000):
+        rng.choice([judge.hear, judge.note, lambda: judge.note(PAUSED, str(rng.randrange(500))), lambda: judge.hear("media.pause", OTHER),
+                    lambda: judge.hear("media.play", uuid="m2"), lambda: judge.observe(sb.Stream("opened")),
+                    lambda: judge.note(PLAYING, player="", key="9")])()
+        judge.wait(rng.choice([0.0, 0.01, 0.3]))
+        looked += [at for at in judge.player.looked if not looked or at > looked[-1]]
+    assert len(looked) > 1000 and all(later - at > 10 for at, later in zip(looked, looked[20:], strict=False))
+    assert max(later - at for at, later in itertools.pairwise(looked)) < 2      # and never blind for long
+
+
+def test_a_claim_is_waited_for_although_others_come():
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.note(PAUSED)
+    judge.wait(0.3)
+    judge.hear("media.resume")                             # a late double, which the sessions bear out
+    judge.wait(0.8)
+    judge.show(session_xml(PAUSED))                        # for less than the time to the look that confirms
+    judge.wait(0.3)
+    judge.show(session_xml())
+    judge.wait(5)
+    assert judge.said() == [(PAUSED, A), (PLAYING, A)]
+
+
+def test_what_a_notification_tells_in_an_outage_is_looked_at_soon_after_it():
+    judge = playing(poll_interval_s=0.0)
+    judge.show(None)
+    judge.note(PAUSED)
+    judge.wait(100)                                        # the looks are 30 s apart by now
+    judge.show(session_xml(offset="100000"))
+    judge.note(PLAYING, "102")
+    judge.wait(1.1)
+    judge.show(session_xml(item=OTHER))
+    judge.wait(1)
+    assert judge.said() == [(PLAYING, B)]
+
+
+def test_webhooks_of_changes_too_short_to_be_seen_have_arrived():
+    judge = playing()
+    for _ in range(6):                                     # each pause is over before a look; then a skip
+        judge.hear("media.pause")
+        judge.hear("media.resume")
+        judge.show(session_xml(PAUSED))
+        judge.note(PAUSED)
+        judge.wait(1)
+        judge.show(session_xml())
+        judge.note(PLAYING)
+        judge.wait(20)
+    judge.show()
+    judge.note(STOPPED)
+    judge.wait(20)
+    assert not any(isinstance(r, sb.WebhooksMissing) for r in judge.reports)
+
+
+@pytest.mark.parametrize("key", ["", "99"])
+def test_a_stop_without_its_sessions_key_or_under_a_new_one_is_ours(key):
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.note(STOPPED, key=key)
+    judge.wait(1)
+    judge.show()
+    judge.wait(0.3)
+    assert judge.said() == [(STOPPED, A)]
+
+
+# The promise, on random evenings in virtual time: EVENINGS=100000 tries more of them, from seed EVENINGS_FROM on
+
+SONGS = [sb.Item(sb.TRACK, str(n), title=f"T{n}", duration=9_000_000) for n in range(100, 106)]
+PHOTOS = [sb.Item(sb.PHOTO, str(n), title=f"P{n}") for n in range(200, 206)]
+
+
+class Ways(typing.NamedTuple):
+    """How Plex and the network behave in an evening; as here it is mild.  Seconds, and shares of 1."""
+    lag: float = 0.1              # of the sessions behind the truth, at most
+    late: float = 0.1             # of webhooks
+    very_late: float = 0.0        # share of webhooks that come 1 to 5 s late
+    lost: float = 0.0
+    doubled: float = 0.0
+    note_late: float = 0.05       # of notifications
+    stream: bool = True
+    unnamed: bool = False         # notifications do not name their player
+    cuts: float = 0.0             # of the stream, a minute
+    outages: float = 0.0          # a minute
+    slow: float = 0.0             # share of looks that take up to 4 s
+    gap: tuple[float, float] = (1.0, 25.0)     # between two things that happen
+    mild: bool = True
+
+
+def harsh(rng):
+    return Ways(rng.choice([0.1, 0.5, 1.5, 2.0]), rng.choice([0.1, 0.5]), rng.choice([0, 0.1, 0.3]), rng.choice([0, 0, 0.1, 0.5, 1.0]),
+                rng.choice([0, 0.3]), rng.choice([0.05, 0.5]), rng.random() < 0.8, rng.random() < 0.2, rng.choice([0, 0, 0.5]),
+                rng.choice([0, 0, 0.3]), rng.choice([0, 0, 0.1]), rng.choice([(0.3, 5.0), (1.0, 25.0), (2.0, 60.0)]), mild=False)
+
+
+class Play:
+    """A session as it truly is: its item, and where it is in it."""
+
+    def __init__(self, key, item, at):
+        self.key, self.item, self.state, self.offset, self.at = key, item, PLAYING, 0.0, at
+        self.begun, self.crashed_at, self.changed_at = at, math.inf, at
+
+    def position(self, at):
+        return self.offset + (min(at, self.crashed_at) - self.at) * 1000 * (self.state == PLAYING)
+
+
+class Evening:
+    """Ten minutes of a player: what is true, what the witnesses say of it, and what advance() makes of that."""
+    LENGTH = 600.0
+
+    def __init__(self, seed, ops=None):
+        rng = random.Random(seed)
+        self.ways = Ways() if seed % 2 else harsh(rng)
+        self.queue, self.shows, self.count, self.shown_at = [], [], itertools.count(), 0.0
+        self.plays, self.all, self.truth, self.arrivals = [], [], [(0.0, STOPPED, "", [])], []
+        self.outages = [(t, t + rng.uniform(1, 40)) for t in self.times(rng, self.ways.outages)]
+        for t in self.times(rng, self.ways.cuts):
+            self.say(t, sb.Stream("broke"))
+            self.say(t + rng.uniform(0.5, 30), sb.Stream("opened"))
+        self.ops, at = ops or [], 0.0
+        while ops is None and (at := at + rng.uniform(*self.ways.gap)) < self.LENGTH:
+            self.ops.append((at, rng.random(), rng.random(), rng.randrange(2**30)))
+        self.left = collections.deque(self.ops)
+
+    def times(self, rng, a_minute):
+        return [rng.uniform(10, self.LENGTH) for _ in range(int(a_minute * self.LENGTH / 60))]
+
+    # -- what happens
+
+    def until(self, at):
+        while self.left and self.left[0][0] <= at:
+            self.happen(*self.left.popleft())
+
+    def happen(self, at, which, what, seed):
+        rng = random.Random(seed)
+        play = rng.choice(self.plays or [None])
+        ghosts = self.ways.mild and any(at - each.crashed_at < 60 for each in self.all)
+        if which < 0.06:
+            return self.other_player(at, rng)
+        if not play or (which < 0.14 and len(self.plays) < 2 and not ghosts):
+            items = [*SONGS, *PHOTOS] if play else SONGS
+            play = Play(str(len(self.all) + 7), rng.choice([each for each in items if not play or each is not play.item]), at)
+            self.plays.append(play)
+            self.all.append(play)
+            return self.tell(at, rng, play, "media.play")
+        names = ["resume"] * 6 + ["stop"] * 2 + ["skip"] * 2 if play.state == PAUSED else ["skip"] * 6 + ["stop"] * 4 \
+            if play.item.type == sb.PHOTO else ["pause"] * 7 + ["skip"] * 4 + ["seek", "seek", "repeat", "stop", "stop", "stop", "stop"] + \
+            ["crash"] * 2 * (at - play.changed_at > 11 and not (self.ways.mild and len(self.plays) > 1))
+        name, old = names[int(what * len(names))], play.item
+        play.offset, play.at = play.position(at), at
+        play.state = {"pause": PAUSED, "resume": PLAYING, "stop": STOPPED}.get(name, play.state)
+        if name in ("stop", "crash"):
+            self.plays.remove(play)
+        if name == "crash":                                # its session stays for minutes
+            play.crashed_at = at
+            self.judge_truth(at)
+            return self.show(at + rng.uniform(180, 900), play.key, None)
+        if name == "skip":
+            play.item = rng.choice([each for each in (SONGS if old in SONGS else PHOTOS) if each is not old])
+        if name in ("skip", "repeat", "seek"):
+            play.offset = rng.uniform(0, 5_000_000) if name == "seek" else 0.0
+        way = rng.random()
+        if name == "skip" and way < 0.3:                   # as stop and play; or as play; or Plex sends nothing
+            self.hook(at, rng, "media.stop", old)
+        return self.tell(at, rng, play, {"pause": "media.pause", "resume": "media.resume", "stop": "media.stop"}.get(
+            name, "media.play" if name == "skip" and way < 0.7 and play.state == PLAYING else ""))
+
+    def other_player(self, at, rng):
+        key, item = str(1000 + rng.randrange(3)), rng.choice(SONGS)
+        self.hook(at, rng, rng.choice(["media.play", "media.pause", "media.stop"]), item, "m2")
+        self.show(at, key, sb.Session(key, "m2", rng.choice([PLAYING, PAUSED]), item, 0, "Kitchen", "Plexamp", "Linux", "me"))
+        if self.ways.stream:
+            self.say(at, sb.Notification(PLAYING, key, "" if self.ways.unnamed else "m2", item.rating_key, 0))
+
+    def judge_truth(self, at):
+        """The newest of our sessions that plays, and no photo if there is a track; since when, and its positions."""
+        best = max(self.plays, key=lambda p: (p.state != PAUSED, p.item.type != sb.PHOTO, int(p.key)), default=None)
+        value = (best.state, best.item.title) if best else (STOPPED, self.truth[-1][2])
+        if value != self.truth[-1][1:3]:
+            self.truth.append((at, *value, []))
+        if best:
+            self.truth[-1][3].append((at, best.offset, best.state == PLAYING))
+
+    # -- what the witnesses say
+
+    def say(self, at, message):
+        heapq.heappush(self.queue, (at, next(self.count), message))
+
+    def show(self, at, key, session):
+        """From then on the sessions show this; None: it is gone."""
+        heapq.heappush(self.shows, (at, next(self.count), key, session))
+
+    def tell(self, at, rng, play, event):
+        self.judge_truth(at)
+        play.changed_at = at
+        self.shown_at = max(self.shown_at, at + rng.uniform(0, self.ways.lag))
+        offset = None if play.item.type == sb.PHOTO or (at == play.begun and rng.random() < 0.5) else int(play.offset)
+        self.show(self.shown_at, play.key, None if play.state == STOPPED else (play, at, sb.Session(
+            play.key, "m1", play.state, play.item, offset, "Living Room", "Plexamp", "Linux", "me")))
+        if event:
+            self.hook(at, rng, event, play.item)
+        if self.ways.stream:
+            note = sb.Notification(play.state, play.key, "" if self.ways.unnamed else "m1", play.item.rating_key,
+                                   int(play.offset) if rng.random() < 0.8 else None)
+            self.say(at + rng.uniform(0, self.ways.note_late), note)
+            if play.state == PLAYING:
+                self.say(at + 10, (play, at, note._replace(view_offset=int(play.offset))))
+
+    def hook(self, at, rng, event, item, uuid="m1"):
+        for _ in range(0 if rng.random() < self.ways.lost else 2 if rng.random() < self.ways.doubled else 1):
+            when = at + (rng.uniform(1, 5) if rng.random() < self.ways.very_late else rng.uniform(0, self.ways.late))
+            self.arrivals += [when] * (uuid == "m1")
+            self.say(when, sb.Webhook(event, uuid, "Living Room", item))
+
+    def sessions(self, shown, at):
+        """Plex renews a position every 10 s, until the player crashes."""
+        for each in shown.values():
+            if isinstance(each, sb.Session):
+                yield each
+            else:
+                play, since, session = each
+                renewed = int((min(at, play.crashed_at) - since) // 10)
+                yield session if renewed < 1 or session.state != PLAYING or play.item.type == sb.PHOTO else \
+                    session._replace(view_offset=(session.view_offset or 0) + renewed * 10_000)
+
+    # -- the Watcher, and what it reported
+
+    def run(self):
+        rng, ways, shown, cut, now = random.Random(1), self.ways, {}, False, 0.0
+        player = sb.PlayerState("m1", True, 30.0, look_at=0.0)
+        self.reports, self.looks = [], []
+
+        def observe(observation):
+            nonlocal player
+            player, reports = sb.advance(player, observation, now)
+            self.reports += [(now, report) for report in reports]
+        while now < self.LENGTH + 100:
+            now = max(now, min([player.look_at, *(each[0][0] for each in (self.queue, self.left) if each)]))
+            self.until(now)
+            while self.queue and self.queue[0][0] <= now:
+                message = heapq.heappop(self.queue)[2]
+                if isinstance(message, sb.Stream):
+                    cut = message.event == "broke"
+                if isinstance(message, tuple) and not hasattr(message, "_fields"):       # the repeat of a notification
+                    play, since, note = message
+                    if play.changed_at != since or play.crashed_at < now:
+                        continue
+                    note = note._replace(view_offset=note.view_offset + 10_000)
+                    self.say(now + 10, (play, since, note))
+                    message = note
+                if not (cut and isinstance(message, sb.Notification)):
+                    observe(message)
+            if player.look_at <= now:
+                at = now + rng.random() * (takes := rng.uniform(0.5, 4) if rng.random() < ways.slow else 0.02)
+                self.until(at)
+                while self.shows and self.shows[0][0] <= at:
+                    _, _, key, session = heapq.heappop(self.shows)
+                    shown[key] = session
+                    if session is None:
+                        del shown[key]
+                down = any(begin <= now < end for begin, end in self.outages)
+                self.looks.append(now)
+                now += takes
+                observe(Outage("unreachable", "No.") if down else Look(tuple(self.sessions(shown, at))))
+                now += sb.REST_S
+        self.final = player.state, player.item.title if player.item else ""
+        return self
+
+    def problems(self):
+        """What was false, twice, missed or late, too many looks, an alarm, or wrong at the end; as (kind, when, what)."""
+        truth, ends, at_k, last = self.truth, [each[0] for each in self.truth[1:]] + [math.inf], 0, None
+        seen, found, crashes = {}, [], [(each.crashed_at, each.item.title) for each in self.all if each.crashed_at < math.inf]
+        for at, report in self.reports:
+            if isinstance(report, sb.WebhooksMissing) and not report.over and not self.ways.lost and any(at - 30 < when < at for when in self.arrivals):
+                found.append(("alarm", at, report))
+            if not isinstance(report, Change):
+                continue
+            value, stopped = (report.state, report.item.title), report.state == STOPPED
+            if value == last:
+                found.append(("twice", at, value))
+            last = value
+            k = next((k for k in range(at_k + 1, len(truth)) if truth[k][0] <= at < ends[k] + 8 and
+                      (truth[k][1:3] == value or truth[k][1] == STOPPED == report.state)), None)
+            if k is not None:
+                at_k = k
+                seen[k] = at
+                where = [offset + (at - since) * 1000 * runs for since, offset, runs in truth[k][3] if since <= at]
+                if self.ways.mild and at < ends[k] and not stopped and report.item in SONGS and \
+                        min(abs(report.position_ms - each) for each in where) > (11_500 if len(self.all) > 1 else 1_500):
+                    found.append(("position", at, (*value, report.position_ms, where)))
+            # Nobody can know that a second session crashed just before the first one ended; nor whether a paused one of
+            # which no witness told was left by a crash.
+            elif not (any(0 < at - when < sb.LIFE_S + 4 and title == value[1] for when, title in crashes) or
+                      (stopped and self.ways.lost and [each[1] for each in truth if each[0] <= at][-1] == PAUSED)):
+                found.append(("false", at, value))
+        for k in range(1, len(truth) if self.ways.mild else 0):
+            since, crashed = truth[k][0], any(when == truth[k][0] for when, _ in crashes)
+            again = k > 1 and any(when == truth[k - 1][0] for when, _ in crashes) and truth[k - 2][1:3] == truth[k][1:3]
+            # Nor what was left by a crash before it has been silent for long, nor whether a session lives that is silent
+            # since a newer one began.
+            unknown = [when for when, _ in crashes if 0 < since - when < 60] + [
+                each.begun for each in self.all if 0 < since - each.begun < sb.LIFE_S and each is not self.all[0]] * (len(self.all) > 1)
+            if not again and not unknown and (seen.get(k, math.inf) - since > (75 if crashed else 1.5)) and ends[k] - since > (75 if crashed else 0.7):
+                found.append(("missed" if k not in seen else "late", since, truth[k][1:3]))
+        found += [("storm", one, "") for one, other in zip(self.looks, self.looks[20:], strict=False) if other - one <= 10.0]
+        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED:
+            found.append(("final", self.LENGTH, (self.final, truth[-1][1:3])))
+        return found
+
+
+def shrunk(seed, kind):
+    """The fewest things that must happen in an evening for a problem of this kind, found by leaving out more and more."""
+    def fails(ops):
+        return any(each[0] == kind for each in Evening(seed, ops).run().problems())
+    ops, size = Evening(seed).ops, 64
+    while size:
+        tries = [ops[:i] + ops[i + size:] for i in range(0, len(ops), size)]
+        if less := next((each for each in tries if len(each) < len(ops) and fails(each)), None):
+            ops = less
+        else:
+            size //= 2
+    return ops
+
+
+def test_random_evenings():
+    """Mild ones are told without a fault; in harsh ones a report in 10,000 may be false, and the final state is right."""
+    first, count = int(os.environ.get("EVENINGS_FROM", "0")), int(os.environ.get("EVENINGS", "1000"))
+    changes, found = 0, []
+    for seed in range(first, first + count):
+        evening = Evening(seed).run()
+        changes += 0 if evening.ways.mild else sum(isinstance(report, Change) for _, report in evening.reports)
+        found += [(seed, *each) for each in evening.problems()]
+    false = [each for each in found if each[1] == "false" and each[0] % 2 == 0]
+    worst = [each for each in found if each not in false] + (false if len(false) > changes / 10_000 else [])
+    print(f"seeds {first} to {first + count - 1}: {changes} changes in harsh evenings, {len(false)} of them false")
+    for seed, kind, *_ in worst[:3]:
+        print(f"seed {seed}, {kind}; it needs no more than: {shrunk(seed, kind)}")
+    assert worst == []
+
+
+@pytest.mark.parametrize("hear, more", [(lambda judge: judge.hear("media.play", uuid="m2"), 0),
+                                        (lambda judge: judge.note(PLAYING, "102", player="", key="99"), 1)])
+def test_what_may_be_of_another_player_is_looked_at_a_second_later(hear, more):
     judge = playing(poll_interval_s=0.0)
     before = judge.looks
     hear(judge)
@@ -1751,7 +2181,7 @@ def test_what_may_be_of_another_player_is_looked_at_a_second_later(hear):
     judge.wait(0.2)
     assert judge.looks == before + 1
     judge.wait(60)
-    assert judge.looks == before + 1                       # one for both
+    assert judge.looks == before + 1 + more                # one for both; a session that nobody shows is looked for twice
 
 
 # --- the world
