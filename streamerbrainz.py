@@ -456,6 +456,7 @@ class SecretFile:
 # characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
 # of email.parser grows with the square of a header.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
+MAX_VALUES = 20_000           # in a payload's JSON, by the characters that stand before one; Plex's have about 500
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
 
 class Scrobble(NamedTuple):
@@ -542,8 +543,11 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
     """The Webhook in a payload's JSON, which is UTF-8 whatever its header says; raises WebhookError."""
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
+    content = bytes(payload)
+    if sum(map(content.count, b",:[{")) > MAX_VALUES:
+        raise WebhookError(413, f"The payload has more than {MAX_VALUES} values.")
     try:
-        fields = json_object(json.loads(bytes(payload)))
+        fields = json_object(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise WebhookError(400, "The payload is not JSON.") from error
     event = fields.get("event")
@@ -1905,13 +1909,17 @@ class Covers:
         identity, picture = self.webhook
         if identity == item.identity:
             return picture
-        with self.lock:
+        if not self.lock.acquire(timeout=PLEX_S):
+            return b""
+        try:
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
-                self.retry_at = time.monotonic() + COVER_RETRY_S
+                self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
                 with contextlib.suppress(PlexError):
                     if picture := self.plex.get(item.thumb, room=MAX_COVER).body:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
+        finally:
+            self.lock.release()
 
 def process_families(started_at: float) -> Iterator[Family]:
     """The figures of this process, by Prometheus' names."""
@@ -2010,6 +2018,14 @@ def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
+HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
+
+def is_foreign(host: str, own_name: str) -> bool:
+    """Whether a Host header may be a website's: it can lead its name to our address, to read us in a browser here."""
+    name = re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
+    is_address = re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name)
+    return "." in name and not is_address and not name.endswith(HOME_NAMES) and name != own_name.lower()
+
 def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
@@ -2022,8 +2038,11 @@ def webhook_url(host: str, port: int) -> str:
 
 # --- the world
 
-MAX_ADDRESSES = 1000          # whose webhooks are counted; the one that was silent longest is forgotten
+MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
 MAX_PATH = 200                # characters of a path that are logged
+# Requests a minute of one sender that lack the secret; and how late the secrets of a sender are compared that has sent
+# more: with its 16 threads, it can try 16 a second.
+MAX_GUESSES, GUESS_S = 30, 1.0
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
@@ -2037,38 +2056,46 @@ class Gate:
         """a_minute: webhooks from one address; 0: no limit."""
         self.secret, self.a_minute = secret, a_minute
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
+        self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
         self.lock = threading.Lock()
+
+    def spend(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
+        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
+        with self.lock:
+            who, now = sender(address), time.monotonic()
+            tokens, at = buckets.pop(who, (float(a_minute), now))
+            tokens, wait_s = spend(tokens, now - at, a_minute)
+            buckets[who] = tokens, now
+            if len(buckets) > MAX_ADDRESSES:
+                del buckets[next(iter(buckets))]
+        if wait_s:
+            raise WebhookError(429, f"More than {a_minute} {what} a minute came from your address; "
+                               "try again in a moment.", {"Retry-After": str(math.ceil(wait_s))})
 
     def count(self, address: str) -> None:
         """Count a webhook; raises WebhookError 429."""
-        if not self.a_minute:
-            return
-        with self.lock:
-            who, now = sender(address), time.monotonic()
-            tokens, at = self.tokens.pop(who, (float(self.a_minute), now))
-            tokens, wait_s = spend(tokens, now - at, self.a_minute)
-            self.tokens[who] = tokens, now
-            if len(self.tokens) > MAX_ADDRESSES:
-                del self.tokens[next(iter(self.tokens))]
-        if wait_s:
-            raise WebhookError(429, f"More than {self.a_minute} webhooks a minute came from your address; "
-                               "try again in a moment.", {"Retry-After": str(math.ceil(wait_s))})
+        if self.a_minute:
+            self.spend(self.tokens, address, self.a_minute, "webhooks")
 
-    def plain(self, path: str) -> str:
-        """A path that may be logged: somebody may have pasted the secret into the wrong place of the URL."""
-        path = urllib.parse.unquote(path)
-        for word in self.secret.words if self.secret else ():
-            path = path.replace(word, "...")
-        return re.match(r"[\w/.~-]*", path, re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+    def plain(self, path: str, ours: Iterable[str] = ()) -> str:
+        """A path as it may be logged.  With a secret only our own: somebody may have put it into another one."""
+        if self.secret is None:
+            return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+        begin = WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else "/"
+        return path if path in (WEBHOOK_PATH, *ours) else f"{begin}..."
 
-    def check(self, query: str) -> None:
-        """Check the secret in a URL's query; raises WebhookError 401."""
+    def check(self, query: str, address: str) -> None:
+        """Check the secret in a URL's query; raises WebhookError 401, or 429 after many wrong ones."""
         if self.secret is None:
             return
+        tokens, at = self.guesses.get(sender(address), (math.inf, 0.0))
+        if spend(tokens, time.monotonic() - at, MAX_GUESSES)[1]:
+            time.sleep(GUESS_S)
         with self.lock:
             words = self.secret.renewed()
         known = [hmac.compare_digest(each, word.encode("ascii")) for each in given_secrets(query) for word in words]
         if not any(known):
+            self.spend(self.guesses, address, MAX_GUESSES, "requests without the secret")
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.",
                                {"WWW-Authenticate": "Secret"})
 
@@ -2114,12 +2141,27 @@ MAX_BODY = 8 * 2**20
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.
 MAX_TRAILERS = 100
-# How long an idle connection may hold its thread, as in Apache and Node; its age to be closed at, if all are taken.
-KEEP_ALIVE_S, CROWDED_S = 5.0, 1.0
+# How long an idle connection may hold its thread, as in Apache and Node; and at most, and to be closed after an answer,
+# while the threads are scarce, or others of its sender wait for one (on each connection some webhooks, not one).
+KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
 # How long a refused sender may go on sending; nginx gives 5 s.
 LINGER_S = 2.0
+
+class LineReader(io.BufferedReader):
+    """Reads the lines of requests.  One with a CR alone is refused: others might read two in it (RFC 9112, 2.2)."""
+
+    def __init__(self, raw: io.RawIOBase, broken: Callable[[int, str], WebhookError]):
+        super().__init__(raw, MAX_HEAD)
+        self.broken = broken
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """The next line, or so much of it."""
+        line = super().readline(size)
+        if re.search(rb"\r(?!\n)", line):
+            raise self.broken(400, "A line of the request has a CR without an LF.")
+        return line
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection.  Each request is answered at once; only a picture may wait for Plex."""
@@ -2136,20 +2178,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.opened_at = time.monotonic()
         self.rfile.close()
         self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
-        self.rfile = io.BufferedReader(self.reader)
+        self.rfile = LineReader(self.reader, self.broken)
 
     def handle_one_request(self) -> None:
         """Wait for a request for KEEP_ALIVE_S, read its head within HEAD_S and its body within REQUEST_S, answer."""
         self.close_connection = True
-        self.reader.allow(KEEP_ALIVE_S, MAX_HEAD)
+        patience_s = max(self.server.patience_s(self.connection), 0 if self.requestline else CROWDED_S)
+        self.reader.allow(min(KEEP_ALIVE_S, patience_s), MAX_HEAD)
         try:
+            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):      # blank lines before a request (RFC 9112, 2.2)
+                self.rfile.readline(2)
             if self.rfile.peek(1):
                 self.reader.deadline = time.monotonic() + HEAD_S
                 super().handle_one_request()
         except TimeoutError:
             pass                                      # an idle connection (http.server ends a slow one)
-        except TooMuch:                               # the first line alone is too long
-            self.send_error(431)
+        except (TooMuch, WebhookError) as error:      # a line alone is too long, or has a CR alone
+            self.send_error(431 if isinstance(error, TooMuch) else 400)
 
     def parse_request(self) -> bool:
         """Parse the head; from here on the limits of the body hold."""
@@ -2163,13 +2208,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         """Answer a request of which the head is read."""
-        try:
-            with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:          # until the error is gone, too: its frames keep the body
+            try:
                 self.admit()
                 length = self.length()
                 self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
-        except WebhookError as error:
-            self.refuse(error)
+            except WebhookError as error:
+                self.refuse(error)
 
     # The path decides which methods are allowed.  http.server reports any other method by send_error(501).
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
@@ -2187,16 +2232,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return re.sub(r"^https?://[^/]*", "", self.path).partition("?")[0]
 
     def admit(self) -> None:
-        """Refuse a sender that sends too much or does not know the secret, before the body is read."""
+        """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
         gate, path = self.server.gate, self.target()
         try:
-            if path == WEBHOOK_PATH:
-                gate.count(self.client_address[0])
+            self.check_website(path)
             if path != "/healthz":
-                gate.check(self.path.partition("?")[2])
+                gate.check(self.path.partition("?")[2], self.client_address[0])
+            if path == WEBHOOK_PATH:                  # last: strangers must not spend what Plex may send
+                gate.count(self.client_address[0])
         except WebhookError:
             self.close_connection = True
             raise
+
+    def check_website(self, path: str) -> None:
+        """Raise WebhookError for what a website lets a browser ask of us; neither Plex nor curl sends these headers."""
+        fetched_by = self.headers.get("Sec-Fetch-Site", "none")
+        if path == WEBHOOK_PATH and ("Origin" in self.headers or fetched_by not in ("same-origin", "none")):
+            raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
+        hosts, own_name = self.headers.get_all("Host", []), socket.gethostname()
+        if self.command in ("GET", "HEAD") and not self.server.gate.secret and any(
+                is_foreign(host, own_name) for host in hosts):
+            raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
+                               "address or own name, or a -webhook-secret-file.")
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -2227,8 +2284,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         agent, path = self.headers.get("User-Agent", ""), self.target()
         is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
         is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
-        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path), self.client_address[0],
-                                 is_webhook))
+        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path, self.server.pages.paths),
+                                 self.client_address[0], is_webhook))
 
     # -- the body
 
@@ -2261,44 +2318,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         held.enter_context(self.server.large_bodies)
         self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
 
+    def fill(self, body: bytearray | mmap.mmap, start: int, stop: int, held: contextlib.ExitStack) -> bool:
+        """Read the bytes of a body from start to stop; -> whether all came."""
+        for end in sorted({min(stop, LARGE_BODY), stop}):
+            if end > LARGE_BODY >= start:
+                self.enter_large(held)
+            if start < end and self.rfile.readinto(memoryview(body)[start:end]) < end - start:
+                return False
+            start = max(start, end)
+        return True
+
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
         """A body of so many bytes."""
-        body: Body = self.rfile.read(min(length, LARGE_BODY))
-        got = len(body)
-        if got == LARGE_BODY < length:
-            self.enter_large(held)
-            whole = mmap.mmap(-1, length)             # pages of its own: malloc would keep 2 MB for each thread
-            whole.write(body)
-            got, body = got + self.rfile.readinto(memoryview(whole)[got:]), whole
-        if got < length:
+        # A large one has pages of its own: malloc would keep 2 MB for each thread.
+        body = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
+        if not self.fill(body, 0, length, held):
             raise self.broken(400, "The body is shorter than its Content-Length.")
         return body
 
-    def read_chunks(self, held: contextlib.ExitStack) -> bytearray:
+    def read_chunks(self, held: contextlib.ExitStack) -> Body:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
-        body = bytearray()
+        body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while size := self.chunk_size():
-            total = len(body) + size
+            start, total = total, total + size
             if total > MAX_BODY:
                 raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
-            if len(body) <= LARGE_BODY < total:
-                self.enter_large(held)
-            body += self.rfile.read(size)
-            if len(body) < total:
+            if not self.fill(body, start, total, held):
                 raise self.broken(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
                 raise self.broken(400, "A chunk of the body is longer than its size.")
         for _ in range(MAX_TRAILERS):
             if not self.rfile.readline(65537).strip():
+                body.resize(total or 1)
                 return body
         raise self.broken(400, "The chunked body has too many trailers.")
 
     def chunk_size(self) -> int:
         """The size of the next chunk; 0: the last."""
-        size = self.rfile.readline(1025).partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+        size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
+        if not size:
             raise self.broken(400, "A chunk of the body has no size.")
-        return int(size, 16)
+        return int(size[1], 16)
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
@@ -2318,10 +2378,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-        if events or (time.monotonic() - self.opened_at > CROWDED_S and self.server.is_full()):
+            self.server.release(self.connection)
+        if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
         self.send_response(answer.status)
         headers = {} if events else {"Content-Length": str(len(content))}
+        headers |= {"Cross-Origin-Resource-Policy": "same-origin"}        # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
         closing = {"Connection": "close"} if self.close_connection else {}
@@ -2360,6 +2422,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # -- Listener: the socket, and a thread for each connection
 MAX_CONNECTIONS = 64          # threads at once; each may hold 8 MB of stack, mostly untouched
+MAX_OF_ONE = 16               # of them for one sender, so that no sender keeps the others out
+MAX_PARKED = 256              # connections that wait for a thread; each holds a descriptor, of usually 1024
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
@@ -2369,7 +2433,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def __init__(self, host: str, port: int):
         """host "": all addresses.  port 0: any free one.  Raises OSError as bind() does."""
-        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
+        # the address).  All threads change them, under the lock.
+        self.serving: dict[Any, str] = {}
+        self.parked: dict[Any, tuple[str, Any]] = {}
+        self.lock = threading.RLock()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.closing = threading.Event()
         self.address_family, address = listening_address(host, port)
@@ -2404,12 +2472,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
 
-    def is_full(self) -> bool:
-        """Whether all threads are taken, so that others may be waiting for one."""
-        if self.room.acquire(blocking=False):
-            self.room.release()
-            return False
-        return True
+    def patience_s(self, request: Any) -> float:
+        """How old a connection may become, as far as others need its thread; inf: as it likes."""
+        with self.lock:
+            who, threads = self.serving[request], list(self.serving.values())
+            if any(who == each for each, _ in self.parked.values()):
+                return TURN_S
+            scarce = len(threads) >= MAX_CONNECTIONS or threads.count(who) > MAX_OF_ONE // 2
+            return CROWDED_S if scarce else math.inf
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection."""
@@ -2420,20 +2490,45 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread; the connection one too many waits here, and others in the kernel."""
-        self.room.acquire()
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:                          # this machine has no more threads
-            self.room.release()
-            self.shutdown_request(request)
+        """Park a connection until its sender has a thread for it; the listener itself never waits."""
+        with self.lock:
+            self.parked[request] = sender(client_address[0]), client_address
+            self.start_parked()
+            if len(self.parked) > MAX_PARKED:         # close the newest of whoever has most
+                most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
+                newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
+                del self.parked[newest]
+                self.shutdown_request(newest)
+
+    def start_parked(self) -> None:
+        """Start a thread for each connection that waits and may have one now."""
+        with self.lock:
+            threads = collections.Counter(self.serving.values())
+            for request, (who, address) in list(self.parked.items()):
+                if len(self.serving) < MAX_CONNECTIONS and threads[who] < MAX_OF_ONE:
+                    del self.parked[request]
+                    self.serving[request] = who
+                    threads[who] += 1
+                    try:
+                        super().process_request(request, address)
+                    except RuntimeError:              # this machine has no more threads
+                        del self.serving[request]
+                        self.shutdown_request(request)
+
+    def release(self, request: Any) -> None:
+        """A connection that is subscribed to events keeps its thread, but counts for no sender: MAX_STREAMS is enough."""
+        with self.lock:
+            self.serving[request] = "events"
+            self.start_parked()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.room.release()
+            with self.lock:
+                del self.serving[request]
+                self.start_parked()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is not our fault; any other exception is a bug of ours, and ends the process."""
@@ -3982,7 +4077,7 @@ def tracker_command(config: Config) -> int:
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
 #   watch_stream
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
-# Needs of Listener: Gate, Listener, configured_url, own_url, webhook_url
+# Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command
 # Needs of Tracker: Journal, Tracker, Worker, glance
 
@@ -4191,7 +4286,9 @@ def outlive_main(work: Callable[[], None]) -> None:
             with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
                 import ctypes  # here: the other commands do without
 
-                ctypes.CDLL(None).malloc_trim(0)
+                libc, m_mmap_threshold = ctypes.CDLL(None), -3
+                libc.mallopt(m_mmap_threshold, LARGE_BODY)      # else what a picture took stays in each thread's arena
+                libc.malloc_trim(0)
             work()
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
