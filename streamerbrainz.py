@@ -1431,7 +1431,8 @@ Inbox = queue.SimpleQueue[Message]
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
                  "`streamerbrainz.py secret` prints",
             404: "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex",
-            429: "more webhooks than -rate-limit allows came from one address, and were refused"}
+            429: "too many webhooks came from one address, and were refused: more than -rate-limit allows, or without "
+                 "the secret"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1603,6 +1604,9 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
+# An Outage's fault as /healthz tells it, to whoever asks: without the server's URL.
+FAULTS = {"unreachable": "the server does not answer", "starting": "the server is starting (503)",
+          "refused": "the server refuses the token (401)", "forbidden": "the token is not the server owner's (403)"}
 # How long the main loop may be busy (a look takes PLEX_S, and a slow name server its time); and how long an outage may
 # last, or a webhook wait for the tracker.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
@@ -1669,17 +1673,15 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
 def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
-    player, reasons, degraded = status.player, [tracked.broken] if tracked.broken else [], []
+    player, degraded = status.player, []
+    reasons = ["-tracker-db: the file cannot be read; `streamerbrainz.py doctor` tells why"] if tracked.broken else []
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player and player.outage:
-        lasts_s = at - player.outage_at
-        if player.outage.fault in ("refused", "forbidden"):
-            reasons.append(player.outage.sentence)
-        elif lasts_s >= UNHEALTHY_S:
-            reasons.append(f"the server has not answered for {lasts_s:.0f} s: {player.outage.sentence}")
-        else:
-            degraded.append(player.outage.sentence)
+        lasts_s, fault = at - player.outage_at, player.outage.fault
+        is_bad = fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S
+        said = FAULTS.get(fault, "what answers is not Plex Media Server")
+        (reasons if is_bad else degraded).append(f"{said}, for {lasts_s:.0f} s")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
     if player and player.proof.in_a_row >= PROOF_MISSES:
@@ -2437,7 +2439,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         # the address).  All threads change them, under the lock.
         self.serving: dict[Any, str] = {}
         self.parked: dict[Any, tuple[str, Any]] = {}
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.closing = threading.Event()
         self.address_family, address = listening_address(host, port)
@@ -2493,15 +2495,18 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Park a connection until its sender has a thread for it; the listener itself never waits."""
         with self.lock:
             self.parked[request] = sender(client_address[0]), client_address
-            self.start_parked()
-            if len(self.parked) > MAX_PARKED:         # close the newest of whoever has most
-                most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
-                newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
-                del self.parked[newest]
-                self.shutdown_request(newest)
+        self.start_parked()
+        with self.lock:
+            if len(self.parked) <= MAX_PARKED:
+                return
+            most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
+            newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
+            del self.parked[newest]
+        self.shutdown_request(newest)
 
     def start_parked(self) -> None:
         """Start a thread for each connection that waits and may have one now."""
+        ready = []                                    # to start a thread takes long: not under the lock
         with self.lock:
             threads = collections.Counter(self.serving.values())
             for request, (who, address) in list(self.parked.items()):
@@ -2509,17 +2514,20 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     del self.parked[request]
                     self.serving[request] = who
                     threads[who] += 1
-                    try:
-                        super().process_request(request, address)
-                    except RuntimeError:              # this machine has no more threads
-                        del self.serving[request]
-                        self.shutdown_request(request)
+                    ready.append((request, address))
+        for request, address in ready:
+            try:
+                super().process_request(request, address)
+            except RuntimeError:                      # this machine has no more threads
+                with self.lock:
+                    del self.serving[request]
+                self.shutdown_request(request)
 
     def release(self, request: Any) -> None:
         """A connection that is subscribed to events keeps its thread, but counts for no sender: MAX_STREAMS is enough."""
         with self.lock:
             self.serving[request] = "events"
-            self.start_parked()
+        self.start_parked()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's thread."""
@@ -2528,7 +2536,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         finally:
             with self.lock:
                 del self.serving[request]
-                self.start_parked()
+            self.start_parked()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is not our fault; any other exception is a bug of ours, and ends the process."""
@@ -4472,12 +4480,20 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
                    f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
 
 # -- URLs of webhooks
+def shown_path(path: str) -> str:
+    """A URL's path, as far as it is made of the words of ours: any other one may be a secret."""
+    words, rest = re.findall(r"^((?:/(?:webhooks?|plex)(?![\w.~%-]))*/?)(.*)", path, re.DOTALL)[0]
+    return words if words and (not rest or rest[0] in "&;?#") else "/..."
+
 def without_secrets(url: str) -> str:
-    """A URL without what may be a secret in it: its query, its user, a path that is not ours."""
-    url = re.sub(r"//[^/@]*@", "//", url)
-    origin, path, rest = re.findall(r"^((?:[^/]*//[^/?#]*)?)([\w/.~-]*)(.*)", url, re.ASCII | re.DOTALL)[0]
-    shown = path if path.startswith("/webhooks/") or len(path) < 8 else "/..."
-    return f"{origin}{shown}{'?token=...' if rest else ''}"
+    """A URL without what may be a secret in it: its query, its user and password, a path that is not ours."""
+    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d+)?((?:/[^?#]*)?)(.*)", url, re.I | re.S)
+    # In "http://me:1/2@host/" the password goes on behind what looks like the host and its port.
+    if not found or "@" in (found[4] or found[5]):
+        return url and "/..."
+    scheme, host, port, path, rest = found.groups("")
+    shown = shown_path(path) if path else ""
+    return f"{scheme}{host}{port}{shown}{'?token=...' if rest or (path != shown != '/...') else ''}"
 
 def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
@@ -4711,27 +4727,22 @@ class Doctor:
                        f"replace it by {self.right_url}", 9)
 
     def differences(self, url: str) -> list[str]:
-        """How a URL differs from one that works, each in words; first the host, which is the usual mistake.
-
-        A wrong path is shown only as far as it cannot hold a secret: somebody may have written
-        "/webhooks/plex&token=..." for "/webhooks/plex?token=...".
-        """
+        """How a URL differs from one that works, each in words; first the host, which is the usual mistake."""
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
-        if not host or not re.fullmatch("https?://[!-~]+", url):
+        if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
-        path = re.findall(r"^[\w/.~-]*", parts.path, re.ASCII)[0] or "/"
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
         differs = {
             elsewhere: elsewhere,
             f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
-            f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+            f"the path is {shown_path(parts.path or '/')}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
             "the secret is another one" if given else "the secret is missing": valid and not given & valid}
         return [words for words, so in differs.items() if so]
 

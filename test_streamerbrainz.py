@@ -2143,7 +2143,7 @@ def test_now_has_the_logs_keys_first_and_moves_on():
 
 
 def out(fault="unreachable", at=0.0):
-    return known_player(outage=Outage(fault, "It fails."), outage_at=at)
+    return known_player(outage=Outage(fault, "http://nas:32400 fails."), outage_at=at)
 
 
 @pytest.mark.parametrize("status, seen, expected", [
@@ -2154,7 +2154,8 @@ def out(fault="unreachable", at=0.0):
     (status_of(out("refused", 999)), {}, (503, "failing")), (status_of(out("forbidden", 999)), {}, (503, "failing")),
     (status_of(known_player(proof=sb.Proof(in_a_row=3))), {}, (200, "degraded")), (status_of(known_player(proof=sb.Proof(in_a_row=2))), {}, (200, "ok"))])
 def test_health_is_bad_only_where_a_person_should_come(status, seen, expected):
-    code, fields = sb.health(status, sb.Glance(**seen), 1000.0)
+    code, fields = sb.health(status, sb.Glance(**{key: value and "/home/pi/tracker.db " if key == "broken" else value for key, value in seen.items()}), 1000.0)
+    assert "http" not in json.dumps(fields) and "/home" not in json.dumps(fields)      # whoever asks
     assert (code, fields["status"]) == expected and bool(fields["reasons"]) == (code == 503)
 
 
@@ -2287,6 +2288,19 @@ def test_a_picture_that_is_cut_short_or_missing_is_not_shown_nor_kept_and_asked_
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"whole")
 
 
+def test_pictures_of_a_server_that_hangs_hold_their_threads_for_one_answers_time_and_then_none(listener, token_file, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.4)
+    publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
+    with RawServer(hang) as server:
+        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        began, codes = time.monotonic(), []
+        threads = [threading.Thread(target=lambda: codes.append(get(listener, "/cover")[0])) for _ in range(70)]
+        for work in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                work(thread)
+    assert codes == [404] * 70 and time.monotonic() - began < 2.0 and len(server.requests) == 1
+
+
 def test_events_come_as_they_are_reported_and_sixteen_may_listen(listener):
     streams = [events(listener) for _ in range(sb.MAX_STREAMS)]
     assert get(listener, "/events")[0] == 503 and get(listener, "/now")[0] == 200
@@ -2383,6 +2397,16 @@ def test_tokens_come_back_evenly_and_never_more_than_a_minutes_worth():
 
 # --- the world
 
+SECRET = "0123456789abcdef"
+
+
+def webhook_secret(folder):
+    file = folder / "webhook-secret"
+    file.write_text(SECRET)
+    file.chmod(0o600)
+    return sb.SecretFile("-webhook-secret-file", str(file))
+
+
 HELP = b"Nothing is here. Plex sends its webhooks to /webhooks/plex.\n"
 
 
@@ -2449,6 +2473,17 @@ def test_only_the_latest_picture_of_our_player_is_kept(listener):
                  id="a part's name"),
     pytest.param(raw("GET / HTTP/1.1\n" + "A: b\n" * 200), 431, None, id="many headers"),
     pytest.param(b"", None, b"", id="nothing"),
+    *(pytest.param(damaged, 400, None, id=f"a bare CR {number}") for number, damaged in enumerate((
+        b"GET /healthz\r HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /healthz HTTP/1.1\r\r\nHost: x\r\n\r\n", b"\rGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\rOrigin: y\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: x\r\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\rHost: x\r\n\r\n",
+        raw(POST, b"").replace(b"\r\n\r\n", b"\r\nA: b\r\n\r\r\n"), post(head="X: a\rContent-Length: 3\r\n"), post(head="Transfer-Encoding\r: chunked\r\n"),
+        raw(POST + CHUNKED, b"5\rx\r\nabcde\r\n0\r\n\r\n"), raw(POST + CHUNKED, b"5;a=\r\r\nabcde\r\n0\r\n\r\n"), raw(POST + CHUNKED, b"5\r\nabcde\r\r\n0\r\n\r\n"),
+        raw(POST + CHUNKED, b"0\r\nA: b\rC: d\r\n\r\n"), raw(POST + CHUNKED, b"0\r\n\r\r\n")))),
+    *(pytest.param(blank + raw("GET /healthz HTTP/1.1\nHost: x\n"), 200, None, id=f"blank lines {number}") for number, blank in enumerate((
+        b"\r\n", b"\n", b"\r\n" * 5, b"\n\r\n\n"))),
+    pytest.param(b"\r\n" * 9000, 431, None, id="blank lines for ever"), pytest.param(b"\r\n", None, b"", id="a blank line alone"),
+    pytest.param(raw(POST + CHUNKED, b"5;" + b"a" * 2000 + b"\r\nabcde\r\n0\r\n\r\n"), 400, b"A chunk of the body has no size.\n", id="a long extension"),
+    pytest.param(post(b'{"event": "x", "y": [' + b"0," * 20001 + b"0]}", "application/json"), 413, b"The payload has more than 20000 values.\n", id="many values"),
 ])
 def test_each_request_has_its_status_and_a_sentence_that_helps(listener, request_, expected, body):
     answer = exchange(listener, request_)
@@ -2701,6 +2736,84 @@ def test_where_all_threads_are_taken_a_connection_that_had_its_second_ends_with_
             assert not kept(two) and two.recv(1) == b""
 
 
+@pytest.mark.parametrize("head, expected", [
+    ("", 200), ("Sec-Fetch-Site: none\r\n", 200), ("Sec-Fetch-Site: same-origin\r\n", 200), ("Origin: null\r\n", 403), ("Origin:\r\n", 403),
+    ("origin: http://x\r\n", 403), ("Origin: http://evil.example\r\n", 403), ("Sec-Fetch-Site: cross-site\r\n", 403),
+    ("Sec-Fetch-Site: same-site\r\n", 403), ("Sec-Fetch-Site: x\r\n", 403)])
+@pytest.mark.parametrize("with_secret", [False, True])
+def test_no_website_sends_webhooks(listener, tmp_path, head, expected, with_secret):
+    if with_secret:
+        listener.gate.secret = webhook_secret(tmp_path)
+    answer = exchange(listener, post(path=f"/webhooks/plex?token={SECRET}", head=head))
+    assert status(answer) == expected and b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in answer
+    assert expected == 200 or answer.endswith(b"A website may not send webhooks; Plex sends them without an Origin.\n")
+    assert isinstance(listener.inbox.get(timeout=5), sb.Webhook if expected == 200 else sb.Refused)
+
+
+@pytest.mark.parametrize("host, foreign", [
+    ("", False), ("pi", False), ("localhost:3001", False), ("LOCALHOST", False), ("192.168.1.7", False), ("192.168.1.7:3001", False), ("[::1]", False),
+    ("[fd00::1]:3001", False), ("[::ffff:192.168.1.7]:80", False), ("pi.local", False), ("pi.lan:3001", False), ("PI.Home.", False), ("a.b.internal:1", False),
+    ("pi.home.arpa.:3001", False), ("mine.example.org", False), ("Mine.Example.ORG.:3001", False), ("evil.example", True), ("evil.example:3001", True),
+    ("evil.example.", True), ("EVIL.EXAMPLE", True), ("local.evil.example", True), ("evil.lan.example", True), ("evillocal.example", True), ("home.arpa", True),
+    ("192.168.1.7.evil.example", True), ("127.1", True), ("0x7f.0.0.1", True), ("192.168.1", True), ("[evil.example]", True), ("localhost.evil.example", True),
+    ("pi.lan@evil.example", True), ("evil.example:80:80", True), ("a.local:x", True), ("x.mine.example.org", True), ("evil.example/.lan", False)])
+def test_a_name_that_a_website_may_have_shows_nothing(listener, monkeypatch, tmp_path, host, foreign):
+    assert sb.is_foreign(host, "mine.example.org") == foreign
+    monkeypatch.setattr(sb.socket, "gethostname", lambda: "mine.example.org")
+    line = f"Host: {host}\r\n" if host else ""
+    for method, path in (("GET", "/"), ("HEAD", "/now"), ("GET", "/healthz")):
+        answer = exchange(listener, f"{method} {path} HTTP/1.1\r\n{line}Connection: close\r\n\r\n".encode())
+        assert status(answer) == (421 if foreign else 200) and b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in answer
+    assert status(exchange(listener, post().replace(b"Host: x", b"Host: " + host.encode()))) == 200      # Plex may know us by any name
+    listener.gate.secret = webhook_secret(tmp_path)                 # which a website does not know
+    assert status(exchange(listener, f"GET /?token={SECRET} HTTP/1.1\r\n{line}Connection: close\r\n\r\n".encode())) == 200
+
+
+def test_of_two_hosts_none_may_be_foreign(listener):
+    assert get(listener, "/now", "Host: evil.example\n")[0] == 421 and get(listener, "/now", "Host: pi\n")[0] == 200
+
+
+ATTACK = """<form action="{url}/webhooks/plex" method="post" enctype="multipart/form-data"><input name="payload"></form><img src="{url}/cover"><script>
+const payload = '{payload}', url = "{url}", form = new FormData();
+form.append("payload", payload);
+document.querySelector("input").value = payload;
+const asks = [() => fetch(url + "/webhooks/plex", {{method: "POST", mode: "no-cors", body: form}}), () => navigator.sendBeacon(url + "/webhooks/plex", form),
+  () => fetch(url + "/webhooks/plex", {{method: "POST", body: form, referrerPolicy: "no-referrer"}}), () => fetch(url + "/now"), () => fetch(url + "/now", {{mode: "no-cors"}})];
+(async () => {{
+  for (const ask of asks) {{ let got; try {{ got = await ask(); got = got.type || got }} catch (e) {{ got = "blocked" }} document.title += got + " " }}
+  const img = document.querySelector("img"); document.title += "image " + img.naturalWidth;
+  document.querySelector("form").submit();
+}})();
+</script>"""
+
+
+def test_no_website_in_a_real_browser_sends_or_reads(listener):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    page = ATTACK.format(url=f"http://127.0.0.1:{listener.port}", payload=payload().decode()).encode()
+    titles = []
+
+    def answer(connection):
+        http_answer(page, head="Content-Type: text/html\r\nConnection: close\r\n")(connection)
+    gif = b"RIFF" + bytes(20)
+    publish(listener)
+    listener.covers.webhook = ("101", gif)
+    with RawServer(answer) as website:
+        for site in (website.url, website.url.replace("127.0.0.1", "localhost")):       # same-site, cross-site
+            browser = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--timeout=4000", "--dump-dom", site],
+                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            try:
+                seen = []
+                while len(seen) < 4:
+                    seen.append(listener.inbox.get(timeout=30))
+                titles.append(seen)
+            finally:
+                browser.kill()
+                browser.wait()
+    assert [(each.status, each.path) for seen in titles for each in seen] == [(403, "/webhooks/plex")] * 8
+
+
 def test_doctors_webhook_arrives_and_changes_nothing(listener):
     content_type, body = sb.encode_webhook(json.dumps({"event": sb.TEST_EVENT}).encode())
     answer = exchange(listener, post(body, content_type))
@@ -2718,7 +2831,10 @@ def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_log
         assert "SECRET" not in gate.plain(path)
     file.write_text("SECRETpath")
     gate.check("token=SECRETpath", "::1")
-    assert gate.plain("/webhooks/plex/SECRETpath") == "/webhooks/plex..."
+    for path, shown in (("/webhooks/plex/SECRETpath", "/webhooks/plex..."), ("/webhooks/plex" + "a" * 190 + "SECRETpath", "/webhooks/plex..."),
+                        ("/webhooks/plex", "/webhooks/plex"), ("/SECRETpath", "/..."), ("/now", "/now"), ("/nowSECRET", "/..."), ("", "/..."),
+                        ("/webhooks/plex%2fSECRET", "/webhooks/plex..."), ("/%77ebhooks/plex/SECRET", "/...")):
+        assert gate.plain(path, ["/now"]) == shown
 
 
 def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, monkeypatch):
@@ -2752,6 +2868,24 @@ def test_a_rate_limit_is_a_minutes_worth_for_each_address(lines):
         assert re.search(rb"\r\nRetry-After: (20|1\d)\r\n", answers[3])
         assert status(exchange(listener, raw("GET /healthz HTTP/1.1\r\nHost: x"))) == 200
         assert listener.gate.tokens.keys() == {"127.0.0.1"}
+
+
+def test_guesses_are_bounded_by_any_method_and_cost_the_right_secret_neither_its_rate_nor_more_than_a_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(sb, "GUESS_S", 0.2)
+    with Site(gate=sb.Gate(webhook_secret(tmp_path), 100)) as listener:
+        def codes(count, *requests):
+            return [status(exchange(listener, requests[n % len(requests)])) for n in range(count)]
+        right = post(path=f"/webhooks/plex?token={SECRET}")
+        wrong = (post(), post(path="/webhooks/plex?token=x"), raw("GET / HTTP/1.1\nHost: x\n"), raw("HEAD /now?token=y HTTP/1.1\nHost: x\n"),
+                 post(path="/nowhere", method="PUT"), post(method="FROB"))
+        assert codes(sb.MAX_GUESSES, *wrong) == [401] * sb.MAX_GUESSES
+        began = time.monotonic()
+        answer = exchange(listener, post())
+        assert status(answer) == 429 and re.search(rb"\r\nRetry-After: [12]\r\n", answer) and time.monotonic() - began >= 0.2
+        assert codes(6, *wrong[:2]) == [429] * 6 and codes(1, right) == [200] and codes(3, raw("GET /healthz HTTP/1.1\nHost: x\n")) == [200] * 3
+        began = time.monotonic()
+        assert ask_from("127.0.0.2", listener, post())[0] == 401 and time.monotonic() - began < 0.2     # another sender
+        assert listener.gate.tokens["127.0.0.1"][0] == 99           # of the rate only what is Plex's was spent
 
 
 @pytest.mark.parametrize("address, who", [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "20010db800010002"),
@@ -3980,7 +4114,11 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
 @pytest.mark.parametrize("url, shown", [
     ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
     ("http://pi/webhooks/plex&token=SECRET", "http://pi/webhooks/plex?token=..."), ("http://pi/plex?SECRET", "http://pi/plex?token=..."),
-    ("https://hooks.example/api/webhook/SECRET", "https://hooks.example/..."), ("SECRETSECRET", "/..."), ("http://pi/plex", "http://pi/plex"), ("", "")])
+    ("https://hooks.example/api/webhook/SECRET", "https://hooks.example/..."), ("SECRETSECRET", "/..."), ("http://pi/plex", "http://pi/plex"), ("", ""),
+    ("http://u:p@SECRET@pi/plex", "http://pi/plex"), ("http://u:12/SECRET@pi/plex", "/..."), ("http://u:1?SECRET@pi/", "/..."),
+    ("http://u:1#SECRET@pi/", "/..."), ("http://ha:8123/webhooks/SECRET", "http://ha:8123/..."), ("http://ha/webhooks/plexSECRET", "http://ha/..."),
+    ("http://ha/webhooks/plex/SECRET", "http://ha/..."), ("http://ha/SECRET", "http://ha/..."), ("http://[::1]:3001/webhooks/plex", "http://[::1]:3001/webhooks/plex"),
+    ("http://pi/webhooks/plex?token=SECRET@x", "http://pi/webhooks/plex?token=..."), ("ftp://u:SECRET@pi/", "/..."), ("http://pi/plex%3fSECRET", "http://pi/...")])
 def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
     assert sb.without_secrets(url) == shown and "SECRET" not in shown
 
@@ -4089,6 +4227,14 @@ def test_each_thing_that_is_broken_is_found(sick, check, evidence, break_it):
     break_it(sick)
     found = failed(sick.examine())
     assert evidence in found.get(check, ""), found
+
+
+@pytest.mark.parametrize("url_", ["http://127.0.0.1:{port}/api/webhook/-SECRET", "http://me:p@SECRET@127.0.0.1:{port}/webhooks/plex",
+                                  "http://me:1/SECRET@127.0.0.1:{port}/webhooks/plex", "http://127.0.0.1:{port}/webhooks/SECRET", "http://x.invalid/SECRET",
+                                  "https://127.0.0.1:{port}/SECRET?a=SECRET", "http://127.0.0.1:1/webhooks/plex/SECRET", "ftp://SECRET/", "http://127.0.0.1:{port}/webhooks/plex?SECRET"])
+def test_nothing_of_other_peoples_webhooks_is_shown_but_where_they_go(sick, url_):
+    sick.urls = [{"url": url_.format(port=sick.port)}]
+    assert "SECRET" not in json.dumps(sick.examine())
 
 
 def test_a_webhook_that_goes_to_another_machine_is_found(sick, monkeypatch):
