@@ -2773,45 +2773,56 @@ def test_of_two_hosts_none_may_be_foreign(listener):
     assert get(listener, "/now", "Host: evil.example\n")[0] == 421 and get(listener, "/now", "Host: pi\n")[0] == 200
 
 
-ATTACK = """<form action="{url}/webhooks/plex" method="post" enctype="multipart/form-data"><input name="payload"></form><img src="{url}/cover"><script>
-const payload = '{payload}', url = "{url}", form = new FormData();
-form.append("payload", payload);
-document.querySelector("input").value = payload;
-const asks = [() => fetch(url + "/webhooks/plex", {{method: "POST", mode: "no-cors", body: form}}), () => navigator.sendBeacon(url + "/webhooks/plex", form),
-  () => fetch(url + "/webhooks/plex", {{method: "POST", body: form, referrerPolicy: "no-referrer"}}), () => fetch(url + "/now"), () => fetch(url + "/now", {{mode: "no-cors"}})];
-(async () => {{
-  for (const ask of asks) {{ let got; try {{ got = await ask(); got = got.type || got }} catch (e) {{ got = "blocked" }} document.title += got + " " }}
-  const img = document.querySelector("img"); document.title += "image " + img.naturalWidth;
+ATTACK = """<img src="{url}/cover"><script>
+const url = "{url}", form = new FormData();
+form.append("payload", '{payload}');
+const post = more => fetch(url + "/webhooks/plex", {{method: "POST", body: form, ...more}}), get = more => fetch(url + "/now", more);
+const asks = [() => post({{mode: "no-cors"}}), () => post({{referrerPolicy: "no-referrer"}}), () => get(), () => get({{mode: "no-cors"}})];
+onload = async () => {{
+  const got = [document.querySelector("img").naturalWidth];
+  for (const ask of asks) {{ try {{ got.push((await ask()).type) }} catch (e) {{ got.push("blocked") }} }}
+  await fetch("/" + got.join());
+  navigator.sendBeacon(url + "/webhooks/plex", form);
   document.querySelector("form").submit();
-}})();
-</script>"""
+}};
+</script><form action="{url}/webhooks/plex" method="post" enctype="multipart/form-data"><input name="payload" value="x"></form>"""
+PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8cfc0f01f00"
+                    "050001ff89993d1d0000000049454e44ae426082")
 
 
 def test_no_website_in_a_real_browser_sends_or_reads(listener):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("no Chromium here")
-    page = ATTACK.format(url=f"http://127.0.0.1:{listener.port}", payload=payload().decode()).encode()
-    titles = []
+    asked, sent = [], []
 
-    def answer(connection):
-        http_answer(page, head="Content-Type: text/html\r\nConnection: close\r\n")(connection)
-    gif = b"RIFF" + bytes(20)
+    class Website(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(ATTACK.format(url=f"http://127.0.0.1:{listener.port}", payload=payload().decode()).encode())
+
+        def log_message(self, *_):
+            pass
     publish(listener)
-    listener.covers.webhook = ("101", gif)
-    with RawServer(answer) as website:
-        for site in (website.url, website.url.replace("127.0.0.1", "localhost")):       # same-site, cross-site
-            browser = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--timeout=4000", "--dump-dom", site],
-                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            try:
-                seen = []
-                while len(seen) < 4:
-                    seen.append(listener.inbox.get(timeout=30))
-                titles.append(seen)
-            finally:
+    listener.covers.webhook = ("101", PNG)
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website)) as website:
+        port = website.server_address[1]
+        browsers = [subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0",
+                                      f"http://{host}:{port}/"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    for host in ("127.0.0.1", "localhost")]         # of the same site, but another origin; of another site
+        try:
+            while len(sent) < 8:
+                sent += [each for each in [listener.inbox.get(timeout=30)] if each.path != "/favicon.ico"]
+            eventually(lambda: len([path for path in asked if "," in path]) == 2)
+        finally:
+            for browser in browsers:
                 browser.kill()
                 browser.wait()
-    assert [(each.status, each.path) for seen in titles for each in seen] == [(403, "/webhooks/plex")] * 8
+    assert [(each.status, each.path) for each in sent] == [(403, "/webhooks/plex")] * 8
+    assert [path for path in asked if "," in path] == ["/0,blocked,blocked,blocked,blocked"] * 2
 
 
 def test_doctors_webhook_arrives_and_changes_nothing(listener):
