@@ -1431,8 +1431,7 @@ Inbox = queue.SimpleQueue[Message]
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
                  "`streamerbrainz.py secret` prints",
             404: "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex",
-            429: "too many webhooks came from one address, and were refused: more than -rate-limit allows, or without "
-                 "the secret"}
+            429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1604,9 +1603,6 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-# An Outage's fault as /healthz tells it, to whoever asks: without the server's URL.
-FAULTS = {"unreachable": "the server does not answer", "starting": "the server is starting (503)",
-          "refused": "the server refuses the token (401)", "forbidden": "the token is not the server owner's (403)"}
 # How long the main loop may be busy (a look takes PLEX_S, and a slow name server its time); and how long an outage may
 # last, or a webhook wait for the tracker.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
@@ -1673,15 +1669,15 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
 def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
-    player, degraded = status.player, []
-    reasons = ["-tracker-db: the file cannot be read; `streamerbrainz.py doctor` tells why"] if tracked.broken else []
+    player, reasons = status.player, ["-tracker-db: it cannot be read"] if tracked.broken else []
+    degraded: list[str] = []
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player and player.outage:
         lasts_s, fault = at - player.outage_at, player.outage.fault
         is_bad = fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S
-        said = FAULTS.get(fault, "what answers is not Plex Media Server")
-        (reasons if is_bad else degraded).append(f"{said}, for {lasts_s:.0f} s")
+        # Strangers may read this: what the server's URL is, and the sentence that has it, is in the log.
+        (reasons if is_bad else degraded).append(f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
     if player and player.proof.in_a_row >= PROOF_MISSES:
@@ -2061,8 +2057,10 @@ class Gate:
         self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
         self.lock = threading.Lock()
 
-    def spend(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
-        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
+    def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
+        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty.  a_minute 0: no limit."""
+        if not a_minute:
+            return
         with self.lock:
             who, now = sender(address), time.monotonic()
             tokens, at = buckets.pop(who, (float(a_minute), now))
@@ -2073,11 +2071,6 @@ class Gate:
         if wait_s:
             raise WebhookError(429, f"More than {a_minute} {what} a minute came from your address; "
                                "try again in a moment.", {"Retry-After": str(math.ceil(wait_s))})
-
-    def count(self, address: str) -> None:
-        """Count a webhook; raises WebhookError 429."""
-        if self.a_minute:
-            self.spend(self.tokens, address, self.a_minute, "webhooks")
 
     def plain(self, path: str, ours: Iterable[str] = ()) -> str:
         """A path as it may be logged.  With a secret only our own: somebody may have put it into another one."""
@@ -2097,7 +2090,7 @@ class Gate:
             words = self.secret.renewed()
         known = [hmac.compare_digest(each, word.encode("ascii")) for each in given_secrets(query) for word in words]
         if not any(known):
-            self.spend(self.guesses, address, MAX_GUESSES, "requests without the secret")
+            self.count(self.guesses, address, MAX_GUESSES, "requests without the secret")
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.",
                                {"WWW-Authenticate": "Secret"})
 
@@ -2154,15 +2147,10 @@ LINGER_S = 2.0
 class LineReader(io.BufferedReader):
     """Reads the lines of requests.  One with a CR alone is refused: others might read two in it (RFC 9112, 2.2)."""
 
-    def __init__(self, raw: io.RawIOBase, broken: Callable[[int, str], WebhookError]):
-        super().__init__(raw, MAX_HEAD)
-        self.broken = broken
-
     def readline(self, size: int | None = -1, /) -> bytes:
         """The next line, or so much of it."""
-        line = super().readline(size)
-        if re.search(rb"\r(?!\n)", line):
-            raise self.broken(400, "A line of the request has a CR without an LF.")
+        if re.search(rb"\r(?!\n)", line := super().readline(size)):
+            raise WebhookError(400, "A line of the request has a CR without an LF.")
         return line
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2180,7 +2168,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.opened_at = time.monotonic()
         self.rfile.close()
         self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
-        self.rfile = LineReader(self.reader, self.broken)
+        self.rfile = LineReader(self.reader, MAX_HEAD)
 
     def handle_one_request(self) -> None:
         """Wait for a request for KEEP_ALIVE_S, read its head within HEAD_S and its body within REQUEST_S, answer."""
@@ -2235,27 +2223,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
-        gate, path = self.server.gate, self.target()
-        try:
-            self.check_website(path)
-            if path != "/healthz":
-                gate.check(self.path.partition("?")[2], self.client_address[0])
-            if path == WEBHOOK_PATH:                  # last: strangers must not spend what Plex may send
-                gate.count(self.client_address[0])
-        except WebhookError:
-            self.close_connection = True
-            raise
-
-    def check_website(self, path: str) -> None:
-        """Raise WebhookError for what a website lets a browser ask of us; neither Plex nor curl sends these headers."""
-        fetched_by = self.headers.get("Sec-Fetch-Site", "none")
-        if path == WEBHOOK_PATH and ("Origin" in self.headers or fetched_by not in ("same-origin", "none")):
+        gate, headers, address = self.server.gate, self.headers, self.client_address[0]
+        is_webhook = self.target() == WEBHOOK_PATH
+        # Every browser sends these with what a website lets it post; Plex and curl never do.
+        if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
-        hosts, own_name = self.headers.get_all("Host", []), socket.gethostname()
-        if self.command in ("GET", "HEAD") and not self.server.gate.secret and any(
-                is_foreign(host, own_name) for host in hosts):
+        if not gate.secret and self.command in ("GET", "HEAD") and any(
+                is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
+        if self.target() != "/healthz":
+            gate.check(self.path.partition("?")[2], address)
+        if is_webhook:                                # last: strangers must not spend what Plex may send
+            gate.count(gate.tokens, address, gate.a_minute, "webhooks")
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -2282,6 +2262,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
+        # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
+        self.close_connection |= error.status not in (404, 405)
         self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
         agent, path = self.headers.get("User-Agent", ""), self.target()
         is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
@@ -2295,47 +2277,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
         if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
-            raise self.broken(400, "A line of the request's head is not a header.")
+            raise WebhookError(400, "A line of the request's head is not a header.")
         if codings:
             if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise self.broken(400, "A body is either chunked or has a Content-Length.")
+                raise WebhookError(400, "A body is either chunked or has a Content-Length.")
             return None
         if not lengths:
             if self.command in ("POST", "PUT", "PATCH"):
-                raise self.broken(411, "The request has no Content-Length.")
+                raise WebhookError(411, "The request has no Content-Length.")
             return 0
         if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
-            raise self.broken(400, "The Content-Length is not a number.")
+            raise WebhookError(400, "The Content-Length is not a number.")
         if int(lengths[0]) > MAX_BODY:
-            raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
+            raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
         return int(lengths[0])
-
-    def broken(self, status: int, sentence: str) -> WebhookError:
-        """An error that ends the connection: nobody knows where the next request begins."""
-        self.close_connection = True
-        return WebhookError(status, sentence)
-
-    def enter_large(self, held: contextlib.ExitStack) -> None:
-        """Wait for a place among the large bodies, and keep it until `held` is closed."""
-        held.enter_context(self.server.large_bodies)
-        self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
 
     def fill(self, body: bytearray | mmap.mmap, start: int, stop: int, held: contextlib.ExitStack) -> bool:
         """Read the bytes of a body from start to stop; -> whether all came."""
-        for end in sorted({min(stop, LARGE_BODY), stop}):
-            if end > LARGE_BODY >= start:
-                self.enter_large(held)
-            if start < end and self.rfile.readinto(memoryview(body)[start:end]) < end - start:
-                return False
-            start = max(start, end)
-        return True
+        if start < LARGE_BODY < stop:
+            return self.fill(body, start, LARGE_BODY, held) and self.fill(body, LARGE_BODY, stop, held)
+        if start == LARGE_BODY:                       # wait for a place among the large bodies, until `held` is closed
+            held.enter_context(self.server.large_bodies)
+            self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
+        return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
 
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
         """A body of so many bytes."""
         # A large one has pages of its own: malloc would keep 2 MB for each thread.
         body = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
         if not self.fill(body, 0, length, held):
-            raise self.broken(400, "The body is shorter than its Content-Length.")
+            raise WebhookError(400, "The body is shorter than its Content-Length.")
         return body
 
     def read_chunks(self, held: contextlib.ExitStack) -> Body:
@@ -2344,22 +2315,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while size := self.chunk_size():
             start, total = total, total + size
             if total > MAX_BODY:
-                raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
+                raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
             if not self.fill(body, start, total, held):
-                raise self.broken(400, "A chunk of the body is cut short.")
+                raise WebhookError(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
-                raise self.broken(400, "A chunk of the body is longer than its size.")
+                raise WebhookError(400, "A chunk of the body is longer than its size.")
         for _ in range(MAX_TRAILERS):
             if not self.rfile.readline(65537).strip():
                 body.resize(total or 1)
                 return body
-        raise self.broken(400, "The chunked body has too many trailers.")
+        raise WebhookError(400, "The chunked body has too many trailers.")
 
     def chunk_size(self) -> int:
         """The size of the next chunk; 0: the last."""
         size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
         if not size:
-            raise self.broken(400, "A chunk of the body has no size.")
+            raise WebhookError(400, "A chunk of the body has no size.")
         return int(size[1], 16)
 
     def handle_expect_100(self) -> bool:
@@ -2380,7 +2351,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-            self.server.release(self.connection)
+            self.server.release(self.connection, "events")    # of which MAX_STREAMS are enough
+            self.server.start_parked()
         if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
         self.send_response(answer.status)
@@ -2496,16 +2468,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self.lock:
             self.parked[request] = sender(client_address[0]), client_address
         self.start_parked()
-        with self.lock:
-            if len(self.parked) <= MAX_PARKED:
-                return
-            most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
-            newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
-            del self.parked[newest]
-        self.shutdown_request(newest)
 
     def start_parked(self) -> None:
-        """Start a thread for each connection that waits and may have one now."""
+        """Start a thread for each connection that waits and may have one now; where too many still wait, close one."""
         ready = []                                    # to start a thread takes long: not under the lock
         with self.lock:
             threads = collections.Counter(self.serving.values())
@@ -2515,27 +2480,31 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     self.serving[request] = who
                     threads[who] += 1
                     ready.append((request, address))
+            if len(self.parked) > MAX_PARKED:         # the newest of the sender that has most
+                most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
+                newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
+                del self.parked[newest]
+                self.shutdown_request(newest)
         for request, address in ready:
             try:
                 super().process_request(request, address)
             except RuntimeError:                      # this machine has no more threads
-                with self.lock:
-                    del self.serving[request]
+                self.release(request)
                 self.shutdown_request(request)
 
-    def release(self, request: Any) -> None:
-        """A connection that is subscribed to events keeps its thread, but counts for no sender: MAX_STREAMS is enough."""
+    def release(self, request: Any, who: str = "") -> None:
+        """Count a connection for another sender; "": it has ended, and its thread is free."""
         with self.lock:
-            self.serving[request] = "events"
-        self.start_parked()
+            self.serving[request] = who
+            if not who:
+                del self.serving[request]
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self.lock:
-                del self.serving[request]
+            self.release(request)
             self.start_parked()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -4294,9 +4263,8 @@ def outlive_main(work: Callable[[], None]) -> None:
             with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
                 import ctypes  # here: the other commands do without
 
-                libc, m_mmap_threshold = ctypes.CDLL(None), -3
-                libc.mallopt(m_mmap_threshold, LARGE_BODY)      # else what a picture took stays in each thread's arena
-                libc.malloc_trim(0)
+                ctypes.CDLL(None).malloc_trim(0)
+                ctypes.CDLL(None).mallopt(-3, LARGE_BODY)       # M_MMAP_THRESHOLD: else each thread keeps a picture
             work()
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
@@ -4480,20 +4448,16 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
                    f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
 
 # -- URLs of webhooks
-def shown_path(path: str) -> str:
-    """A URL's path, as far as it is made of the words of ours: any other one may be a secret."""
-    words, rest = re.findall(r"^((?:/(?:webhooks?|plex)(?![\w.~%-]))*/?)(.*)", path, re.DOTALL)[0]
-    return words if words and (not rest or rest[0] in "&;?#") else "/..."
-
 def without_secrets(url: str) -> str:
-    """A URL without what may be a secret in it: its query, its user and password, a path that is not ours."""
-    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?([\w.-]+|\[[\da-f:.]+\])(:\d+)?((?:/[^?#]*)?)(.*)", url, re.I | re.S)
+    """A URL without what may be a secret in it: user, password, query, and a path of other words than ours."""
+    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?((?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)"
+                         r"((?:/(?:webhooks?|plex)(?![\w.~%@-]))*/?)(.*)", url, re.I | re.S)
     # In "http://me:1/2@host/" the password goes on behind what looks like the host and its port.
-    if not found or "@" in (found[4] or found[5]):
+    if not found or ("@" in found[4] and len(found[3]) < 2):
         return url and "/..."
-    scheme, host, port, path, rest = found.groups("")
-    shown = shown_path(path) if path else ""
-    return f"{scheme}{host}{port}{shown}{'?token=...' if rest or (path != shown != '/...') else ''}"
+    scheme, host, path, rest = found.groups()
+    shown = f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path
+    return f"{scheme}{host}{shown}"
 
 def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
@@ -4733,6 +4697,7 @@ class Doctor:
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
+        path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
         if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
@@ -4742,7 +4707,7 @@ class Doctor:
             f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
-            f"the path is {shown_path(parts.path or '/')}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+            f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
             "the secret is another one" if given else "the secret is missing": valid and not given & valid}
         return [words for words, so in differs.items() if so]
 

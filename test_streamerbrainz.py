@@ -2908,7 +2908,7 @@ def test_a_sender_is_an_ipv4_address_or_a_household_of_ipv6(address, who):
 def test_addresses_that_are_remembered_are_bounded():
     gate = sb.Gate(None, 100)
     for n in range(3 * sb.MAX_ADDRESSES):
-        gate.count(f"10.{n // 65536}.{n // 256 % 256}.{n % 256}")
+        gate.count(gate.tokens, f"10.{n // 65536}.{n // 256 % 256}.{n % 256}", 100, "webhooks")
     assert len(gate.tokens) == sb.MAX_ADDRESSES
 
 
