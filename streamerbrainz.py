@@ -46,8 +46,8 @@ stream              its connection to the server       decides
 signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
-(pictures).  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
+(Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Journal, the Covers
+(pictures) and the Listener's connections.  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -1995,10 +1995,10 @@ class Pages:
 
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
 # What for: to answer every request at once and with a true status, whoever sends it and whatever it is.
-# Way: connection -> Gate (rate, secret) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
+# Way: connection -> Gate (secret, rate) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
 #                                        -> a method of Pages -> Answer -----------------------------> 200
-# Threads: "listener" accepts; each connection has a thread of its own, 64 at most.  A thread owns its socket and its
-#   bytes.  All threads share the Gate, which has a lock.
+# Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
+#   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
 # Needs: Ground
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
 # Needs of Page: Answer, Pages
@@ -2335,13 +2335,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
-        try:
+        with contextlib.suppress(WebhookError):       # then respond() refuses it
             self.length()
-        except WebhookError as error:
-            self.refuse(error)
-            return False
-        super().handle_expect_100()
-        self.wfile.flush()
+            super().handle_expect_100()
+            self.wfile.flush()
         return True
 
     # -- the answer
@@ -2351,8 +2348,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-            self.server.release(self.connection, "events")    # of which MAX_STREAMS are enough
-            self.server.start_parked()
+            self.server.release(self.connection, "events")    # MAX_STREAMS is limit enough
         if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
         self.send_response(answer.status)
@@ -2489,15 +2485,16 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             try:
                 super().process_request(request, address)
             except RuntimeError:                      # this machine has no more threads
-                self.release(request)
                 self.shutdown_request(request)
+                self.release(request)
 
     def release(self, request: Any, who: str = "") -> None:
-        """Count a connection for another sender; "": it has ended, and its thread is free."""
+        """Count a connection for another sender, or for none if it has ended; a parked one may have its place."""
         with self.lock:
             self.serving[request] = who
             if not who:
                 del self.serving[request]
+        self.start_parked()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's thread."""
@@ -2505,7 +2502,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self.release(request)
-            self.start_parked()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is not our fault; any other exception is a bug of ours, and ends the process."""
