@@ -46,8 +46,9 @@ stream              its connection to the server       decides
 signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Journal, the Covers
-(pictures) and the Listener's connections.  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
+(Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
+connections), the Journal and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
+the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -1669,15 +1670,14 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
 def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
-    player, reasons = status.player, ["-tracker-db: it cannot be read"] if tracked.broken else []
-    degraded: list[str] = []
+    player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player and player.outage:
+        # Strangers may read this: the sentence with the server's URL is in the log and on the page.
         lasts_s, fault = at - player.outage_at, player.outage.fault
-        is_bad = fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S
-        # Strangers may read this: what the server's URL is, and the sentence that has it, is in the log.
-        (reasons if is_bad else degraded).append(f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
+        (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
+            f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
     if player and player.proof.in_a_row >= PROOF_MISSES:
@@ -2019,7 +2019,8 @@ def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
 HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
 
 def is_foreign(host: str, own_name: str) -> bool:
-    """Whether a Host header may be a website's: it can lead its name to our address, to read us in a browser here."""
+    """Whether a Host header may be a website's name."""
+    # Its owner can let it lead to our address, and so read us in a browser here: to that, all is one origin.
     name = re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
     is_address = re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name)
     return "." in name and not is_address and not name.endswith(HOME_NAMES) and name != own_name.lower()
@@ -2392,11 +2393,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # -- Listener: the socket, and a thread for each connection
 MAX_CONNECTIONS = 64          # threads at once; each may hold 8 MB of stack, mostly untouched
-MAX_OF_ONE = 16               # of them for one sender, so that no sender keeps the others out
+MAX_OF_ONE = 16               # of them for one sender
 MAX_PARKED = 256              # connections that wait for a thread; each holds a descriptor, of usually 1024
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
+    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve().
+
+    One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
+    other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
+    """
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
@@ -2404,7 +2409,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, host: str, port: int):
         """host "": all addresses.  port 0: any free one.  Raises OSError as bind() does."""
         # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
-        # the address).  All threads change them, under the lock.
+        # the address).  All threads change them under the lock.
         self.serving: dict[Any, str] = {}
         self.parked: dict[Any, tuple[str, Any]] = {}
         self.lock = threading.Lock()
@@ -2467,15 +2472,15 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def start_parked(self) -> None:
         """Start a thread for each connection that waits and may have one now; where too many still wait, close one."""
-        ready = []                                    # to start a thread takes long: not under the lock
+        # To start a thread takes long where many run: so not under the lock, for which all of them would wait.
+        ready = []
         with self.lock:
             threads = collections.Counter(self.serving.values())
-            for request, (who, address) in list(self.parked.items()):
+            for request, (who, _) in list(self.parked.items()):
                 if len(self.serving) < MAX_CONNECTIONS and threads[who] < MAX_OF_ONE:
-                    del self.parked[request]
                     self.serving[request] = who
                     threads[who] += 1
-                    ready.append((request, address))
+                    ready.append((request, self.parked.pop(request)[1]))
             if len(self.parked) > MAX_PARKED:         # the newest of the sender that has most
                 most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
                 newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
