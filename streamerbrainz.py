@@ -2059,9 +2059,7 @@ class Gate:
         self.lock = threading.Lock()
 
     def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
-        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty.  a_minute 0: no limit."""
-        if not a_minute:
-            return
+        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
         with self.lock:
             who, now = sender(address), time.monotonic()
             tokens, at = buckets.pop(who, (float(a_minute), now))
@@ -2235,7 +2233,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                "address or own name, or a -webhook-secret-file.")
         if self.target() != "/healthz":
             gate.check(self.path.partition("?")[2], address)
-        if is_webhook:                                # last: strangers must not spend what Plex may send
+        if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             gate.count(gate.tokens, address, gate.a_minute, "webhooks")
 
     def route(self, body: Body) -> None:
@@ -4603,9 +4601,9 @@ class Doctor:
 
     def daemon(self) -> Finding:
         """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
-        # Another version: the file was replaced, and the daemon not restarted since.
+        # Another version: the file was replaced, and the daemon not restarted since.  -webhooks-host may be a foreign name.
         try:
-            reply, said = ask(local_url(self.config, "/healthz"), {})
+            reply, said = ask(local_url(self.config, "/healthz"), {"Host": "localhost"})
         except PlexError:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
@@ -4628,7 +4626,7 @@ class Doctor:
     def arrivals(self) -> Finding:
         """Which webhooks has the daemon received, and which has it refused?"""
         # Refused ones matter only while the right ones do not come: else the mistake was corrected since.
-        reply, said = ask(local_url(self.config, "/now") + self.query, {})
+        reply, said = ask(local_url(self.config, "/now") + self.query, {"Host": "localhost"})
         if reply.status != 200:
             return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
         self.now = json_object(said)
