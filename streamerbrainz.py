@@ -4601,8 +4601,8 @@ class Doctor:
 
     def daemon(self) -> Finding:
         """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
-        # Another version: the file was replaced, and the daemon not restarted since.  As localhost: our own name may look
-        # like a website's.
+        # Another version: the file was replaced, and the daemon not restarted since.  As localhost: our own name may
+        # look like a website's.
         try:
             reply, said = ask(local_url(self.config, "/healthz"), {"Host": "localhost"})
         except PlexError:
