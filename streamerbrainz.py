@@ -46,8 +46,9 @@ stream              its connection to the server       decides
 signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
-(pictures).  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
+(Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
+connections), the Journal and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
+the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -456,6 +457,7 @@ class SecretFile:
 # characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
 # of email.parser grows with the square of a header.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
+MAX_VALUES = 20_000           # in a payload's JSON, by the characters that stand before one; Plex's have about 500
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
 
 class Scrobble(NamedTuple):
@@ -542,8 +544,11 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
     """The Webhook in a payload's JSON, which is UTF-8 whatever its header says; raises WebhookError."""
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
+    content = bytes(payload)
+    if sum(map(content.count, b",:[{")) > MAX_VALUES:
+        raise WebhookError(413, f"The payload has more than {MAX_VALUES} values.")
     try:
-        fields = json_object(json.loads(bytes(payload)))
+        fields = json_object(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise WebhookError(400, "The payload is not JSON.") from error
     event = fields.get("event")
@@ -1528,7 +1533,7 @@ Inbox = queue.SimpleQueue[Message]
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
                  "`streamerbrainz.py secret` prints",
             404: "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex",
-            429: "more webhooks than -rate-limit allows came from one address, and were refused"}
+            429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1766,17 +1771,14 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
 def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
-    player, reasons, degraded = status.player, [tracked.broken] if tracked.broken else [], []
+    player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player and player.outage:
-        lasts_s = at - player.outage_at
-        if player.outage.fault in ("refused", "forbidden"):
-            reasons.append(player.outage.sentence)
-        elif lasts_s >= UNHEALTHY_S:
-            reasons.append(f"the server has not answered for {lasts_s:.0f} s: {player.outage.sentence}")
-        else:
-            degraded.append(player.outage.sentence)
+        # Strangers may read this: the sentence with the server's URL is in the log and on the page.
+        lasts_s, fault = at - player.outage_at, player.outage.fault
+        (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
+            f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
     if player and player.proof.in_a_row >= PROOF_MISSES:
@@ -2006,13 +2008,17 @@ class Covers:
         identity, picture = self.webhook
         if identity == item.identity:
             return picture
-        with self.lock:
+        if not self.lock.acquire(timeout=PLEX_S):
+            return b""
+        try:
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
-                self.retry_at = time.monotonic() + COVER_RETRY_S
+                self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
                 with contextlib.suppress(PlexError):
                     if picture := self.plex.get(item.thumb, room=MAX_COVER).body:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
+        finally:
+            self.lock.release()
 
 def process_families(started_at: float) -> Iterator[Family]:
     """The figures of this process, by Prometheus' names."""
@@ -2090,10 +2096,10 @@ class Pages:
 
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
 # What for: to answer every request at once and with a true status, whoever sends it and whatever it is.
-# Way: connection -> Gate (rate, secret) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
+# Way: connection -> Gate (secret, rate) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
 #                                        -> a method of Pages -> Answer -----------------------------> 200
-# Threads: "listener" accepts; each connection has a thread of its own, 64 at most.  A thread owns its socket and its
-#   bytes.  All threads share the Gate, which has a lock.
+# Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
+#   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
 # Needs: Ground
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
 # Needs of Page: Answer, Pages
@@ -2111,6 +2117,15 @@ def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
+HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
+
+def is_foreign(host: str, own_name: str) -> bool:
+    """Whether a Host header may be a website's name."""
+    # Its owner can let it lead to our address, and so read us in a browser here: to that, all is one origin.
+    name = re.sub(r"\.?(:\d*)?$", "", host.strip().lower())
+    is_address = re.fullmatch(r"\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\]", name)
+    return "." in name and not is_address and not name.endswith(HOME_NAMES) and name != own_name.lower()
+
 def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
@@ -2123,8 +2138,11 @@ def webhook_url(host: str, port: int) -> str:
 
 # --- the world
 
-MAX_ADDRESSES = 1000          # whose webhooks are counted; the one that was silent longest is forgotten
+MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
 MAX_PATH = 200                # characters of a path that are logged
+# Requests a minute of one sender that lack the secret; and how late the secrets of a sender are compared that has sent
+# more: with its 16 threads, it can try 16 a second.
+MAX_GUESSES, GUESS_S = 30, 1.0
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
@@ -2138,38 +2156,41 @@ class Gate:
         """a_minute: webhooks from one address; 0: no limit."""
         self.secret, self.a_minute = secret, a_minute
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
+        self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
         self.lock = threading.Lock()
 
-    def count(self, address: str) -> None:
-        """Count a webhook; raises WebhookError 429."""
-        if not self.a_minute:
-            return
+    def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
+        """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
         with self.lock:
             who, now = sender(address), time.monotonic()
-            tokens, at = self.tokens.pop(who, (float(self.a_minute), now))
-            tokens, wait_s = spend(tokens, now - at, self.a_minute)
-            self.tokens[who] = tokens, now
-            if len(self.tokens) > MAX_ADDRESSES:
-                del self.tokens[next(iter(self.tokens))]
+            tokens, at = buckets.pop(who, (float(a_minute), now))
+            tokens, wait_s = spend(tokens, now - at, a_minute)
+            buckets[who] = tokens, now
+            if len(buckets) > MAX_ADDRESSES:
+                del buckets[next(iter(buckets))]
         if wait_s:
-            raise WebhookError(429, f"More than {self.a_minute} webhooks a minute came from your address; "
+            raise WebhookError(429, f"More than {a_minute} {what} a minute came from your address; "
                                "try again in a moment.", {"Retry-After": str(math.ceil(wait_s))})
 
-    def plain(self, path: str) -> str:
-        """A path that may be logged: somebody may have pasted the secret into the wrong place of the URL."""
-        path = urllib.parse.unquote(path)
-        for word in self.secret.words if self.secret else ():
-            path = path.replace(word, "...")
-        return re.match(r"[\w/.~-]*", path, re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+    def plain(self, path: str, ours: Iterable[str] = ()) -> str:
+        """A path as it may be logged.  With a secret only our own: somebody may have put it into another one."""
+        if self.secret is None:
+            return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+        begin = WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else "/"
+        return path if path in (WEBHOOK_PATH, *ours) else f"{begin}..."
 
-    def check(self, query: str) -> None:
-        """Check the secret in a URL's query; raises WebhookError 401."""
+    def check(self, query: str, address: str) -> None:
+        """Check the secret in a URL's query; raises WebhookError 401, or 429 after many wrong ones."""
         if self.secret is None:
             return
+        tokens, at = self.guesses.get(sender(address), (math.inf, 0.0))
+        if spend(tokens, time.monotonic() - at, MAX_GUESSES)[1]:
+            time.sleep(GUESS_S)
         with self.lock:
             words = self.secret.renewed()
         known = [hmac.compare_digest(each, word.encode("ascii")) for each in given_secrets(query) for word in words]
         if not any(known):
+            self.count(self.guesses, address, MAX_GUESSES, "requests without the secret")
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.",
                                {"WWW-Authenticate": "Secret"})
 
@@ -2215,12 +2236,22 @@ MAX_BODY = 8 * 2**20
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.
 MAX_TRAILERS = 100
-# How long an idle connection may hold its thread, as in Apache and Node; its age to be closed at, if all are taken.
-KEEP_ALIVE_S, CROWDED_S = 5.0, 1.0
+# How long an idle connection may hold its thread, as in Apache and Node; and at most, and to be closed after an answer,
+# while the threads are scarce, or others of its sender wait for one (on each connection some webhooks, not one).
+KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
 # How long a refused sender may go on sending; nginx gives 5 s.
 LINGER_S = 2.0
+
+class LineReader(io.BufferedReader):
+    """Reads the lines of requests.  One with a CR alone is refused: others might read two in it (RFC 9112, 2.2)."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """The next line, or so much of it."""
+        if re.search(rb"\r(?!\n)", line := super().readline(size)):
+            raise WebhookError(400, "A line of the request has a CR without an LF.")
+        return line
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection.  Each request is answered at once; only a picture may wait for Plex."""
@@ -2237,20 +2268,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.opened_at = time.monotonic()
         self.rfile.close()
         self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
-        self.rfile = io.BufferedReader(self.reader)
+        self.rfile = LineReader(self.reader, MAX_HEAD)
 
     def handle_one_request(self) -> None:
         """Wait for a request for KEEP_ALIVE_S, read its head within HEAD_S and its body within REQUEST_S, answer."""
         self.close_connection = True
-        self.reader.allow(KEEP_ALIVE_S, MAX_HEAD)
+        patience_s = max(self.server.patience_s(self.connection), 0 if self.requestline else CROWDED_S)
+        self.reader.allow(min(KEEP_ALIVE_S, patience_s), MAX_HEAD)
         try:
+            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):      # blank lines before a request (RFC 9112, 2.2)
+                self.rfile.readline(2)
             if self.rfile.peek(1):
                 self.reader.deadline = time.monotonic() + HEAD_S
                 super().handle_one_request()
         except TimeoutError:
             pass                                      # an idle connection (http.server ends a slow one)
-        except TooMuch:                               # the first line alone is too long
-            self.send_error(431)
+        except (TooMuch, WebhookError) as error:      # a line alone is too long, or has a CR alone
+            self.send_error(431 if isinstance(error, TooMuch) else 400)
 
     def parse_request(self) -> bool:
         """Parse the head; from here on the limits of the body hold."""
@@ -2264,13 +2298,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         """Answer a request of which the head is read."""
-        try:
-            with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:          # until the error is gone, too: its frames keep the body
+            try:
                 self.admit()
                 length = self.length()
                 self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
-        except WebhookError as error:
-            self.refuse(error)
+            except WebhookError as error:
+                self.refuse(error)
 
     # The path decides which methods are allowed.  http.server reports any other method by send_error(501).
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
@@ -2288,16 +2322,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return re.sub(r"^https?://[^/]*", "", self.path).partition("?")[0]
 
     def admit(self) -> None:
-        """Refuse a sender that sends too much or does not know the secret, before the body is read."""
-        gate, path = self.server.gate, self.target()
-        try:
-            if path == WEBHOOK_PATH:
-                gate.count(self.client_address[0])
-            if path != "/healthz":
-                gate.check(self.path.partition("?")[2])
-        except WebhookError:
-            self.close_connection = True
-            raise
+        """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
+        gate, headers, address = self.server.gate, self.headers, self.client_address[0]
+        is_webhook = self.target() == WEBHOOK_PATH
+        # Every browser sends these with what a website lets it post; Plex and curl never do.
+        if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
+            raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
+        if not gate.secret and self.command in ("GET", "HEAD") and any(
+                is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
+            raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
+                               "address or own name, or a -webhook-secret-file.")
+        if self.target() != "/healthz":
+            gate.check(self.path.partition("?")[2], address)
+        if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
+            gate.count(gate.tokens, address, gate.a_minute, "webhooks")
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -2324,12 +2362,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
+        # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
+        self.close_connection |= error.status not in (404, 405)
         self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
         agent, path = self.headers.get("User-Agent", ""), self.target()
         is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
         is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
-        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path), self.client_address[0],
-                                 is_webhook))
+        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path, self.server.pages.paths),
+                                 self.client_address[0], is_webhook))
 
     # -- the body
 
@@ -2337,79 +2377,68 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
         if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
-            raise self.broken(400, "A line of the request's head is not a header.")
+            raise WebhookError(400, "A line of the request's head is not a header.")
         if codings:
             if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise self.broken(400, "A body is either chunked or has a Content-Length.")
+                raise WebhookError(400, "A body is either chunked or has a Content-Length.")
             return None
         if not lengths:
             if self.command in ("POST", "PUT", "PATCH"):
-                raise self.broken(411, "The request has no Content-Length.")
+                raise WebhookError(411, "The request has no Content-Length.")
             return 0
         if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
-            raise self.broken(400, "The Content-Length is not a number.")
+            raise WebhookError(400, "The Content-Length is not a number.")
         if int(lengths[0]) > MAX_BODY:
-            raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
+            raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
         return int(lengths[0])
 
-    def broken(self, status: int, sentence: str) -> WebhookError:
-        """An error that ends the connection: nobody knows where the next request begins."""
-        self.close_connection = True
-        return WebhookError(status, sentence)
-
-    def enter_large(self, held: contextlib.ExitStack) -> None:
-        """Wait for a place among the large bodies, and keep it until `held` is closed."""
-        held.enter_context(self.server.large_bodies)
-        self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
+    def fill(self, body: bytearray | mmap.mmap, start: int, stop: int, held: contextlib.ExitStack) -> bool:
+        """Read the bytes of a body from start to stop; -> whether all came."""
+        if start < LARGE_BODY < stop:
+            return self.fill(body, start, LARGE_BODY, held) and self.fill(body, LARGE_BODY, stop, held)
+        if start == LARGE_BODY:                       # wait for a place among the large bodies, until `held` is closed
+            held.enter_context(self.server.large_bodies)
+            self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
+        return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
 
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
         """A body of so many bytes."""
-        body: Body = self.rfile.read(min(length, LARGE_BODY))
-        got = len(body)
-        if got == LARGE_BODY < length:
-            self.enter_large(held)
-            whole = mmap.mmap(-1, length)             # pages of its own: malloc would keep 2 MB for each thread
-            whole.write(body)
-            got, body = got + self.rfile.readinto(memoryview(whole)[got:]), whole
-        if got < length:
-            raise self.broken(400, "The body is shorter than its Content-Length.")
+        # A large one has pages of its own: malloc would keep 2 MB for each thread.
+        body = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
+        if not self.fill(body, 0, length, held):
+            raise WebhookError(400, "The body is shorter than its Content-Length.")
         return body
 
-    def read_chunks(self, held: contextlib.ExitStack) -> bytearray:
+    def read_chunks(self, held: contextlib.ExitStack) -> Body:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
-        body = bytearray()
+        body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while size := self.chunk_size():
-            total = len(body) + size
+            start, total = total, total + size
             if total > MAX_BODY:
-                raise self.broken(413, f"The body is larger than {MAX_BODY} bytes.")
-            if len(body) <= LARGE_BODY < total:
-                self.enter_large(held)
-            body += self.rfile.read(size)
-            if len(body) < total:
-                raise self.broken(400, "A chunk of the body is cut short.")
+                raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
+            if not self.fill(body, start, total, held):
+                raise WebhookError(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
-                raise self.broken(400, "A chunk of the body is longer than its size.")
+                raise WebhookError(400, "A chunk of the body is longer than its size.")
         for _ in range(MAX_TRAILERS):
             if not self.rfile.readline(65537).strip():
+                body.resize(total or 1)
                 return body
-        raise self.broken(400, "The chunked body has too many trailers.")
+        raise WebhookError(400, "The chunked body has too many trailers.")
 
     def chunk_size(self) -> int:
         """The size of the next chunk; 0: the last."""
-        size = self.rfile.readline(1025).partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
-            raise self.broken(400, "A chunk of the body has no size.")
-        return int(size, 16)
+        size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
+        if not size:
+            raise WebhookError(400, "A chunk of the body has no size.")
+        return int(size[1], 16)
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
-        try:
+        with contextlib.suppress(WebhookError):       # then respond() refuses it
             self.length()
-        except WebhookError as error:
-            self.refuse(error)
-            return False
-        super().handle_expect_100()
-        self.wfile.flush()
+            super().handle_expect_100()
+            self.wfile.flush()
         return True
 
     # -- the answer
@@ -2419,10 +2448,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-        if events or (time.monotonic() - self.opened_at > CROWDED_S and self.server.is_full()):
+            self.server.release(self.connection, "events")    # MAX_STREAMS is limit enough
+        if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
         self.send_response(answer.status)
         headers = {} if events else {"Content-Length": str(len(content))}
+        headers |= {"Cross-Origin-Resource-Policy": "same-origin"}        # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
         closing = {"Connection": "close"} if self.close_connection else {}
@@ -2461,16 +2492,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # -- Listener: the socket, and a thread for each connection
 MAX_CONNECTIONS = 64          # threads at once; each may hold 8 MB of stack, mostly untouched
+MAX_OF_ONE = 16               # of them for one sender
+MAX_PARKED = 256              # connections that wait for a thread; each holds a descriptor, of usually 1024
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
+    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve().
+
+    One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
+    other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
+    """
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
         """host "": all addresses.  port 0: any free one.  Raises OSError as bind() does."""
-        self.room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
+        # the address).  All threads change them under the lock.
+        self.serving: dict[Any, str] = {}
+        self.parked: dict[Any, tuple[str, Any]] = {}
+        self.lock = threading.Lock()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.closing = threading.Event()
         self.address_family, address = listening_address(host, port)
@@ -2505,12 +2546,14 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)   # wakes handle_request()
 
-    def is_full(self) -> bool:
-        """Whether all threads are taken, so that others may be waiting for one."""
-        if self.room.acquire(blocking=False):
-            self.room.release()
-            return False
-        return True
+    def patience_s(self, request: Any) -> float:
+        """How old a connection may become, as far as others need its thread; inf: as it likes."""
+        with self.lock:
+            who, threads = self.serving[request], list(self.serving.values())
+            if any(who == each for each, _ in self.parked.values()):
+                return TURN_S
+            scarce = len(threads) >= MAX_CONNECTIONS or threads.count(who) > MAX_OF_ONE // 2
+            return CROWDED_S if scarce else math.inf
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection."""
@@ -2521,20 +2564,48 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread; the connection one too many waits here, and others in the kernel."""
-        self.room.acquire()
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:                          # this machine has no more threads
-            self.room.release()
-            self.shutdown_request(request)
+        """Park a connection until its sender has a thread for it; the listener itself never waits."""
+        with self.lock:
+            self.parked[request] = sender(client_address[0]), client_address
+        self.start_parked()
+
+    def start_parked(self) -> None:
+        """Start a thread for each connection that waits and may have one now; where too many still wait, close one."""
+        # To start a thread takes long where many run: so not under the lock, for which all of them would wait.
+        ready = []
+        with self.lock:
+            threads = collections.Counter(self.serving.values())
+            for request, (who, _) in list(self.parked.items()):
+                if len(self.serving) < MAX_CONNECTIONS and threads[who] < MAX_OF_ONE:
+                    self.serving[request] = who
+                    threads[who] += 1
+                    ready.append((request, self.parked.pop(request)[1]))
+            if len(self.parked) > MAX_PARKED:         # the newest of the sender that has most
+                most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
+                newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
+                del self.parked[newest]
+                self.shutdown_request(newest)
+        for request, address in ready:
+            try:
+                super().process_request(request, address)
+            except RuntimeError:                      # this machine has no more threads
+                self.shutdown_request(request)
+                self.release(request)
+
+    def release(self, request: Any, who: str = "") -> None:
+        """Count a connection for another sender, or for none if it has ended; a parked one may have its place."""
+        with self.lock:
+            self.serving[request] = who
+            if not who:
+                del self.serving[request]
+        self.start_parked()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The connection's thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.room.release()
+            self.release(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke is not our fault; any other exception is a bug of ours, and ends the process."""
@@ -4083,7 +4154,7 @@ def tracker_command(config: Config) -> int:
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
 #   watch_stream
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
-# Needs of Listener: Gate, Listener, configured_url, own_url, webhook_url
+# Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command
 # Needs of Tracker: Journal, Tracker, Worker, glance
 
@@ -4293,6 +4364,7 @@ def outlive_main(work: Callable[[], None]) -> None:
                 import ctypes  # here: the other commands do without
 
                 ctypes.CDLL(None).malloc_trim(0)
+                ctypes.CDLL(None).mallopt(-3, LARGE_BODY)       # M_MMAP_THRESHOLD: else each thread keeps a picture
             work()
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
@@ -4477,11 +4549,15 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
 
 # -- URLs of webhooks
 def without_secrets(url: str) -> str:
-    """A URL without what may be a secret in it: its query, its user, a path that is not ours."""
-    url = re.sub(r"//[^/@]*@", "//", url)
-    origin, path, rest = re.findall(r"^((?:[^/]*//[^/?#]*)?)([\w/.~-]*)(.*)", url, re.ASCII | re.DOTALL)[0]
-    shown = path if path.startswith("/webhooks/") or len(path) < 8 else "/..."
-    return f"{origin}{shown}{'?token=...' if rest else ''}"
+    """A URL without what may be a secret in it: user, password, query, and a path of other words than ours."""
+    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?((?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)"
+                         r"((?:/(?:webhooks?|plex)(?![\w.~%@-]))*/?)(.*)", url, re.I | re.S)
+    # In "http://me:1/2@host/" the password goes on behind what looks like the host and its port.
+    if not found or ("@" in found[4] and len(found[3]) < 2):
+        return url and "/..."
+    scheme, host, path, rest = found.groups()
+    shown = f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path
+    return f"{scheme}{host}{shown}"
 
 def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
@@ -4626,9 +4702,10 @@ class Doctor:
 
     def daemon(self) -> Finding:
         """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
-        # Another version: the file was replaced, and the daemon not restarted since.
+        # Another version: the file was replaced, and the daemon not restarted since.  As localhost: our own name may
+        # look like a website's.
         try:
-            reply, said = ask(local_url(self.config, "/healthz"), {})
+            reply, said = ask(local_url(self.config, "/healthz"), {"Host": "localhost"})
         except PlexError:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
@@ -4651,7 +4728,7 @@ class Doctor:
     def arrivals(self) -> Finding:
         """Which webhooks has the daemon received, and which has it refused?"""
         # Refused ones matter only while the right ones do not come: else the mistake was corrected since.
-        reply, said = ask(local_url(self.config, "/now") + self.query, {})
+        reply, said = ask(local_url(self.config, "/now") + self.query, {"Host": "localhost"})
         if reply.status != 200:
             return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
         self.now = json_object(said)
@@ -4715,20 +4792,16 @@ class Doctor:
                        f"replace it by {self.right_url}", 9)
 
     def differences(self, url: str) -> list[str]:
-        """How a URL differs from one that works, each in words; first the host, which is the usual mistake.
-
-        A wrong path is shown only as far as it cannot hold a secret: somebody may have written
-        "/webhooks/plex&token=..." for "/webhooks/plex?token=...".
-        """
+        """How a URL differs from one that works, each in words; first the host, which is the usual mistake."""
         try:
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
-        if not host or not re.fullmatch("https?://[!-~]+", url):
+        path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
+        if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
-        path = re.findall(r"^[\w/.~-]*", parts.path, re.ASCII)[0] or "/"
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
         differs = {
             elsewhere: elsewhere,

@@ -295,7 +295,7 @@ def chunked(body, size, extension=b"", trailer=b""):
 
 
 def raw(head, body=b""):
-    return head.replace("\n", "\r\n").encode("latin-1") + b"\r\n" + body
+    return re.sub("\r?\n", "\r\n", head).encode("latin-1") + b"\r\n" + body
 
 
 def post(body=BODY, content_type=MULTIPART, path="/webhooks/plex", head="", length=None, method="POST"):
@@ -362,7 +362,7 @@ class Site:
     @property
     def taken(self):
         """How many connections are being served."""
-        return sb.MAX_CONNECTIONS - self.server.room._value
+        return len(self.server.serving)
 
 
 class Running(Site):
@@ -787,7 +787,8 @@ def test_parts_are_chosen_by_name_alone(body, thumb):
     ("multipart/form-data; boundary=B", part('name="x"', "") * 17 + b"--B--", 400, "The body has more than 16 parts."),
     ("multipart/form-data; boundary=B", part('name="payload"', "{") + b"--B--", 400, "The payload is not JSON."),
     ("application/json", b"\xff\xfe", 400, "The payload is not JSON."),
-    ("application/json", b"[" * 200000, 400, "The payload is not JSON."),
+    ("application/json", b"[" * 20000, 400, "The payload is not JSON."),
+    ("application/json", b"[" * 20001, 413, "The payload has more than 20000 values."),
     ("application/json", b"9" * 5000, 400, "The payload is not JSON."),
     ("application/json", b" " * (2 ** 20 + 1), 413, "The payload is larger than 1048576 bytes."),
     *(("application/json", body, 400, "The payload is not a Plex webhook: it has no event.")
@@ -2571,7 +2572,7 @@ def test_now_has_the_logs_keys_first_and_moves_on():
 
 
 def out(fault="unreachable", at=0.0):
-    return known_player(outage=Outage(fault, "It fails."), outage_at=at)
+    return known_player(outage=Outage(fault, "http://nas:32400 fails."), outage_at=at)
 
 
 @pytest.mark.parametrize("status, seen, expected", [
@@ -2582,7 +2583,8 @@ def out(fault="unreachable", at=0.0):
     (status_of(out("refused", 999)), {}, (503, "failing")), (status_of(out("forbidden", 999)), {}, (503, "failing")),
     (status_of(known_player(proof=sb.Proof(in_a_row=3))), {}, (200, "degraded")), (status_of(known_player(proof=sb.Proof(in_a_row=2))), {}, (200, "ok"))])
 def test_health_is_bad_only_where_a_person_should_come(status, seen, expected):
-    code, fields = sb.health(status, sb.Glance(**seen), 1000.0)
+    code, fields = sb.health(status, sb.Glance(**{key: value and "/home/pi/tracker.db " if key == "broken" else value for key, value in seen.items()}), 1000.0)
+    assert "http" not in json.dumps(fields) and "/home" not in json.dumps(fields)      # whoever asks
     assert (code, fields["status"]) == expected and bool(fields["reasons"]) == (code == 503)
 
 
@@ -2715,6 +2717,19 @@ def test_a_picture_that_is_cut_short_or_missing_is_not_shown_nor_kept_and_asked_
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"whole")
 
 
+def test_pictures_of_a_server_that_hangs_hold_their_threads_for_one_answers_time_and_then_none(listener, token_file, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.4)
+    publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
+    with RawServer(hang) as server:
+        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        began, codes = time.monotonic(), []
+        threads = [threading.Thread(target=lambda: codes.append(get(listener, "/cover")[0])) for _ in range(70)]
+        for work in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                work(thread)
+    assert codes == [404] * 70 and time.monotonic() - began < 2.0 and len(server.requests) == 1
+
+
 def test_events_come_as_they_are_reported_and_sixteen_may_listen(listener):
     streams = [events(listener) for _ in range(sb.MAX_STREAMS)]
     assert get(listener, "/events")[0] == 503 and get(listener, "/now")[0] == 200
@@ -2811,6 +2826,16 @@ def test_tokens_come_back_evenly_and_never_more_than_a_minutes_worth():
 
 # --- the world
 
+SECRET = "0123456789abcdef"
+
+
+def webhook_secret(folder):
+    file = folder / "webhook-secret"
+    file.write_text(SECRET)
+    file.chmod(0o600)
+    return sb.SecretFile("-webhook-secret-file", str(file))
+
+
 HELP = b"Nothing is here. Plex sends its webhooks to /webhooks/plex.\n"
 
 
@@ -2877,6 +2902,17 @@ def test_only_the_latest_picture_of_our_player_is_kept(listener):
                  id="a part's name"),
     pytest.param(raw("GET / HTTP/1.1\n" + "A: b\n" * 200), 431, None, id="many headers"),
     pytest.param(b"", None, b"", id="nothing"),
+    *(pytest.param(damaged, 400, None, id=f"a bare CR {number}") for number, damaged in enumerate((
+        b"GET /healthz\r HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /healthz HTTP/1.1\r\r\nHost: x\r\n\r\n", b"\rGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: x\rOrigin: y\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: x\r\r\n\r\n", b"GET /healthz HTTP/1.1\r\n\rHost: x\r\n\r\n",
+        raw(POST, b"").replace(b"\r\n\r\n", b"\r\nA: b\r\n\r\r\n"), post(head="X: a\rContent-Length: 3\r\n"), post(head="Transfer-Encoding\r: chunked\r\n"),
+        raw(POST + CHUNKED, b"5\rx\r\nabcde\r\n0\r\n\r\n"), raw(POST + CHUNKED, b"5;a=\r\r\nabcde\r\n0\r\n\r\n"), raw(POST + CHUNKED, b"5\r\nabcde\r\r\n0\r\n\r\n"),
+        raw(POST + CHUNKED, b"0\r\nA: b\rC: d\r\n\r\n"), raw(POST + CHUNKED, b"0\r\n\r\r\n")))),
+    *(pytest.param(blank + raw("GET /healthz HTTP/1.1\nHost: x\n"), 200, None, id=f"blank lines {number}") for number, blank in enumerate((
+        b"\r\n", b"\n", b"\r\n" * 5, b"\n\r\n\n"))),
+    pytest.param(b"\r\n" * 9000, 431, None, id="blank lines for ever"), pytest.param(b"\r\n", None, b"", id="a blank line alone"),
+    pytest.param(raw(POST + CHUNKED, b"5;" + b"a" * 2000 + b"\r\nabcde\r\n0\r\n\r\n"), 400, b"A chunk of the body has no size.\n", id="a long extension"),
+    pytest.param(post(b'{"event": "x", "y": [' + b"0," * 20001 + b"0]}", "application/json"), 413, b"The payload has more than 20000 values.\n", id="many values"),
 ])
 def test_each_request_has_its_status_and_a_sentence_that_helps(listener, request_, expected, body):
     answer = exchange(listener, request_)
@@ -2973,15 +3009,85 @@ def test_an_idle_connection_is_closed(listener, monkeypatch):
         assert connection.recv(1) == b""
 
 
+def connect_from(address, listener):
+    """A connection from another address of this machine: another sender."""
+    return socket.create_connection(("127.0.0.1", listener.port), timeout=10, source_address=(address, 0))
+
+
+def ask_from(address, listener, request_):
+    """The answer to a request from there, and how long it took."""
+    began = time.monotonic()
+    with connect_from(address, listener) as connection:
+        connection.sendall(request_)
+        return status(connection.recv(65536)), time.monotonic() - began
+
+
 def test_threads_are_bounded_and_the_connection_one_too_many_waits(listener, monkeypatch):
     monkeypatch.setattr(sb, "KEEP_ALIVE_S", 1.0)
     before = threading.active_count()
-    idle = [connect(listener) for _ in range(sb.MAX_CONNECTIONS + 20)]
-    eventually(lambda: listener.taken == sb.MAX_CONNECTIONS)
+    idle = [connect_from(f"127.0.0.{n % 5 + 2}", listener) for n in range(sb.MAX_CONNECTIONS + 20)]
+    eventually(lambda: listener.taken == sb.MAX_CONNECTIONS and len(listener.server.parked) == 20)
     assert threading.active_count() <= before + sb.MAX_CONNECTIONS
     assert status(exchange(listener, post())) == 200
     for connection in idle:
         connection.close()
+
+
+def test_a_thousand_slow_connections_of_one_sender_keep_no_other_out(listener):
+    slow, answers = [], []
+    for n in range(1000):
+        slow.append(connect(listener))
+        slow[-1].sendall(post()[:n % 300])                 # nothing yet, half a head, half a body
+        if n % 50 == 49:
+            answers.append(ask_from(f"127.0.0.{n // 50 + 2}", listener, post()))
+    assert all(code == 200 and took_s < 0.1 for code, took_s in answers), answers
+    assert collections.Counter(listener.server.serving.values())["127.0.0.1"] <= sb.MAX_OF_ONE
+    assert len(listener.server.parked) <= sb.MAX_PARKED
+    for connection in slow:
+        connection.close()
+    assert status(exchange(listener, post())) == 200       # what was parked and has gone holds nobody up
+
+
+def test_where_too_many_wait_the_newest_of_the_one_with_most_is_closed(listener, monkeypatch):
+    monkeypatch.setattr(sb, "MAX_PARKED", 10)
+    many = [connect_from("127.0.0.2", listener) for _ in range(sb.MAX_OF_ONE + 10)]
+    eventually(lambda: len(listener.server.parked) == 10)
+    few = [connect_from("127.0.0.3", listener) for _ in range(sb.MAX_OF_ONE + 1)]
+    assert many[-1].recv(1) == b"" and len(listener.server.parked) == 10
+    assert [who for who, _ in listener.server.parked.values()] == ["127.0.0.2"] * 9 + ["127.0.0.3"]
+    for connection in many + few:
+        connection.close()
+
+
+def test_idle_connections_give_way_to_those_of_their_sender_that_wait(listener):
+    def kept(connection):
+        connection.sendall(post())
+        return b"Connection: close" not in connection.recv(65536)
+    idle = [connect(listener) for _ in range(sb.MAX_OF_ONE)]
+    assert all(kept(connection) for connection in idle)    # 8 of them may stay for 5 s, the others for 1 s
+    began = time.monotonic()
+    answers = [exchange(listener, post()) for _ in range(5)]
+    assert [status(answer) for answer in answers] == [200] * 5 and time.monotonic() - began < 2.0
+    for connection in idle:
+        connection.close()
+
+
+def test_a_burst_over_a_hundred_connections_of_one_sender_is_answered_fast(listener):
+    def send_five(connection):
+        for _ in range(5):
+            connection.sendall(post())
+            answer = connection.recv(65536)
+            codes.append(status(answer))
+            if b"Connection: close" in answer:
+                connection.close()
+                connection = connect(listener)
+        connection.close()
+    codes, began = [], time.monotonic()
+    threads = [threading.Thread(target=send_five, args=(connect(listener),)) for _ in range(100)]
+    for work in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            work(thread)
+    assert codes == [200] * 500 and time.monotonic() - began < 5.0
 
 
 def test_a_connection_that_is_reset_anywhere_in_a_request_is_no_bug(listener):
@@ -3059,6 +3165,95 @@ def test_where_all_threads_are_taken_a_connection_that_had_its_second_ends_with_
             assert not kept(two) and two.recv(1) == b""
 
 
+@pytest.mark.parametrize("head, expected", [
+    ("", 200), ("Sec-Fetch-Site: none\r\n", 200), ("Sec-Fetch-Site: same-origin\r\n", 200), ("Origin: null\r\n", 403), ("Origin:\r\n", 403),
+    ("origin: http://x\r\n", 403), ("Origin: http://evil.example\r\n", 403), ("Sec-Fetch-Site: cross-site\r\n", 403),
+    ("Sec-Fetch-Site: same-site\r\n", 403), ("Sec-Fetch-Site: x\r\n", 403)])
+@pytest.mark.parametrize("with_secret", [False, True])
+def test_no_website_sends_webhooks(listener, tmp_path, head, expected, with_secret):
+    if with_secret:
+        listener.gate.secret = webhook_secret(tmp_path)
+    answer = exchange(listener, post(path=f"/webhooks/plex?token={SECRET}", head=head))
+    assert status(answer) == expected and b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in answer
+    assert expected == 200 or answer.endswith(b"A website may not send webhooks; Plex sends them without an Origin.\n")
+    assert isinstance(listener.inbox.get(timeout=5), sb.Webhook if expected == 200 else sb.Refused)
+
+
+@pytest.mark.parametrize("host, foreign", [
+    ("", False), ("pi", False), ("localhost:3001", False), ("LOCALHOST", False), ("192.168.1.7", False), ("192.168.1.7:3001", False), ("[::1]", False),
+    ("[fd00::1]:3001", False), ("[::ffff:192.168.1.7]:80", False), ("pi.local", False), ("pi.lan:3001", False), ("PI.Home.", False), ("a.b.internal:1", False),
+    ("pi.home.arpa.:3001", False), ("mine.example.org", False), ("Mine.Example.ORG.:3001", False), ("evil.example", True), ("evil.example:3001", True),
+    ("evil.example.", True), ("EVIL.EXAMPLE", True), ("local.evil.example", True), ("evil.lan.example", True), ("evillocal.example", True), ("home.arpa", True),
+    ("192.168.1.7.evil.example", True), ("127.1", True), ("0x7f.0.0.1", True), ("192.168.1", True), ("[evil.example]", True), ("localhost.evil.example", True),
+    ("pi.lan@evil.example", True), ("evil.example:80:80", True), ("a.local:x", True), ("x.mine.example.org", True), ("evil.example/.lan", False)])
+def test_a_name_that_a_website_may_have_shows_nothing(listener, monkeypatch, tmp_path, host, foreign):
+    assert sb.is_foreign(host, "mine.example.org") == foreign
+    monkeypatch.setattr(sb.socket, "gethostname", lambda: "mine.example.org")
+    line = f"Host: {host}\r\n" if host else ""
+    for method, path in (("GET", "/"), ("HEAD", "/now"), ("GET", "/healthz")):
+        answer = exchange(listener, f"{method} {path} HTTP/1.1\r\n{line}Connection: close\r\n\r\n".encode())
+        assert status(answer) == (421 if foreign else 200) and b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in answer
+    assert status(exchange(listener, post().replace(b"Host: x", b"Host: " + host.encode()))) == 200      # Plex may know us by any name
+    listener.gate.secret = webhook_secret(tmp_path)                 # which a website does not know
+    assert status(exchange(listener, f"GET /?token={SECRET} HTTP/1.1\r\n{line}Connection: close\r\n\r\n".encode())) == 200
+
+
+def test_of_two_hosts_none_may_be_foreign(listener):
+    assert get(listener, "/now", "Host: evil.example\n")[0] == 421 and get(listener, "/now", "Host: pi\n")[0] == 200
+
+
+ATTACK = """<img src="{url}/cover"><script>
+const url = "{url}", form = new FormData();
+form.append("payload", '{payload}');
+const post = more => fetch(url + "/webhooks/plex", {{method: "POST", body: form, ...more}}), get = more => fetch(url + "/now", more);
+const asks = [() => post({{mode: "no-cors"}}), () => post({{referrerPolicy: "no-referrer"}}), () => get(), () => get({{mode: "no-cors"}})];
+onload = async () => {{
+  const got = [document.querySelector("img").naturalWidth];
+  for (const ask of asks) {{ try {{ got.push((await ask()).type) }} catch (e) {{ got.push("blocked") }} }}
+  await fetch("/" + got.join());
+  navigator.sendBeacon(url + "/webhooks/plex", form);
+  document.querySelector("form").submit();
+}};
+</script><form action="{url}/webhooks/plex" method="post" enctype="multipart/form-data"><input name="payload" value="x"></form>"""
+PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8cfc0f01f00"
+                    "050001ff89993d1d0000000049454e44ae426082")
+
+
+def test_no_website_in_a_real_browser_sends_or_reads(listener):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    asked, sent = [], []
+
+    class Website(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(ATTACK.format(url=f"http://127.0.0.1:{listener.port}", payload=payload().decode()).encode())
+
+        def log_message(self, *_):
+            pass
+    publish(listener)
+    listener.covers.webhook = ("101", PNG)
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website)) as website:
+        port = website.server_address[1]
+        browsers = [subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0",
+                                      f"http://{host}:{port}/"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    for host in ("127.0.0.1", "localhost")]         # of the same site, but another origin; of another site
+        try:
+            while len(sent) < 8:
+                sent += [each for each in [listener.inbox.get(timeout=30)] if each.path != "/favicon.ico"]
+            eventually(lambda: len([path for path in asked if "," in path]) == 2)
+        finally:
+            for browser in browsers:
+                browser.kill()
+                browser.wait()
+    assert [(each.status, each.path) for each in sent] == [(403, "/webhooks/plex")] * 8
+    assert [path for path in asked if "," in path] == ["/0,blocked,blocked,blocked,blocked"] * 2
+
+
 def test_doctors_webhook_arrives_and_changes_nothing(listener):
     content_type, body = sb.encode_webhook(json.dumps({"event": sb.TEST_EVENT}).encode())
     answer = exchange(listener, post(body, content_type))
@@ -3070,13 +3265,16 @@ def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_log
     file.write_text("SECRET+of/base64=")
     file.chmod(0o600)
     gate = sb.Gate(sb.SecretFile("-webhook-secret-file", str(file)))
-    gate.check("token=SECRET+of/base64=")
-    gate.check("token=SECRET%2Bof%2Fbase64%3D")
+    gate.check("token=SECRET+of/base64=", "::1")
+    gate.check("token=SECRET%2Bof%2Fbase64%3D", "::1")
     for path in ("/webhooks/plex%3Ftoken=SECRET+of/base64=", "/webhooks/plex&token=SECRET+of/base64=", "/x;SECRET+of/base64="):
         assert "SECRET" not in gate.plain(path)
     file.write_text("SECRETpath")
-    gate.check("token=SECRETpath")
-    assert gate.plain("/webhooks/plex/SECRETpath") == "/webhooks/plex/..."
+    gate.check("token=SECRETpath", "::1")
+    for path, shown in (("/webhooks/plex/SECRETpath", "/webhooks/plex..."), ("/webhooks/plex" + "a" * 190 + "SECRETpath", "/webhooks/plex..."),
+                        ("/webhooks/plex", "/webhooks/plex"), ("/SECRETpath", "/..."), ("/now", "/now"), ("/nowSECRET", "/..."), ("", "/..."),
+                        ("/webhooks/plex%2fSECRET", "/webhooks/plex..."), ("/%77ebhooks/plex/SECRET", "/...")):
+        assert gate.plain(path, ["/now"]) == shown
 
 
 def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, monkeypatch):
@@ -3112,6 +3310,26 @@ def test_a_rate_limit_is_a_minutes_worth_for_each_address(lines):
         assert listener.gate.tokens.keys() == {"127.0.0.1"}
 
 
+def test_guesses_are_bounded_by_any_method_and_cost_the_right_secret_neither_its_rate_nor_more_than_a_second(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(sb, "GUESS_S", 0.01)
+    monkeypatch.setattr(sb.time, "sleep", waited.append)
+    with Site(gate=sb.Gate(webhook_secret(tmp_path), 100)) as listener:
+        def codes(count, *requests):
+            return [status(exchange(listener, requests[n % len(requests)])) for n in range(count)]
+        right = post(path=f"/webhooks/plex?token={SECRET}")
+        wrong = (post(), post(path="/webhooks/plex?token=x"), raw("GET / HTTP/1.1\nHost: x\n"), raw("HEAD /now?token=y HTTP/1.1\nHost: x\n"),
+                 post(path="/nowhere", method="PUT"), post(method="FROB"))
+        assert codes(sb.MAX_GUESSES, *wrong) == [401] * sb.MAX_GUESSES
+        assert waited == []
+        answer = exchange(listener, post())
+        assert status(answer) == 429 and re.search(rb"\r\nRetry-After: [12]\r\n", answer) and waited == [0.01]
+        assert codes(6, *wrong[:2]) == [429] * 6 and codes(1, right) == [200] and len(waited) == 8
+        assert codes(3, raw("GET /healthz HTTP/1.1\nHost: x\n")) == [200] * 3
+        assert ask_from("127.0.0.2", listener, post())[0] == 401 and len(waited) == 8      # another sender
+        assert listener.gate.tokens["127.0.0.1"][0] == 99           # of the rate only what is Plex's was spent
+
+
 @pytest.mark.parametrize("address, who", [("::ffff:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("2001:db8:1:2:3:4:5:6", "20010db800010002"),
                                           ("2001:db8:1:2::1", "20010db800010002"), ("fe80::1%eth0", "fe80000000000000")])
 def test_a_sender_is_an_ipv4_address_or_a_household_of_ipv6(address, who):
@@ -3121,7 +3339,7 @@ def test_a_sender_is_an_ipv4_address_or_a_household_of_ipv6(address, who):
 def test_addresses_that_are_remembered_are_bounded():
     gate = sb.Gate(None, 100)
     for n in range(3 * sb.MAX_ADDRESSES):
-        gate.count(f"10.{n // 65536}.{n // 256 % 256}.{n % 256}")
+        gate.count(gate.tokens, f"10.{n // 65536}.{n // 256 % 256}.{n % 256}", 100, "webhooks")
     assert len(gate.tokens) == sb.MAX_ADDRESSES
 
 
@@ -4338,7 +4556,11 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
 @pytest.mark.parametrize("url, shown", [
     ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
     ("http://pi/webhooks/plex&token=SECRET", "http://pi/webhooks/plex?token=..."), ("http://pi/plex?SECRET", "http://pi/plex?token=..."),
-    ("https://hooks.example/api/webhook/SECRET", "https://hooks.example/..."), ("SECRETSECRET", "/..."), ("http://pi/plex", "http://pi/plex"), ("", "")])
+    ("https://hooks.example/api/webhook/SECRET", "https://hooks.example/..."), ("SECRETSECRET", "/..."), ("http://pi/plex", "http://pi/plex"), ("", ""),
+    ("http://u:p@SECRET@pi/plex", "http://pi/plex"), ("http://u:12/SECRET@pi/plex", "/..."), ("http://u:1?SECRET@pi/", "/..."),
+    ("http://u:1#SECRET@pi/", "/..."), ("http://ha:8123/webhooks/SECRET", "http://ha:8123/..."), ("http://ha/webhooks/plexSECRET", "http://ha/..."),
+    ("http://ha/webhooks/plex/SECRET", "http://ha/..."), ("http://ha/SECRET", "http://ha/..."), ("http://[::1]:3001/webhooks/plex", "http://[::1]:3001/webhooks/plex"),
+    ("http://pi/webhooks/plex?token=SECRET@x", "http://pi/webhooks/plex?token=..."), ("ftp://u:SECRET@pi/", "/..."), ("http://pi/plex%3fSECRET", "http://pi/...")])
 def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
     assert sb.without_secrets(url) == shown and "SECRET" not in shown
 
@@ -4399,6 +4621,15 @@ def failed(found):
     return {each["check"]: each["evidence"] for each in found["findings"] if each["status"] == "FAIL"}
 
 
+def test_doctor_asks_the_daemon_whatever_name_it_listens_on(monkeypatch):
+    monkeypatch.setattr(sb, "local_url", lambda config, path: server.url + path)
+    with RawServer(http_answer(b"{}", head=f"Server: {sb.USER_AGENT}\r\n")) as server:
+        checks = sb.Doctor(sb.Config(webhooks_host="pi.example.org"))
+        assert (checks.daemon().status, checks.arrivals().status) == ("ok", "skip")
+    for request_ in server.requests:
+        assert re.findall(rb"\r\nhost: *(.*?)\r\n", request_.lower()) == [b"localhost"]
+
+
 def test_a_healthy_set_up_has_no_fail(sick):
     found = sick.examine()
     assert failed(found) == {} and found["causes"] == []
@@ -4447,6 +4678,14 @@ def test_each_thing_that_is_broken_is_found(sick, check, evidence, break_it):
     break_it(sick)
     found = failed(sick.examine())
     assert evidence in found.get(check, ""), found
+
+
+@pytest.mark.parametrize("url_", ["http://127.0.0.1:{port}/api/webhook/-SECRET", "http://me:p@SECRET@127.0.0.1:{port}/webhooks/plex",
+                                  "http://me:1/SECRET@127.0.0.1:{port}/webhooks/plex", "http://127.0.0.1:{port}/webhooks/SECRET", "http://x.invalid/SECRET",
+                                  "https://127.0.0.1:{port}/SECRET?a=SECRET", "http://127.0.0.1:1/webhooks/plex/SECRET", "ftp://SECRET/", "http://127.0.0.1:{port}/webhooks/plex?SECRET"])
+def test_nothing_of_other_peoples_webhooks_is_shown_but_where_they_go(sick, url_):
+    sick.urls = [{"url": url_.format(port=sick.port)}]
+    assert "SECRET" not in json.dumps(sick.examine())
 
 
 def test_a_webhook_that_goes_to_another_machine_is_found(sick, monkeypatch):
