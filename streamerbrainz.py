@@ -656,7 +656,7 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
     # As bytes: one emoji makes each character of a str four bytes.
     parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
     try:
-        if has_too_many(xml, (b"<", b"=")):
+        if has_too_many(xml, (b"<", b"<", b"=")):
             raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
         plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
         parser.feed(_REFERENCES.sub(b"", plain))
@@ -1351,16 +1351,17 @@ class PlexServer:
             self.renewed.set()
         return parse_sessions(self.get("/status/sessions").body)
 
-    def container(self, path: str, timeout_s: float = 0.0) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    def container(self, path: str, timeout_s: float = 0.0, room: int = MAX_ANSWER
+                  ) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
         """A MediaContainer and its items, as parse_container() gives them; raises PlexError."""
-        return parse_container(self.get(path, timeout_s, MAX_LIBRARY_PAGE, Accept="application/json").body)
+        return parse_container(self.get(path, timeout_s, room, Accept="application/json").body)
 
     def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[LibraryPage]:
         """The items at a path, page by page, from item number `start` on; raises PlexError."""
         path += f"{'&' if '?' in path else '?'}X-Plex-Container-Size={PAGE_ITEMS}&X-Plex-Container-Start="
         before: object = None
         while start < MAX_ITEMS:
-            attributes, items = self.container(f"{path}{start}", timeout_s)
+            attributes, items = self.container(f"{path}{start}", timeout_s, MAX_LIBRARY_PAGE)
             end = start + len(items)
             page = LibraryPage(items, end, number(attributes.get("totalSize")) or end)
             if not items or items[0] == before:       # the end, or a server that ignores the page's start
@@ -3122,7 +3123,8 @@ class Tracker:
         self.path, self.may_write, self.lock, self.sqlite3 = path, write, threading.RLock(), sqlite3
         self.connection: Any = None
         self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
-        self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not), and when, monotonic
+        self.index_size = 0                           # bytes of the -shm that SQLite may have mapped
+        self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not), monotonic s of when
         try:
             # O_EXCL and O_PATH: to open the file for reading and close it would drop the locks that SQLite has on it.
             with contextlib.suppress(FileExistsError):
@@ -3141,7 +3143,13 @@ class Tracker:
 
     def inodes(self) -> tuple[int, ...]:
         """The inodes of the database, its log (-wal) and the log's index (-shm); 0: the file is missing."""
-        return tuple((file_version(self.path + end) or (0,))[0] for end in ("", "-wal", "-shm"))
+        found = [file_version(self.path + end) or (0, 0) for end in ("", "-wal", "-shm")]
+        if found[2][1] < self.index_size and found[2][0]:
+            # A mapped page behind the end of its file ends the process (SIGBUS).  SQLite makes an empty index anew.
+            for size in (0, self.index_size):
+                os.truncate(self.path + "-shm", size)
+        self.index_size = max(self.index_size, found[2][1])
+        return tuple(each[0] for each in found)
 
     def open(self) -> None:
         """Open the file, anew if it was open; raises ConfigError if it is not one of our trackers."""
@@ -3192,7 +3200,8 @@ class Tracker:
     def was_ours(self) -> bool:
         """Whether a file that is no database now was one of our trackers."""
         with contextlib.suppress(OSError), open(self.path, "rb") as file:
-            return b"webhook_log" in file.read(2**16)
+            begin = file.read(2**20)
+            return b"webhook_log" in begin or b"media.scrobble" in begin
         return False
 
     @contextlib.contextmanager
@@ -3217,7 +3226,7 @@ class Tracker:
         """Have the connection alone, opened anew if there was a fault or the file was deleted or replaced."""
         with self.lock, self.faults():
             if not self.fault and not self.connection.in_transaction and self.inodes() != self.files:
-                self.fault = f"{self.path} or its -wal was deleted or replaced"
+                self.fault, self.retry_at = f"{self.path} or its -wal was deleted or replaced", 0.0
             if self.fault:
                 if time.monotonic() < self.retry_at:
                     raise TrackerError(self.fault)
