@@ -249,18 +249,13 @@ def time_of(value: object) -> int:
     """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
     return min(number(value) or 0, LAST_TIME)
 
-# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 as an attribute or element of XML.  A
-# page of a library has 20,000 to 50,000.
+# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
 MAX_VALUES = 100_000
 
-def has_too_many(content: bytes, signs: tuple[bytes, ...]) -> bool:
-    """Whether foreign text may hold over MAX_VALUES values.  It is asked before any of them costs memory."""
-    return sum(map(content.count, signs)) > MAX_VALUES
-
 def json_value(content: bytes) -> object:
-    """The value in foreign JSON; None also if it is not JSON, nested too deep, or too much."""
+    """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
     try:
-        return None if has_too_many(content, (b",", b":", b"[", b"{")) else json.loads(content)
+        return json.loads(content) if sum(map(content.count, (b",", b":", b"[", b"{"))) <= MAX_VALUES else None
     except (ValueError, RecursionError, MemoryError):
         return None
 
@@ -656,7 +651,7 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
     # As bytes: one emoji makes each character of a str four bytes.
     parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
     try:
-        if has_too_many(xml, (b"<", b"<", b"=")):
+        if 2 * xml.count(b"<") + xml.count(b"=") > MAX_VALUES:
             raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
         plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
         parser.feed(_REFERENCES.sub(b"", plain))
@@ -3091,11 +3086,9 @@ SCHEMA = (
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
-# are read or deleted at once.  A webhook may wait so three times (its turn to commit, the connection, the other
-# process), and is answered within 5 s.  After a fault the file is opened again, but not more often than each REOPEN_S.
-DATABASE_S, BATCH, REOPEN_S = 1.5, 200, 1.0
-# By how much the clock must be set to change what was written before: 60 s.  It drifts by less than that in a month.
-CLOCK_JUMP_S = 60.0
+# are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
+# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
+DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
 # Two scrobbles of an item within five minutes are one; as in the contract.  So are a webhook and a play in the server's
 # history within six hours: if somebody paused for dinner, their times differ by that.
 DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
@@ -3124,7 +3117,7 @@ class Tracker:
         self.connection: Any = None
         self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
         self.index_size = 0                           # bytes of the -shm that SQLite may have mapped
-        self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not), monotonic s of when
+        self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not); monotonic s
         try:
             # O_EXCL and O_PATH: to open the file for reading and close it would drop the locks that SQLite has on it.
             with contextlib.suppress(FileExistsError):
@@ -3134,19 +3127,15 @@ class Tracker:
             raise ConfigError(f"-tracker-db: {path} cannot be opened ({why(error)}); {hint}.") from error
         if file_version(path) is None:
             raise ConfigError(f"-tracker-db: {path} is not a regular file; name one.")
-        try:
-            with self.faults():
-                self.open()
-        except TrackerError:
-            if not patient:
-                raise
+        with contextlib.suppress(*(TrackerError,) if patient else ()), self.faults():
+            self.open()
 
     def inodes(self) -> tuple[int, ...]:
         """The inodes of the database, its log (-wal) and the log's index (-shm); 0: the file is missing."""
         found = [file_version(self.path + end) or (0, 0) for end in ("", "-wal", "-shm")]
-        if found[2][1] < self.index_size and found[2][0]:
+        with contextlib.suppress(OSError):
             # A mapped page behind the end of its file ends the process (SIGBUS).  SQLite makes an empty index anew.
-            for size in (0, self.index_size):
+            for size in (0, self.index_size) if found[2][1] < self.index_size else ():
                 os.truncate(self.path + "-shm", size)
         self.index_size = max(self.index_size, found[2][1])
         return tuple(each[0] for each in found)
@@ -3166,9 +3155,9 @@ class Tracker:
             for statement in SCHEMA:
                 connection.execute(statement)
             self.take_note("history", int(time.time()))
-        elif ours != APPLICATION_ID and self.was_ours():
-            raise self.sqlite3.DatabaseError("its head is that of another file")
         elif ours != APPLICATION_ID:
+            if self.was_ours():
+                raise ValueError("its head is another file's")
             raise ConfigError(f"-tracker-db: {self.path} is a database of another program; name another file.")
         elif version != SCHEMA_VERSION:
             raise ConfigError(f"-tracker-db: {self.path} was made by a newer version of StreamerBrainz "
@@ -3194,15 +3183,14 @@ class Tracker:
             say(logging.WARNING, f"{self.path} or its -wal was deleted or replaced; it is opened again")
             self.files = now
         self.close()
+        self.index_size = 0
         if self.files and not now[0]:
             raise TrackerError(f"{self.path} was deleted; put it back, or restart StreamerBrainz.")
 
     def was_ours(self) -> bool:
         """Whether a file that is no database now was one of our trackers."""
-        with contextlib.suppress(OSError), open(self.path, "rb") as file:
-            begin = file.read(2**20)
-            return b"webhook_log" in begin or b"media.scrobble" in begin
-        return False
+        with open(self.path, "rb") as file:
+            return re.search(b"webhook_log|media.scrobble", file.read(2**20)) is not None
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -3215,10 +3203,8 @@ class Tracker:
                 raise ConfigError(f"-tracker-db: {self.path} is not a database; name another file.") from error
             damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
             sentence = f"{self.path} is damaged ({why(error)}): put a backup in its place, and delete -wal and -shm." \
-                if damaged else f"{self.path}: {error}; check that it can be written, that the disk has space, and " \
-                "that the file is not damaged."
-            if not name.startswith(("SQLITE_BUSY", "SQLITE_FULL")) or not self.files:
-                self.fault = sentence
+                if damaged else f"{self.path}: {error}; check that it can be written, and that the disk has space."
+            self.fault = self.fault if self.files and name.startswith(("SQLITE_BUSY", "SQLITE_FULL")) else sentence
             raise TrackerError(sentence) from error
 
     @contextlib.contextmanager
@@ -3514,7 +3500,6 @@ class Journal:
     def __init__(self, tracker: Tracker, accounts: str):
         self.tracker, self.accounts = tracker, accounts
         self.waiting: collections.deque[Ticket] = collections.deque()
-        self.committing = threading.Lock()
         self.written = threading.Event()              # set when there is something for the worker
         self.fault: TrackerError | None = None        # of the last commit
 
@@ -3523,13 +3508,9 @@ class Journal:
         entry, result = entry_of(webhook, time.time()), queue.SimpleQueue[TrackerError | None]()
         outcome = first_outcome(webhook, entry, self.accounts)
         self.waiting.append((entry, outcome, result))
-        if not self.committing.acquire(timeout=DATABASE_S):
-            raise TrackerError(f"{self.tracker.path} is busy; try again later.")       # it may be committed later
-        try:
+        with self.tracker.turn():                     # if it does not come, the entry may be committed later
             if result.empty():                        # else another thread has committed it meanwhile
                 self.commit([self.waiting.popleft() for _ in range(len(self.waiting))])
-        finally:
-            self.committing.release()
         if error := result.get_nowait():
             raise error
         if outcome and outcome.action != "event_not_scrobble":
@@ -3539,7 +3520,7 @@ class Journal:
         """Write the entries of all that wait, in one transaction, and tell each waiting thread how it ended."""
         fault = None
         try:
-            with self.tracker.turn(), self.tracker.transaction():
+            with self.tracker.transaction():
                 for entry, outcome, _ in tickets:
                     self.tracker.add_entry(entry, outcome)
             if self.fault:

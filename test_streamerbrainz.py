@@ -3486,7 +3486,7 @@ def test_one_commit_serves_all_that_wait(database):
     journal, commits = sb.Journal(store, ""), []
     commit = journal.commit
     journal.commit = lambda tickets: (commits.append(len(tickets)), commit(tickets))
-    with journal.committing:
+    with store.lock:
         threads = [threading.Thread(target=journal.append, args=(scrobble(),)) for _ in range(20)]
         for thread in threads:
             thread.start()
