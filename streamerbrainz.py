@@ -651,7 +651,7 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
     # As bytes: one emoji makes each character of a str four bytes.
     parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
     try:
-        if 2 * xml.count(b"<") + xml.count(b"=") > MAX_VALUES:
+        if 2 * sum(map(xml.count, (b"<", b"=", b"&"))) > MAX_VALUES:
             raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
         plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
         parser.feed(_REFERENCES.sub(b"", plain))
@@ -1144,7 +1144,6 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
 # -- HTTP: one way to ask a server (exchange)
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
-MAX_PIECE = 64 * 1024         # bytes that are read of it at once; chunks of one byte take 20 times their size
 
 class TooMuch(http.client.HTTPException):
     """The other side sent more than it may."""
@@ -1271,8 +1270,8 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
-        content = bytearray()                         # it grows by what comes, not by the answer's own number
-        while piece := answer.read(min(MAX_PIECE, room + 1 - len(content))):
+        content = bytearray()                         # it grows by what comes, never by the answer's own number
+        while piece := answer.read(min(MAX_HEAD, room + 1 - len(content))):
             content += piece
         if len(content) > room:
             raise TooMuch
@@ -3101,9 +3100,8 @@ def clock_ahead_s() -> float:
 
 class Tracker:
     """The watch tracker's database, for all threads of a process.  All methods raise TrackerError."""
-    # One connection for all: to open a file anew after its log (-wal) was replaced helps only if no other connection of
-    # this process still has the old one, for SQLite shares what it knows of it.  Methods that write must be called
-    # within transaction().
+    # One connection for all: after its log (-wal) was replaced, SQLite opens it anew only if no other connection of the
+    # process has the old one.  Methods that write must be called within transaction().
 
     def __init__(self, path: str, create: bool = False, write: bool = True, patient: bool = False):
         """Open the file; raises ConfigError if that is not a tracker.
@@ -3190,7 +3188,7 @@ class Tracker:
     def was_ours(self) -> bool:
         """Whether a file that is no database now was one of our trackers."""
         with open(self.path, "rb") as file:
-            return re.search(b"webhook_log|media.scrobble", file.read(2**20)) is not None
+            return re.search(rb"webhook_log|media\.[ps]|plex://", file.read(2**20)) is not None
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -3211,12 +3209,11 @@ class Tracker:
     def guarded(self) -> Iterator[None]:
         """Have the connection alone, opened anew if there was a fault or the file was deleted or replaced."""
         with self.lock, self.faults():
-            if not self.fault and not self.connection.in_transaction and self.inodes() != self.files:
-                self.fault, self.retry_at = f"{self.path} or its -wal was deleted or replaced", 0.0
-            if self.fault:
-                if time.monotonic() < self.retry_at:
-                    raise TrackerError(self.fault)
-                self.retry_at = time.monotonic() + REOPEN_S
+            replaced = not self.fault and not self.connection.in_transaction and self.inodes() != self.files
+            if self.fault and time.monotonic() < self.retry_at:
+                raise TrackerError(self.fault)
+            if self.fault or replaced:
+                self.retry_at, self.fault = time.monotonic() + REOPEN_S, self.fault or f"{self.path} was replaced"
                 try:
                     self.open()
                 except ConfigError as error:
@@ -3258,16 +3255,14 @@ class Tracker:
     def set_clock(self) -> float:
         """If the clock was set: correct the times that it gave to this process before; -> clock_ahead_s()."""
         # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.
-        now_s = clock_ahead_s()
-        jump_s = round(now_s - self.ahead_s)
-        if abs(jump_s) >= CLOCK_JUMP_S:
-            ours = "id > ? AND event <> 'history'"
+        ahead_s = clock_ahead_s()
+        if abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
             self.write("UPDATE episode SET watched_at = watched_at + ? WHERE (show_id, season, episode, watched_at) IN "
-                       "(SELECT show_id, season, episode, CAST(received_at AS INTEGER) FROM webhook_log "
-                       f"WHERE {ours} AND status = 'success')", jump_s, self.since)
-            self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? "
-                       f"WHERE {ours}", jump_s, jump_s, self.since)
-        return now_s
+                       "(SELECT show_id, season, episode, CAST(received_at AS INTEGER) FROM webhook_log WHERE id > ? "
+                       "AND event <> 'history' AND status = 'success')", jump_s, self.since)
+            self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
+                       "AND event <> 'history'", jump_s, jump_s, self.since)
+        return ahead_s
 
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
         """The rows of a query, each a sqlite3.Row.  Its values stand for ?, or by name for :name."""
@@ -3583,18 +3578,20 @@ class Worker:
             written.wait(max(0.0, pause_s))
             written.clear()
             try:
-                if time.monotonic() >= history_at:
-                    history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
-                    self.prune()
-                self.drain()
-                due_at = self.tracker.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at NOT NULL")[0]
-                pause_s = min(history_at - time.monotonic(), (math.inf if due_at is None else due_at) - time.time())
-                if fails:
-                    say(logging.INFO, "the tracker works again")
-                fails = False
+                with self.tracker.faults():
+                    if time.monotonic() >= history_at:
+                        history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
+                        self.prune()
+                    self.drain()
+                    due_at = self.tracker.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at NOT NULL")[0]
+                    pause_s = min(history_at - time.monotonic(), (math.inf if due_at is None else due_at) - time.time())
+                    if fails:
+                        say(logging.INFO, "the tracker works again")
+                    fails = False
             except Exception as error:                # a bug of ours ends neither the log nor the hooks
-                bug = {} if isinstance(error, TrackerError) else {"traceback": traceback.format_exc()}
-                say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}", **bug)
+                known = isinstance(error, TrackerError) and not log.isEnabledFor(logging.DEBUG)
+                say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}",
+                    **{} if known else {"traceback": traceback.format_exc()})
                 pause_s, fails = TRACKER_RETRY_S, True
 
     def drain(self, conflict_id: int = 0) -> int:
