@@ -46,7 +46,7 @@ stream              its connection to the server       decides
 signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
+(Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Tracker and the Covers
 (pictures).  Board.streams is a list of queues.  All use the PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
@@ -3168,9 +3168,8 @@ class Tracker:
 
     def leave(self) -> None:
         """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
-        # A log that was deleted or replaced exists only as long as this connection: what is in it comes into the
-        # database first (also into one that was moved away).  What lies in the log's place is foreign: SQLite would
-        # believe it, so it goes.
+        # A log that was deleted exists only as long as this connection: what is in it comes into the database first
+        # (also into one that was moved away).  What lies in its place is foreign, but SQLite would believe it: it goes.
         now = self.inodes()
         if self.connection and self.files not in ((), now):
             with contextlib.suppress(self.sqlite3.DatabaseError):

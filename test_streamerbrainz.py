@@ -3424,7 +3424,7 @@ def test_what_a_person_resolves_meanwhile_is_heeded(store, database):
         def server_id(self):
             return "0" * 40
 
-        def pages(self, path):
+        def items(self, path):
             other = sb.Tracker(str(database))
             with other.transaction():
                 other.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="1000", show_guid="plex://show/bb"), sb.Match(1, "mapping", 1.0))
@@ -3444,7 +3444,7 @@ def test_an_entry_that_another_process_finished_meanwhile_is_not_finished_twice(
             other.close()
             return "0" * 40
 
-        def pages(self, path):
+        def items(self, path):
             return iter(())
     assert finish(store, Slow()) == ("success", "marked_watched", 1)
     assert plays(database)[1] == 1 and len([line for line in lines if "action=" in line]) == 1
