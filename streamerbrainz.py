@@ -3091,7 +3091,8 @@ DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
 # Two scrobbles of an item within five minutes are one; as in the contract.  So are a webhook and a play in the server's
 # history within six hours: if somebody paused for dinner, their times differ by that.
 DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
-# What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none.
+# What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
+# (sqlite3 raises UnicodeDecodeError even while it makes the words of its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 def clock_ahead_s() -> float:
@@ -3140,6 +3141,7 @@ class Tracker:
 
     def open(self) -> None:
         """Open the file, anew if it was open; raises ConfigError if it is not one of our trackers."""
+        # mode=rw: SQLite must not make a file anew that was deleted.
         self.leave()
         connection = self.connection = self.sqlite3.connect(
             f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw", uri=True, isolation_level=None,
@@ -3208,6 +3210,8 @@ class Tracker:
     def guarded(self) -> Iterator[None]:
         """Have the connection alone, opened anew if there was a fault or the file was deleted or replaced."""
         with self.lock, self.faults():
+            # What is broken is tried again each REOPEN_S.  What was replaced is opened at once: only this connection
+            # may still have rows that were acknowledged.
             replaced = not self.fault and not self.connection.in_transaction and self.inodes() != self.files
             if self.fault and time.monotonic() < self.retry_at:
                 raise TrackerError(self.fault)
@@ -3253,7 +3257,8 @@ class Tracker:
 
     def set_clock(self) -> float:
         """If the clock was set: correct the times that it gave to this process before; -> clock_ahead_s()."""
-        # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.
+        # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.  Then
+        # a play has two times, its webhook's and the history's, and would count twice.  The history's times are right.
         ahead_s = clock_ahead_s()
         if abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
             self.write("UPDATE episode SET watched_at = watched_at + ? WHERE (show_id, season, episode, watched_at) IN "
@@ -3266,8 +3271,7 @@ class Tracker:
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
         """The rows of a query, each a sqlite3.Row.  Its values stand for ?, or by name for :name."""
         with self.guarded():
-            rows: list[Any] = self.connection.execute(query, named or values).fetchall()
-            return rows
+            return list(self.connection.execute(query, named or values))
 
     def one(self, query: str, *values: object, **named: object) -> Any:
         """The first row of a query; None: there is none."""
@@ -3328,17 +3332,16 @@ class Tracker:
 
     def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
         """Whether a play in the server's history is in the journal already."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND "
-                        "server IN (?, '') AND event IN (?, ?) AND action IS NOT 'other_account'",
-                        rating_key, viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE,
-                        HISTORY) is not None
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND server IN "
+                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", rating_key,
+                        viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE, HISTORY) is not None
 
     def finish(self, entry: Entry, outcome: Outcome, retry_at: float | None, conflict_id: int | None) -> None:
         """Write down what became of an entry."""
+        show_id = outcome.match.show_id or None if outcome.match else None
         self.write("UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
-                   "attempts = attempts + 1, retry_at = ? WHERE id = ?", outcome.status, outcome.action,
-                   outcome.reason, outcome.match.show_id or None if outcome.match else None, conflict_id,
-                   retry_at, entry.id)
+                   "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], show_id, conflict_id, retry_at,
+                   entry.id)
 
     # -- shows
 
