@@ -47,7 +47,7 @@ signals             waiting for a signal, which all    decides (it puts Stop int
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
-connections), the Journal and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
+connections), the Tracker and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
 the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
@@ -102,6 +102,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -242,11 +243,21 @@ def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
+# The last second that every system can show: a clock of 32 bits ends here, in 2038.
+LAST_TIME = 2**31 - 1
+
+def time_of(value: object) -> int:
+    """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
+    return min(number(value) or 0, LAST_TIME)
+
+# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
+MAX_VALUES = 100_000
+
 def json_value(content: bytes) -> object:
-    """The value in foreign JSON; None also if it is not JSON, or nested too deep."""
+    """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return json.loads(content) if sum(map(content.count, (b",", b":", b"[", b"{"))) <= MAX_VALUES else None
+    except (ValueError, RecursionError, MemoryError):
         return None
 
 TRACK, EPISODE, MOVIE, PHOTO = "track", "episode", "movie", "photo"       # of Item.type
@@ -356,10 +367,7 @@ def playing_sentence(state: str, item: Item | None) -> str:
 
 def iso_time(at: float | None) -> str | None:
     """A Unix time as it stands in JSON: 2026-11-21T20:15:00Z; None for None."""
-    if at is None:
-        return None
-    last = 253402300799                               # the end of the year 9999: later ones have no date
-    return f"{datetime.datetime.fromtimestamp(min(int(at), last), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return None if at is None else f"{datetime.datetime.fromtimestamp(time_of(at), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 # --- the world
@@ -381,7 +389,7 @@ def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) ->
 
 def local_time(form: str, at: float) -> str:
     """A Unix time in this machine's time zone, in a form of strftime()."""
-    return time.strftime(form, time.localtime(at))
+    return time.strftime(form, time.localtime(time_of(at)))
 
 # -- Secrets in files: read again when the file changes
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
@@ -625,8 +633,8 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise PlexError("nonsense", "The server's answer has a DOCTYPE, which Plex never sends.")
 
 # XML 1.0 forbids these, and Plex puts them into titles all the same: as characters and as references.
-_CONTROLS = dict.fromkeys((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0xFFFE, 0xFFFF))
-_REFERENCES = re.compile(r"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
+_CONTROLS, _NO_CHARACTERS = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20))), re.compile(b"\xef\xbf[\xbe\xbf]")
+_REFERENCES = re.compile(rb"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
 
 def parse_session(element: ElementTree.Element) -> Session | None:
     """The Session of a Track, Video, Photo or other element; None if it has no player."""
@@ -645,11 +653,15 @@ def parse_session(element: ElementTree.Element) -> Session | None:
 
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
-    parser = ElementTree.XMLParser(target=_NoDoctype())
+    # As bytes: one emoji makes each character of a str four bytes.
+    parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
     try:
-        parser.feed(_REFERENCES.sub("", xml.decode("utf-8", "replace").translate(_CONTROLS)))
+        if 2 * sum(map(xml.count, (b"<", b"=", b"&"))) > MAX_VALUES:
+            raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
+        plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
+        parser.feed(_REFERENCES.sub(b"", plain))
         root = parser.close()
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, MemoryError) as error:
         raise PlexError("nonsense", f"The server's answer is not XML, or is cut short. {IS_PLEX}") from error
     if root.tag != "MediaContainer":
         raise PlexError("nonsense", f"The server's answer is XML, but not a list of sessions. {IS_PLEX}")
@@ -1334,7 +1346,8 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
     """For calls of http.client and nothing else: all that they raise on foreign bytes becomes a PlexError."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError) as error:
+    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError,
+            MemoryError) as error:
         raise network_error(error, urllib.parse.urljoin(url, "/")[:-1], timeout_s) from None
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
@@ -1363,12 +1376,14 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
-        content = answer.read(room + 1)               # never by the answer's own number: it may be any
+        content = bytearray()                         # it grows by what comes, never by the answer's own number
+        while piece := answer.read(min(MAX_HEAD, room + 1 - len(content))):
+            content += piece
         if len(content) > room:
             raise TooMuch
         if answer.length:                             # bytes that should have come, too
-            raise http.client.IncompleteRead(content, answer.length)
-        return Reply(answer.status, answer.headers, content)
+            raise http.client.IncompleteRead(b"", answer.length)
+        return Reply(answer.status, answer.headers, bytes(content))
 
 @functools.lru_cache(maxsize=4)         # to load the CAs takes 30 ms, and the tracker asks TMDB for each show
 def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
@@ -1379,8 +1394,9 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
         raise ConfigError(f"-plex-ca-file: {ca_file} is not a CA bundle ({why(error)}); give a PEM file.") from error
 
 # -- Plex Media Server (PlexServer, follow_stream)
-# A page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.
-MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS = 8 * 2**20, 200, 2_000_000
+# Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
+# that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
+MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
 # Plex pings on the event stream every 10 s: after SILENCE_S without a line it is broken.
 SILENCE_S = 30.0
 # From a stream that broke to the next try: the first time, and at most; it grows by half each time.  If the server has
@@ -1435,16 +1451,17 @@ class PlexServer:
             self.renewed.set()
         return parse_sessions(self.get("/status/sessions").body)
 
-    def container(self, path: str, timeout_s: float = 0.0) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    def container(self, path: str, timeout_s: float = 0.0, room: int = MAX_ANSWER
+                  ) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
         """A MediaContainer and its items, as parse_container() gives them; raises PlexError."""
-        return parse_container(self.get(path, timeout_s, MAX_LIBRARY_PAGE, Accept="application/json").body)
+        return parse_container(self.get(path, timeout_s, room, Accept="application/json").body)
 
     def pages(self, path: str, start: int = 0, timeout_s: float = 0.0) -> Iterator[LibraryPage]:
         """The items at a path, page by page, from item number `start` on; raises PlexError."""
         path += f"{'&' if '?' in path else '?'}X-Plex-Container-Size={PAGE_ITEMS}&X-Plex-Container-Start="
         before: object = None
         while start < MAX_ITEMS:
-            attributes, items = self.container(f"{path}{start}", timeout_s)
+            attributes, items = self.container(f"{path}{start}", timeout_s, MAX_LIBRARY_PAGE)
             end = start + len(items)
             page = LibraryPage(items, end, number(attributes.get("totalSize")) or end)
             if not items or items[0] == before:       # the end, or a server that ignores the page's start
@@ -1454,6 +1471,10 @@ class PlexServer:
                 return
             start, before = end, items[0]
         raise PlexError("nonsense", f"{self.url} lists more than {MAX_ITEMS} items.")
+
+    def items(self, path: str) -> Iterator[Mapping[str, Any]]:
+        """The first MAX_LISTED items at a path, on whichever pages; raises PlexError."""
+        return itertools.islice((fields for page in self.pages(path) for fields in page.items), MAX_LISTED)
 
     @functools.cached_property
     def server_id(self) -> str:
@@ -2608,9 +2629,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.release(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is not our fault; any other exception is a bug of ours, and ends the process."""
+        """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
         error = sys.exc_info()[1]
-        if error and not isinstance(error, OSError):
+        if error and not isinstance(error, (OSError, MemoryError)):
             self.tell(error)
 
 # -- secret: a new webhook secret, and the URL to paste
@@ -2849,7 +2870,7 @@ def hook(config: Config) -> int:
 # Way: Webhook -> Journal (an Entry in the table webhook_log, on the disk before the 200) -> Worker -> Match | Conflict
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
-#   entries: shows and marks have no other writer in the daemon.  Each has its own connection to the database.
+#   entries: shows and marks have no other writer in the daemon.  All share one connection to the database, in turn.
 # Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
@@ -3110,7 +3131,7 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
     key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
     play = Webhook(HISTORY, item=parse_item(fields), server=server, account_id=text(fields.get("accountID")),
                    scrobble=parse_scrobble(fields)._replace(show_key=key))
-    entry = entry_of(play, float(number(fields.get("viewedAt")) or 0))
+    entry = entry_of(play, float(time_of(fields.get("viewedAt"))))
     wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
 
@@ -3159,7 +3180,7 @@ def unix_time(word: str) -> int:
     moment = datetime.datetime.fromisoformat(word)
     if moment.tzinfo is None:
         raise ValueError("a time without a zone")
-    return max(0, int(moment.timestamp()))
+    return time_of(int(moment.timestamp()))
 
 # A row of the table episode without its show: season, number, title, when it was first watched (Unix s; None: never or
 # not known), and how often.
@@ -3174,7 +3195,7 @@ def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         return None
-    watched_at = min(number(fields.get("lastViewedAt")) or int(at), int(at)) if plays else None
+    watched_at = time_of(min(number(fields.get("lastViewedAt")) or at, at)) if plays else None
     return season, episode, item.title, watched_at, plays
 
 def cut(line: str, width: int = 80) -> str:
@@ -3236,28 +3257,38 @@ SCHEMA = (
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
-# are read or deleted at once.
-DATABASE_S, BATCH = 5.0, 200
+# are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
+# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
+DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
 # Two scrobbles of an item within five minutes are one; as in the contract.  So are a webhook and a play in the server's
 # history within six hours: if somebody paused for dinner, their times differ by that.
 DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
+# What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
+# (sqlite3 raises UnicodeDecodeError even while it makes the words of its own error).
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+
+def clock_ahead_s() -> float:
+    """Unix time minus the time since boot, sleep included: it changes only when somebody sets the clock."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 class Tracker:
-    """The watch tracker's database, for one thread at a time.  All methods raise TrackerError."""
-    # Methods that write must be called within transaction().
+    """The watch tracker's database, for all threads of a process.  All methods raise TrackerError."""
+    # One connection for all: after its log (-wal) was replaced, SQLite opens it anew only if no other connection of the
+    # process has the old one.  Methods that write must be called within transaction().
 
-    def __init__(self, path: str, create: bool = False, lasting: bool = True, writing: threading.Lock | None = None,
-                 write: bool = True):
+    def __init__(self, path: str, create: bool = False, write: bool = True, patient: bool = False):
         """Open the file; raises ConfigError if that is not a tracker.
 
-        write: False: it is only read, and nobody who writes is waited for.  lasting: a commit waits for
-        the disk; if not, the next lasting one takes it along.  writing: shared by the connections of one
-        process, so that they wait in turn and not in SQLite, which only tries again from time to time.
+        write: False: it is only read, and nobody who writes is waited for.  patient: a damaged, locked or full one is
+        no error now; each use tries to open it.
         """
         import sqlite3  # here: the daemon without -tracker-db does not pay for it
 
-        self.path, self.writing, self.Error = path, writing or threading.Lock(), sqlite3.Error
-        self.inode = 0                                # 0: the file is being opened
+        self.path, self.may_write, self.lock, self.sqlite3 = path, write, threading.RLock(), sqlite3
+        self.connection: Any = None
+        self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
+        self.index_size = 0                           # bytes of the -shm that SQLite may have mapped
+        self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not); monotonic s
         try:
             # O_EXCL and O_PATH: to open the file for reading and close it would drop the locks that SQLite has on it.
             with contextlib.suppress(FileExistsError):
@@ -3267,65 +3298,152 @@ class Tracker:
             raise ConfigError(f"-tracker-db: {path} cannot be opened ({why(error)}); {hint}.") from error
         if file_version(path) is None:
             raise ConfigError(f"-tracker-db: {path} is not a regular file; name one.")
-        with self.guarded():
-            self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=DATABASE_S)
-            self.connection.row_factory = sqlite3.Row
-            self.connection.execute("PRAGMA cache_size = -1000")
-            self.begin(write)
-            self.connection.execute("PRAGMA journal_mode = WAL")
-            self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
-        self.inode = os.stat(path).st_ino
+        with contextlib.suppress(*(TrackerError,) if patient else ()), self.faults():
+            self.open()
 
-    def begin(self, write: bool) -> None:
-        """Check that the file is one of our trackers; if it is empty and may be written, make it one."""
-        self.connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-        ours, version = self.one("PRAGMA application_id")[0], self.one("PRAGMA user_version")[0]
-        if write and not ours and not self.one("SELECT count(*) FROM sqlite_schema")[0]:
+    def inodes(self) -> tuple[int, ...]:
+        """The inodes of the database, its log (-wal) and the log's index (-shm); 0: the file is missing."""
+        found = [file_version(self.path + end) or (0, 0) for end in ("", "-wal", "-shm")]
+        with contextlib.suppress(OSError):
+            # A mapped page behind the end of its file ends the process (SIGBUS).  SQLite makes an empty index anew.
+            for size in (0, self.index_size) if found[2][1] < self.index_size else ():
+                os.truncate(self.path + "-shm", size)
+        self.index_size = max(self.index_size, found[2][1])
+        return tuple(each[0] for each in found)
+
+    def open(self) -> None:
+        """Open the file, anew if it was open; raises ConfigError if it is not one of our trackers."""
+        # mode=rw: SQLite must not make a file anew that was deleted.
+        self.leave()
+        connection = self.connection = self.sqlite3.connect(
+            f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw", uri=True, isolation_level=None,
+            check_same_thread=False, timeout=DATABASE_S)
+        connection.row_factory = self.sqlite3.Row
+        connection.execute("PRAGMA cache_size = -1000")
+        connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
+        ours, version, tables = (connection.execute(query).fetchone()[0] for query in (
+            "PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_schema"))
+        if self.may_write and not (ours or tables or self.files):
             for statement in SCHEMA:
-                self.connection.execute(statement)
+                connection.execute(statement)
             self.take_note("history", int(time.time()))
         elif ours != APPLICATION_ID:
+            if self.was_ours():
+                raise ValueError("its head is another file's")
             raise ConfigError(f"-tracker-db: {self.path} is a database of another program; name another file.")
         elif version != SCHEMA_VERSION:
             raise ConfigError(f"-tracker-db: {self.path} was made by a newer version of StreamerBrainz "
                               f"(form {version}; this one knows form {SCHEMA_VERSION}); update streamerbrainz.py.")
-        self.connection.execute("COMMIT")
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode = WAL")
+        last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()
+        self.since, self.ahead_s = last, clock_ahead_s()     # entries after this one were received by this clock
+        self.files, self.fault = self.inodes(), ""
+
+    def leave(self) -> None:
+        """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
+        # A log that was deleted exists only as long as this connection: what is in it comes into the database first
+        # (also into one that was moved away).  What lies in its place is foreign, but SQLite would believe it: it goes.
+        now = self.inodes()
+        if self.connection and self.files not in ((), now):
+            with contextlib.suppress(self.sqlite3.DatabaseError):
+                if self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                    raise TrackerError(f"{self.path}: its log was deleted while another program reads it; end that.")
+                if now[0] == self.files[0]:
+                    self.connection.execute("PRAGMA journal_mode = DELETE")
+            say(logging.WARNING, f"{self.path} or its -wal was deleted or replaced; it is opened again")
+            self.files = now
+        self.close()
+        self.index_size = 0
+        if self.files and not now[0]:
+            raise TrackerError(f"{self.path} was deleted; put it back, or restart StreamerBrainz.")
+
+    def was_ours(self) -> bool:
+        """Whether a file that is no database now was one of our trackers."""
+        with open(self.path, "rb") as file:
+            return re.search(rb"webhook_log|media\.[ps]|plex://", file.read(2**20)) is not None
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
+    def faults(self) -> Iterator[None]:
         """What SQLite says as a TrackerError: of a damaged file it says anything, even that a table is missing."""
         try:
             yield
-        except self.Error as error:
-            if self.inode == 0 and getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+        except (self.sqlite3.Error, *DAMAGE) as error:
+            name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
+            if name == "SQLITE_NOTADB" and not (self.files or self.was_ours() or self.inodes()[1]):
                 raise ConfigError(f"-tracker-db: {self.path} is not a database; name another file.") from error
-            raise TrackerError(f"{self.path}: {error}; check that it can be written, that the disk has space, "
-                               "and that the file is not damaged.") from error
+            damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
+            sentence = f"{self.path} is damaged ({why(error)}): put a backup in its place, and delete -wal and -shm." \
+                if damaged else f"{self.path}: {error}; check that it can be written, and that the disk has space."
+            self.fault = self.fault if self.files and name.startswith(("SQLITE_BUSY", "SQLITE_FULL")) else sentence
+            raise TrackerError(sentence) from error
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
+        """Have the connection alone, opened anew if there was a fault or the file was deleted or replaced."""
+        with self.lock, self.faults():
+            # What is broken is tried again each REOPEN_S.  What was replaced is opened at once: only this connection
+            # may still have rows that were acknowledged.
+            replaced = not self.fault and not self.connection.in_transaction and self.inodes() != self.files
+            if self.fault and time.monotonic() < self.retry_at:
+                raise TrackerError(self.fault)
+            if self.fault or replaced:
+                self.retry_at, self.fault = time.monotonic() + REOPEN_S, self.fault or f"{self.path} was replaced"
+                try:
+                    self.open()
+                except ConfigError as error:
+                    raise TrackerError(str(error)) from error
+            yield
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the connection alone soon, or raise TrackerError: somebody waits for an answer."""
+        if not self.lock.acquire(timeout=DATABASE_S):
+            raise TrackerError(f"{self.path} is busy; try again later.")
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def transaction(self, lasting: bool = True) -> Iterator[None]:
         """Commit all that is written within it, or nothing.
 
-        A database that was deleted or replaced is noticed here: SQLite itself would go on to write into
-        the deleted file, and each 200 would be a false promise.
+        lasting: the commit waits for the disk; if not, the next lasting one takes it along.  A file that was deleted
+        or replaced is noticed before and after: SQLite itself would go on to write into the deleted one.
         """
-        version = file_version(self.path)
-        if version is None or version[0] != self.inode:
-            raise TrackerError(f"{self.path} was deleted or replaced; restart StreamerBrainz.")
-        with self.writing, self.guarded():
+        with self.guarded():
+            self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
             try:
+                ahead_s = self.set_clock()
                 yield
                 self.connection.execute("COMMIT")
             except BaseException:
                 if self.connection.in_transaction:
                     self.connection.execute("ROLLBACK")
                 raise
+            self.ahead_s = ahead_s
+            if self.inodes() != self.files:
+                raise TrackerError(f"{self.path} or its -wal was deleted or replaced meanwhile; try again.")
+
+    def set_clock(self) -> float:
+        """If the clock was set: correct the times that it gave to this process before; -> clock_ahead_s()."""
+        # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.  Then
+        # a play has two times, its webhook's and the history's, and would count twice.  The history's times are right.
+        ahead_s = clock_ahead_s()
+        if abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
+            self.write("UPDATE episode SET watched_at = watched_at + ? WHERE (show_id, season, episode, watched_at) IN "
+                       "(SELECT show_id, season, episode, CAST(received_at AS INTEGER) FROM webhook_log WHERE id > ? "
+                       "AND event <> 'history' AND status = 'success')", jump_s, self.since)
+            self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
+                       "AND event <> 'history'", jump_s, jump_s, self.since)
+        return ahead_s
 
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
         """The rows of a query, each a sqlite3.Row.  Its values stand for ?, or by name for :name."""
         with self.guarded():
-            return self.connection.execute(query, named or values).fetchall()
+            return list(self.connection.execute(query, named or values))
 
     def one(self, query: str, *values: object, **named: object) -> Any:
         """The first row of a query; None: there is none."""
@@ -3342,7 +3460,7 @@ class Tracker:
 
     def close(self) -> None:
         """Close the file; raises nothing."""
-        with contextlib.suppress(self.Error):
+        with contextlib.suppress(AttributeError, self.sqlite3.Error):
             self.connection.close()
 
     def note(self, name: str) -> int:
@@ -3386,17 +3504,16 @@ class Tracker:
 
     def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
         """Whether a play in the server's history is in the journal already."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND "
-                        "server IN (?, '') AND event IN (?, ?) AND action IS NOT 'other_account'",
-                        rating_key, viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE,
-                        HISTORY) is not None
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND server IN "
+                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", rating_key,
+                        viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE, HISTORY) is not None
 
     def finish(self, entry: Entry, outcome: Outcome, retry_at: float | None, conflict_id: int | None) -> None:
         """Write down what became of an entry."""
+        show_id = outcome.match.show_id or None if outcome.match else None
         self.write("UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
-                   "attempts = attempts + 1, retry_at = ? WHERE id = ?", outcome.status, outcome.action,
-                   outcome.reason, outcome.match.show_id or None if outcome.match else None, conflict_id,
-                   retry_at, entry.id)
+                   "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], show_id, conflict_id, retry_at,
+                   entry.id)
 
     # -- shows
 
@@ -3509,10 +3626,10 @@ class Tracker:
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
 
-def glance(path: str) -> Glance:
+def glance(tracker: Tracker) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
     try:
-        with contextlib.closing(Tracker(path, write=False)) as tracker:
+        with tracker.turn(), tracker.guarded():
             marked = tracker.all("SELECT received_at, CASE type WHEN 'movie' THEN title ELSE printf('%s S%02dE%02d', "
                                  "show_title, season, episode) END FROM webhook_log WHERE status = 'success' "
                                  "ORDER BY id DESC LIMIT 5")
@@ -3520,11 +3637,11 @@ def glance(path: str) -> Glance:
                                 "ORDER BY id LIMIT 5")
             counts = tracker.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1")
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
-    except (TrackerError, ConfigError) as error:
+            return Glance(tuple((time_of(at), text(name)) for at, name in marked),
+                          tuple((no, named(text(title), year), text(kind)) for no, title, year, kind in asked),
+                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)))
+    except TrackerError as error:
         return Glance(broken=str(error))
-    return Glance(tuple(map(tuple, marked)),
-                  tuple((row["id"], named(row["title"], row["year"]), row["kind"]) for row in asked),
-                  0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)))
 
 # -- On the disk before the answer: Journal
 def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = None) -> None:
@@ -3550,10 +3667,8 @@ class Journal:
     """
 
     def __init__(self, tracker: Tracker, accounts: str):
-        """tracker: a lasting one, that nobody else uses."""
         self.tracker, self.accounts = tracker, accounts
         self.waiting: collections.deque[Ticket] = collections.deque()
-        self.committing = threading.Lock()
         self.written = threading.Event()              # set when there is something for the worker
         self.fault: TrackerError | None = None        # of the last commit
 
@@ -3562,7 +3677,7 @@ class Journal:
         entry, result = entry_of(webhook, time.time()), queue.SimpleQueue[TrackerError | None]()
         outcome = first_outcome(webhook, entry, self.accounts)
         self.waiting.append((entry, outcome, result))
-        with self.committing:
+        with self.tracker.turn():                     # if it does not come, the entry may be committed later
             if result.empty():                        # else another thread has committed it meanwhile
                 self.commit([self.waiting.popleft() for _ in range(len(self.waiting))])
         if error := result.get_nowait():
@@ -3608,6 +3723,7 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
 # The server's history is read every hour, or a minute after the server was down.  A play younger than a minute is left
 # for the next reading: its webhook may still come.
 HISTORY_S, HISTORY_RETRY_S, HISTORY_REST_S = 3600.0, 60.0, 60.0
+MAX_TITLE = 200               # characters of an episode's title in a list of MAX_LISTED, which must fit into memory
 # From a fault of the tracker (the disk is full) to the next try.
 TRACKER_RETRY_S = 30.0
 
@@ -3636,17 +3752,20 @@ class Worker:
             written.wait(max(0.0, pause_s))
             written.clear()
             try:
-                if time.monotonic() >= history_at:
-                    history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
-                    self.prune()
-                self.drain()
-                due_at = self.tracker.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at NOT NULL")[0]
-                pause_s = min(history_at - time.monotonic(), (math.inf if due_at is None else due_at) - time.time())
-                if fails:
-                    say(logging.INFO, "the tracker works again")
-                fails = False
-            except TrackerError as error:
-                say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {error}")
+                with self.tracker.faults():
+                    if time.monotonic() >= history_at:
+                        history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
+                        self.prune()
+                    self.drain()
+                    due_at = self.tracker.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at NOT NULL")[0]
+                    pause_s = min(history_at - time.monotonic(), (math.inf if due_at is None else due_at) - time.time())
+                    if fails:
+                        say(logging.INFO, "the tracker works again")
+                    fails = False
+            except Exception as error:                # a bug of ours ends neither the log nor the hooks
+                known = isinstance(error, TrackerError) and not log.isEnabledFor(logging.DEBUG)
+                say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}",
+                    **{} if known else {"traceback": traceback.format_exc()})
                 pause_s, fails = TRACKER_RETRY_S, True
 
     def drain(self, conflict_id: int = 0) -> int:
@@ -3672,7 +3791,7 @@ class Worker:
             asked = self.ask(entry)
         except PlexError as error:
             verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
-        with self.tracker.transaction():
+        with self.tracker.transaction(lasting=False):
             if self.tracker.is_done(entry):
                 return
             verdict = verdict or self.decide(entry, asked)
@@ -3765,23 +3884,18 @@ class Worker:
     def episodes(self, entry: Entry) -> list[EpisodeRow]:
         """Each episode that our server has of an entry's show, none of them watched; raises PlexError."""
         leaves = self.library(entry, entry.show_key if entry.type == EPISODE else "", "/allLeaves")
-        return [(*row[:3], None, 0) for row in (episode_row(fields, 0.0) for fields in leaves) if row]
+        return [(*row[:2], row[2][:MAX_TITLE], None, 0) for row in (episode_row(each, 0.0) for each in leaves) if row]
 
-    def library(self, entry: Entry, key: str, path: str) -> list[Mapping[str, Any]]:
+    def library(self, entry: Entry, key: str, path: str) -> Iterator[Mapping[str, Any]]:
         """What our server's library has about a rating key; nothing for an entry of another server: its keys differ."""
         if self.down:
             raise self.down
-        if not self.plex or not key:
-            return []
         try:
-            if entry.server not in ("", self.plex.server_id):
-                return []
-            return [fields for page in
-                    self.plex.pages(f"/library/metadata/{urllib.parse.quote(key, '')}{path}") for fields in page.items]
+            if self.plex and key and entry.server in ("", self.plex.server_id):
+                yield from self.plex.items(f"/library/metadata/{urllib.parse.quote(key, '')}{path}")
         except PlexError as error:
-            if error.fault == "missing":
-                return []
-            raise
+            if error.fault != "missing":
+                raise
 
     def ask_tmdb(self, show: Show) -> Match | None:
         """The show in the tracker that TMDB says has one of these ids; raises PlexError."""
@@ -3807,8 +3921,8 @@ class Worker:
         try:
             server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
-                plays = [(number(fields.get("viewedAt")) or 0, fields) for fields in page.items]
-                with self.tracker.transaction():
+                plays = [(time_of(fields.get("viewedAt")), fields) for fields in page.items]
+                with self.tracker.transaction(lasting=False):
                     for viewed_at, fields in plays:
                         entry = history_entry(fields, server, accounts)
                         if entry and since <= viewed_at <= until and \
@@ -3827,19 +3941,19 @@ class Worker:
         assert self.plex
         wanted = split_accounts(self.config.accounts)
         try:
-            known = [fields for page in self.plex.pages("/accounts") for fields in page.items]
+            return wanted | {text(each.get("id"), 20) for each in self.plex.items("/accounts")
+                             if text(each.get("name")).casefold() in wanted}
         except PlexError as error:
             if error.fault in ("unreachable", "starting"):
                 raise
-            known = []
-        return wanted | {text(each.get("id")) for each in known if text(each.get("name")).casefold() in wanted}
+            return wanted
 
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
         before = time.time() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
-            with self.tracker.transaction():
+            with self.tracker.transaction(lasting=False):
                 deleted = self.tracker.write(
                     "DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? AND "
                     "status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
@@ -3898,7 +4012,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     newest items come last, so that what is added to the library meanwhile moves no page.
     """
     server = plex.server_id
-    for fields in [fields for page in plex.pages("/library/sections") for fields in page.items]:
+    for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
             note, path = f"import {server} {key} {name}", f"/library/sections/{key}/all?{query}&sort=addedAt:asc"
@@ -4141,7 +4255,8 @@ def tracker_command(config: Config) -> int:
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
-    with contextlib.closing(Tracker(config.tracker_db, create, write=create or name == "resolve")) as tracker:
+    with contextlib.closing(Tracker(config.tracker_db, create, write=create or name == "resolve")) as tracker, \
+            tracker.guarded():
         return command(config, tracker)
 
 
@@ -4312,10 +4427,10 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
     start("signals", inbox, take_signals, block_signals(), inbox)
     systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
-    journal = Journal(Tracker(path, create=True), config.accounts) if path else None
-    worker = Worker(config, Tracker(path, lasting=False, writing=journal.tracker.writing), plex) if journal else None
+    tracker = Tracker(path, create=True, patient=True) if path else None
+    journal = Journal(tracker, config.accounts) if tracker else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, functools.partial(glance, path) if path else None, bool(gate.secret), own)
+    pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     url = configured_url(config, listener.port)
@@ -4326,8 +4441,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
-    if journal and worker:
-        start("worker", inbox, worker.run, journal.written)
+    if tracker and journal:
+        start("worker", inbox, Worker(config, tracker, plex).run, journal.written)
 
     def tell(status: Status, changes: Sequence[Change]) -> None:
         if hooks:
@@ -4824,7 +4939,7 @@ class Doctor:
 
     def tracker(self) -> Finding:
         """Is the tracker's file intact, and do its conflicts need a person?"""
-        with contextlib.closing(Tracker(self.config.tracker_db, write=False)) as tracker:
+        with contextlib.closing(Tracker(self.config.tracker_db, write=False)) as tracker, tracker.guarded():
             intact = tracker.one("PRAGMA quick_check")[0]
             last, failed, conflicts = tracker.one(
                 "SELECT (SELECT max(received_at) FROM webhook_log), (SELECT count(*) FROM webhook_log WHERE "
