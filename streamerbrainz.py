@@ -43,8 +43,8 @@ request (0 to 64)   one connection and its bytes       queries Plex (except for 
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-names (0 to 4)      the lookup of one name             is waited for over the time of the asking call
-signals             waiting for a signal, which all    decides (it puts LookNow and Stop into the inbox, and
+names (0 to 4)      the lookup of one name             holds who asks longer than that one wants to wait
+signals             waiting for a signal, which all    decides (it puts SIGHUP or Stop into the inbox, and
                     other threads block                ends the process if the watcher hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Three objects are shared under a lock of their own: the Gate (who may send), the Journal and the Covers
@@ -1173,52 +1173,36 @@ class BoundedReader(io.RawIOBase):
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
 # getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
 # thread, MAX_LOOKUPS at once.  If it takes over NAME_S (the C library asks again after 5 s), we go on with the last
-# addresses; those of MAX_NAMES are kept.
+# good addresses; those of MAX_NAMES are kept.
 MAX_LOOKUPS, MAX_NAMES, NAME_S = 4, 50, 1.0
-Addresses = Sequence[tuple[Any, ...]]         # as getaddrinfo() gives them
+KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
+_LOOKUPS = threading.Lock()                   # for who starts one
 
-class Lookup(threading.Thread):
-    """The lookup of a name; it ends when it may, and its addresses (or those known before) serve who asks next."""
+def look_up(host: str) -> None:
+    """Ask the name servers; a thread of its own, which ends when it may: its addresses serve who asks next."""
+    try:
+        KNOWN[host] = list(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
+    except (OSError, ValueError) as error:
+        if not isinstance(KNOWN.get(host), list):
+            KNOWN[host] = why(error) if isinstance(error, OSError) else "that cannot be a host's name"
+    for name in list(KNOWN)[:-MAX_NAMES]:
+        KNOWN.pop(name, None)
 
-    def __init__(self, host: str, known: Addresses = ()):
-        super().__init__(name="names", daemon=True)
-        self.host, self.found, self.begun_at = host, known, time.monotonic()
-        self.failure = OSError("the name servers do not answer")
-        self.then: Callable[[], object] = bool        # called when it has found addresses
-
-    def run(self) -> None:
-        """Ask the name servers."""
-        try:
-            self.found = socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)
-            self.then()
-        except (OSError, ValueError) as error:
-            self.failure = error if isinstance(error, OSError) else OSError("that cannot be a host's name")
-
-LOOKUPS: dict[str, Lookup] = {}               # the last one of each name, under the lock
-_LOOKUPS_LOCK = threading.Lock()
-
-def find_addresses(host: str, port: int, deadline: float) -> Addresses:
-    """The addresses of a host, to connect or bind to; raises OSError.
-
-    deadline: monotonic s; when it is over already, nothing is looked up, and what is known of the name counts.
-    """
+def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+    """The addresses of a host, as getaddrinfo() gives them; raises OSError.  deadline: monotonic s; 0: no lookup."""
     with contextlib.suppress(OSError, ValueError):    # an address needs no lookup, and no thread
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    host = host.lower()
-    with _LOOKUPS_LOCK, contextlib.suppress(RuntimeError):        # this machine has no more threads
-        LOOKUPS[host] = lookup = LOOKUPS.pop(host, None) or Lookup(host)
-        for name in list(LOOKUPS)[:-MAX_NAMES]:
-            del LOOKUPS[name]
-        if deadline > time.monotonic() and not lookup.is_alive():
-            LOOKUPS[host] = lookup = Lookup(host, lookup.found)
-            if sum(isinstance(each, Lookup) for each in threading.enumerate()) < MAX_LOOKUPS:
-                lookup.start()
-    if lookup.is_alive():
-        until = min(deadline, lookup.begun_at + NAME_S) if lookup.found else deadline
-        lookup.join(max(0.0, until - time.monotonic()))
-    if not lookup.found:
-        raise lookup.failure
-    return [(*kind, (address[0], port, *address[2:])) for *kind, address in lookup.found]
+        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+    host, left = host.lower(), deadline - time.monotonic()
+    with _LOOKUPS, contextlib.suppress(RuntimeError):             # this machine has no more threads
+        running = {each.name: each for each in threading.enumerate() if each.name.startswith("names ")}
+        if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
+            lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
+            lookup.start()
+    if lookup and lookup.is_alive() and left > 0:
+        lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
+    if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
+        raise OSError(found)
+    return [(*kind, (address[0], port, *address[2:])) for *kind, address in found]
 
 class _Answer(http.client.HTTPResponse):
     """An answer that is read within a deadline."""
@@ -1468,14 +1452,11 @@ class Refused(NamedTuple):
     address: str                  # of the sender
     is_webhook: bool              # it was meant to be one: by its path, or its User-Agent is Plex's
 
-class LookNow(NamedTuple):
-    """A reason to look at once: SIGHUP, or the server's name is known at last."""
-
 class Stop(NamedTuple):
     """A signal to end."""
 
 # An exception is a bug of ours in another thread: the watcher raises it, and so ends the process.
-Message = Webhook | Notification | Stream | Refused | LookNow | Stop | BaseException
+Message = Webhook | Notification | Stream | Refused | signal.Signals | Stop | BaseException
 Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
@@ -1518,7 +1499,7 @@ class Watcher:
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
-            LookNow: self.look_now}
+            signal.Signals: lambda _: self.look() if plex else None}            # SIGHUP
 
     def run(self) -> None:
         """Work until Stop comes; raises what another thread crashed with."""
@@ -1603,11 +1584,6 @@ class Watcher:
                 f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
         self.players[webhook.player_uuid] = player
 
-    def look_now(self, _: LookNow) -> None:
-        """Let a look be due, whatever the judge waits for."""
-        for key, player in self.players.items():
-            self.players[key] = look_no_later(player, time.monotonic()) if self.plex else player
-
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
         assert self.plex
@@ -1615,8 +1591,6 @@ class Watcher:
             observation: Observation = Look(self.plex.sessions())
         except PlexError as error:
             observation = Outage(error.fault, str(error))
-            if lookup := LOOKUPS.get(urllib.parse.urlsplit(self.plex.url).hostname or ""):
-                lookup.then = functools.partial(self.inbox.put, LookNow())       # if it still goes on
         self.judge(observation)
         result = observation.fault if isinstance(observation, Outage) else "ok"
         self.status = self.status._replace(looks=counted(self.status.looks, result))
@@ -2580,8 +2554,7 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
 
 # --- the world
 
-# A hook's time (an amplifier takes one second), and then the time from SIGTERM to SIGKILL; the latter when the daemon
-# stops, which takes a second at most.
+# A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
 HOOK_S, HOOK_GRACE_S, HOOK_STOP_S = 30.0, 2.0, 0.3
 # Bytes of a hook's output that are read.
 MAX_OUTPUT = 4096
@@ -2614,14 +2587,11 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -
                               (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
 
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
-    """How many seconds a command gets to end when told to (0: it has ended), and the beginning of its output.
-
-    exited: its pidfd.  stopping: what is readable when the daemon stops, and no time is left.
-    """
+    """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
     output, watched, deadline = b"", [reader, exited, *stopping], time.monotonic() + HOOK_S
     while (left := deadline - time.monotonic()) > 0:
         ready = select.select(watched, (), (), left)[0]
-        if reader in ready:
+        if reader in ready and ready[-1] not in stopping:
             data = os.read(reader, 65536)
             output = (output + data)[:MAX_OUTPUT]
             if not data:
@@ -2633,8 +2603,8 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status, and the beginning of its output.
 
-    The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S (or if
-    `stopping` can be read): then its whole process group was ended.  Raises OSError if it cannot be started.
+    The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
+    `stopping` could be read: then its whole process group was ended.  Raises OSError if it cannot be started.
     """
     with contextlib.ExitStack() as descriptors:
         reader, writer = os.pipe()
@@ -2662,11 +2632,12 @@ class Hooks:
         self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
         self.amplifier, self.latest = Amplifier(), dict[str, str]()
         self.waiting: Waiting = []
-        self.running, self.stopping = threading.Lock(), os.eventfd(0)       # held by a command; readable after end()
+        # running: held while a command runs.  ended, and stopping can be read: end() was called.
+        self.running, self.stopping, self.ended = threading.Lock(), os.eventfd(0), False
 
-    def run(self) -> NoReturn:
-        """For ever."""
-        while True:
+    def run(self) -> None:
+        """Until end()."""
+        while not self.ended:
             self.receive(None if self.waiting else self.amplifier.off_at)
             if self.waiting:
                 with self.running:
@@ -2674,6 +2645,7 @@ class Hooks:
 
     def end(self) -> None:
         """End the command that runs, as run_hook() does, and run no other: the lock is never given back."""
+        self.ended = True
         os.eventfd_write(self.stopping, 1)
         self.running.acquire(timeout=2 * HOOK_STOP_S)
 
@@ -2710,7 +2682,7 @@ class Hooks:
                 command=self.command[0])
             return
         said = output.decode("utf-8", "replace").strip()
-        if select.select([self.stopping], (), (), 0)[0]:
+        if self.ended:
             say(self.level, "the -on-event command ended with the daemon", event=event, status=status)
         elif status is None:
             say(logging.WARNING, f"the -on-event command took more than {HOOK_S:g} s, and was ended", event=event)
@@ -4051,10 +4023,10 @@ def tracker_command(config: Config) -> int:
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until Stop
-# Threads: "signals" waits for signals, which all other threads block, and puts LookNow or Stop into the inbox.  The
+# Threads: "signals" waits for signals, which all other threads block, and puts SIGHUP or Stop into the inbox.  The
 #   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
-# Needs of Player: CLAIMS, Inbox, LookNow, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message,
+# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: Gate, Listener, configured_url, own_url, webhook_url
@@ -4163,13 +4135,12 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# What the watcher gets to end (it takes milliseconds, unless it waits for a server); and the time in which two signals
-# are one: `timeout` and some terminals send each signal twice at once.
-STOP_S, TWICE_S = 0.4, 0.2
-ADDRESS_S = 10.0              # between two questions to the kernel for this machine's address
+# How long the watcher may take to end (but for a server, milliseconds), and two signals are one (`timeout` and some
+# terminals send each twice); and from one question for our address to the next.
+STOP_S, TWICE_S, ADDRESS_S = 0.3, 0.15, 10.0
 
 def block_signals() -> set[signal.Signals]:
-    """Block the signals that mean us, in this thread and all that it will start; -> those to wait for."""
+    """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
     # One that is ignored stays ignored: `nohup` does that with SIGHUP.
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signals = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
@@ -4180,10 +4151,10 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
     """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals.
 
     Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
-    STOP_S, this thread ends the process, as well; a second signal does it at once.
+    STOP_S, this thread ends the process; a second signal ends it at once.
     """
-    while signal.sigwait(signals) == signal.SIGHUP:
-        inbox.put(LookNow())
+    while (number := signal.sigwait(signals)) == signal.SIGHUP:
+        inbox.put(signal.Signals(number))
     inbox.put(Stop())
     begun = time.monotonic()
     while (left := begun + STOP_S - time.monotonic()) > 0:
@@ -4204,8 +4175,8 @@ def announce(config: Config, port: int, query: str) -> Iterator[None]:
         while time.monotonic() < asked_at + ADDRESS_S:
             yield
         if (url := configured_url(config, port)) not in (said, nameless):
-            news = "is known now; Plex needs" if said == nameless else "has changed; correct, in Plex,"
-            say(logging.INFO, f"this machine's address {news} the webhook's URL", webhook_url=url + query)
+            news = "is known now" if said == nameless else "has changed"
+            say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
             said = url
 
 def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock: threading.Lock) -> None:

@@ -2137,14 +2137,14 @@ def names(monkeypatch):
     names = Names()
     names.known, names.asked = {}, []
     monkeypatch.setattr(sb.socket, "getaddrinfo", names.getaddrinfo)
-    monkeypatch.setattr(sb, "LOOKUPS", {})
+    monkeypatch.setattr(sb, "KNOWN", {})
     yield names
     names.answer.set()
     eventually(lambda: not lookups())
 
 
 def lookups():
-    return [each for each in threading.enumerate() if each.name == "names"]
+    return [each for each in threading.enumerate() if each.name.startswith("names ")]
 
 
 def found(host, port=1, in_s=5.0):
@@ -2161,7 +2161,7 @@ def test_nobody_waits_for_silent_name_servers_longer_than_they_want_and_all_wait
     failures = []
 
     def ask():
-        with pytest.raises(OSError, match="^the name servers do not answer$") as caught:
+        with pytest.raises(OSError, match="the name servers do not answer") as caught:
             found("plex", in_s=0.2)
         failures.append(caught)
     begun = time.monotonic()
@@ -2190,14 +2190,17 @@ def test_the_last_addresses_serve_when_the_lookup_fails_or_does_not_end(names, m
         found("other")
     names.answer.clear()
     begun = time.monotonic()
-    assert [found("plex") for _ in range(20)] == [[("10.0.0.2", 1)]] * 20
-    assert time.monotonic() - begun < 1.0                  # the first waits for NAME_S, the others for nothing
+    assert [found("plex") for _ in range(3)] == [[("10.0.0.2", 1)]] * 3
+    assert time.monotonic() - begun < 1.0                  # each waits for NAME_S
     assert names.asked == ["plex", "plex", "plex", "other", "plex"]
+    with pytest.raises(OSError, match="Name or service not known"):
+        found("other", in_s=0)                             # what is known of it, without a lookup
+    assert names.asked[-1] == "plex"
 
 
 def test_only_a_few_lookups_go_on_at_once_and_only_some_names_are_kept(names):
     for number in range(30):
-        with pytest.raises(OSError, match="^the name servers do not answer$"):
+        with pytest.raises(OSError, match="the name servers do not answer"):
             found(f"name{number}", in_s=0.001)
     assert len(lookups()) == sb.MAX_LOOKUPS == len(names.asked)
     names.answer.set()
@@ -2205,12 +2208,12 @@ def test_only_a_few_lookups_go_on_at_once_and_only_some_names_are_kept(names):
     for number in range(200):
         with pytest.raises(OSError):
             found(f"name{number}")
-    assert len(sb.LOOKUPS) == sb.MAX_NAMES and not lookups()
+    assert len(sb.KNOWN) == sb.MAX_NAMES and not lookups()
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 300, "a\0b", "", "pl\xe9x..x"])
 def test_what_cannot_be_a_name_is_an_error_of_the_system(monkeypatch, host):
-    monkeypatch.setattr(sb, "LOOKUPS", {})
+    monkeypatch.setattr(sb, "KNOWN", {})
     with pytest.raises(OSError):
         found(host, in_s=2.0)
 
@@ -2218,34 +2221,48 @@ def test_what_cannot_be_a_name_is_an_error_of_the_system(monkeypatch, host):
 def test_a_machine_without_threads_has_no_names_but_goes_on(names, monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(sb.Lookup, "start", refuse)
-    with pytest.raises(OSError, match="^the name servers do not answer$"):
+    monkeypatch.setattr(sb.threading.Thread, "start", refuse)
+    with pytest.raises(OSError, match="the name servers do not answer"):
         found("plex")
 
 
-def test_a_look_waits_for_names_within_its_own_time_and_a_late_answer_brings_the_next_look(names, plex, monkeypatch):
+def test_a_look_waits_for_names_within_its_own_time(names, plex, monkeypatch):
     monkeypatch.setattr(sb, "PLEX_S", 0.2)
-    inbox, port = queue.SimpleQueue(), plex.server_address[1]
+    port = plex.server_address[1]
     server = sb.PlexServer(f"http://plex.test:{port}", lambda: TOKEN)
-    watcher = sb.Watcher(sb.Config(plex_machine_id="m1"), inbox, server, lambda *_: None)
+    watcher = sb.Watcher(sb.Config(plex_machine_id="m1"), queue.SimpleQueue(), server, lambda *_: None)
     begun = time.monotonic()
     watcher.look()
     assert time.monotonic() - begun < 1.0
     assert watcher.players["m1"].outage.sentence == f"http://plex.test:{port} cannot be reached: the name servers do not answer."
     names.known["plex.test"] = "127.0.0.1"
     names.answer.set()
-    assert inbox.get(timeout=5) == sb.LookNow()
-    watcher.players["m1"] = watcher.players["m1"]._replace(look_at=math.inf)
-    watcher.look_now(sb.LookNow())
-    assert watcher.due() <= time.monotonic()
     watcher.look()
     assert watcher.players["m1"].outage is None
+    names.known.clear()
+    watcher.look()
+    assert watcher.players["m1"].outage is None            # the last address is still good
+
+
+@pytest.mark.parametrize("url", ["http://plex.test:32400", "http://localhost:32400", "http://127.0.0.1:32400", "http://[::1]:32400", "http://a..b", ""])
+def test_this_machines_address_is_known_without_any_name_server(names, url):
+    begun = time.monotonic()
+    address = sb.guess_address(url)
+    assert time.monotonic() - begun < 0.2 and not names.asked and address
+    if "localhost" in url or "127" in url:
+        assert address == "127.0.0.1"
+    names.known["plex.test"] = "127.0.0.7"                 # once a look has found it, it counts
+    names.answer.set()
+    found("plex.test")
+    assert sb.guess_address("http://plex.test:32400") == "127.0.0.1"
 
 
 def test_without_a_server_nothing_can_be_looked_at():
     watcher = watcher_alone()
     watcher.hear(sb.parse_payload(payload()))
-    watcher.look_now(sb.LookNow())
+    for message in (signal.SIGHUP, sb.Stop()):
+        watcher.inbox.put(message)
+    watcher.run()
     assert watcher.players and watcher.due() is None
 
 
@@ -2990,7 +3007,8 @@ def gone(pid):
 
 @pytest.mark.parametrize("script, grace", [
     ("sleep 60", False), ("sleep 60 & echo $! >> {file}; wait", False), ("trap '' TERM; while :; do sleep 1; done", True),
-    ("(trap '' TERM; echo $$ >> {file}; exec sleep 60) & echo $! >> {file}; wait", False), ("exec sleep 60 > /dev/null 2>&1", False),
+    ("(trap '' TERM; echo $$ >> {file}; exec sleep 60) & echo $! >> {file}; wait", False), ("exec sleep 60 > /dev/null 2>&1", False), ("exec yes", False),
+    ("yes & echo $! >> {file}; trap '' TERM; while :; do sleep 1; done", True),
     ("trap 'sleep 0.1; echo well >> {file}; exit' TERM; while :; do sleep 0.01; done", False)])
 def test_a_hook_that_runs_when_the_daemon_stops_is_ended_with_all_its_children(tmp_path, lines, script, grace):
     file, command = tmp_path / "pids", tmp_path / "hook"
@@ -3004,7 +3022,7 @@ def test_a_hook_that_runs_when_the_daemon_stops_is_ended_with_all_its_children(t
     begun = time.monotonic()
     hooks.end()
     took_s = time.monotonic() - begun
-    assert (sb.HOOK_STOP_S if grace else 0) <= took_s < 0.6
+    assert (sb.HOOK_STOP_S if grace else 0) <= took_s < 2 * sb.HOOK_STOP_S
     pids = [line for line in written(file) if line != "well"]
     assert ("well" in written(file)) == ("well" in script)
     for pid in pids:
@@ -4034,7 +4052,7 @@ def test_with_silent_name_servers_it_is_ready_answers_and_stops_at_once(tmp_path
         _, err = daemon.communicate(timeout=20)
         took_s = time.monotonic() - begun
         eventually(lambda: any("STOPPING=1" in each for _, each in said))
-    assert (daemon.returncode, err.count("stopped listening")) == (0, 1) and "Traceback" not in err and took_s < 1.0
+    assert (daemon.returncode, err.count("stopped listening")) == (0, 1) and "Traceback" not in err and took_s < 2.0        # 0.3 s
 
 
 def test_a_hook_ends_with_the_daemon_that_hangs_in_a_look(plex, token_file, tmp_path):
@@ -4054,7 +4072,7 @@ def test_a_hook_ends_with_the_daemon_that_hangs_in_a_look(plex, token_file, tmp_
         assert hanging.wait(10)
         begun = time.monotonic()
         daemon.process.terminate()
-        assert daemon.process.wait(20) == 0 and time.monotonic() - begun < 1.0
+        assert daemon.process.wait(20) == 0 and time.monotonic() - begun < 2.0        # 0.6 s, on a machine that is not busy
         eventually(lambda: gone(written(pid)[0]), 1)
         eventually(lambda: daemon.text().count("stopped listening\n") == 1)
 
@@ -4084,7 +4102,7 @@ def test_an_address_that_came_late_or_has_changed_is_said_once(urls, said, lines
     now = [0.0]
     monkeypatch.setattr(sb, "configured_url", lambda config, port: next(answers))
     monkeypatch.setattr(sb.time, "monotonic", lambda: now[0])
-    address, count = sb.announce(sb.Config(), 3001, "?token=..."), 0
+    address = sb.announce(sb.Config(), 3001, "?token=...")
     next(address)
     assert len(lines) == 1 and lines[0].startswith("<6>listening version=")
     for _ in range(len(urls) - 1):
