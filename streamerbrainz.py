@@ -4164,10 +4164,7 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
     os._exit(0)
 
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
-    """Log the URL of our webhooks; later again, when this machine has another address (DHCP), or has one at last.
-
-    It is resumed whenever the watcher does something; each ADDRESS_S it asks the kernel for the address.
-    """
+    """Log our webhooks' URL; again when this machine has another address (DHCP), or one at last (asks each ADDRESS_S)."""
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
     while True:
