@@ -4164,7 +4164,10 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
     os._exit(0)
 
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
-    """Log our webhooks' URL; again when this machine has another address (DHCP), or one at last (asks each ADDRESS_S)."""
+    """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last.
+
+    It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
+    """
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
     while True:
