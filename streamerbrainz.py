@@ -1198,6 +1198,7 @@ def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...
         if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
             lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
             lookup.start()
+    # Who has the last addresses does not wait for slow name servers; the lookup renews them for the next time.
     if lookup and lookup.is_alive() and left > 0:
         lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
     if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
