@@ -37,14 +37,15 @@ Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter
 thread              owns                               never
 main                nothing: it starts the others and  (see outlive_main)
                     ends, to free its memory
-watcher             the PlayerStates and when to look  waits for Plex over PLEX_S (and the name server)
+watcher             the PlayerStates and when to look  waits for Plex over PLEX_S
 listener            the listening socket               reads from a connection
 request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
-                    other threads block                process that hangs)
+names (0 to 4)      the lookup of one name             holds who asks longer than that one wants to wait
+signals             waiting for a signal, which all    decides (it puts SIGHUP or Stop into the inbox, and
+                    other threads block                ends the process if the watcher hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
 connections), the Tracker and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
@@ -457,7 +458,7 @@ class SecretFile:
 # What for: to know what the chosen player does, and to report each change of it once, in order and never falsely.
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
 # Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
-#   it says into the inbox.  Only the watcher decides.
+#   it says into the inbox; "names" look names up, for whoever connects.  Only the watcher decides.
 # Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
@@ -1287,6 +1288,41 @@ class BoundedReader(io.RawIOBase):
         self.raw.close()
         super().close()
 
+# -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
+# getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
+# thread, MAX_LOOKUPS at once.  If it takes over NAME_S (the C library asks again after 5 s), we go on with the last
+# good addresses; those of MAX_NAMES are kept.
+MAX_LOOKUPS, MAX_NAMES, NAME_S = 4, 50, 1.0
+KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
+_LOOKUPS = threading.Lock()                   # for who starts one
+
+def look_up(host: str) -> None:
+    """Ask the name servers; a thread of its own, which ends when it may: its addresses serve who asks next."""
+    try:
+        KNOWN[host] = list(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
+    except (OSError, ValueError) as error:
+        if not isinstance(KNOWN.get(host), list):
+            KNOWN[host] = why(error) if isinstance(error, OSError) else "that cannot be a host's name"
+    for name in list(KNOWN)[:-MAX_NAMES]:
+        KNOWN.pop(name, None)
+
+def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+    """The addresses of a host, as getaddrinfo() gives them; raises OSError.  deadline: monotonic s; 0: no lookup."""
+    with contextlib.suppress(OSError, ValueError):    # an address needs no lookup, and no thread
+        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+    host, left = host.lower(), deadline - time.monotonic()
+    with _LOOKUPS, contextlib.suppress(RuntimeError):             # this machine has no more threads
+        running = {each.name: each for each in threading.enumerate() if each.name.startswith("names ")}
+        if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
+            lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
+            lookup.start()
+    # Who has the last addresses does not wait for slow name servers; the lookup renews them for the next time.
+    if lookup and lookup.is_alive() and left > 0:
+        lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
+    if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
+        raise OSError(found)
+    return [(*kind, (address[0], port, *address[2:])) for *kind, address in found]
+
 class _Answer(http.client.HTTPResponse):
     """An answer that is read within a deadline."""
 
@@ -1307,7 +1343,7 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect to the first address of the name that answers before the deadline; raises OSError."""
         failure: OSError = TimeoutError()
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        found = find_addresses(self.host, self.port, self.deadline)
         for left, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found, strict=True):
             self.sock = socket.socket(family, kind, protocol)
             try:
@@ -1548,7 +1584,7 @@ class Stop(NamedTuple):
     """A signal to end."""
 
 # An exception is a bug of ours in another thread: the watcher raises it, and so ends the process.
-Message = Webhook | Notification | Stream | Refused | Stop | BaseException
+Message = Webhook | Notification | Stream | Refused | signal.Signals | Stop | BaseException
 Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
@@ -1590,7 +1626,8 @@ class Watcher:
         self.news: list[Change] = []                 # not told yet
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
-            Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse}
+            Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
+            signal.Signals: lambda _: self.look() if plex else None}            # SIGHUP
 
     def run(self) -> None:
         """Work until Stop comes; raises what another thread crashed with."""
@@ -1726,8 +1763,8 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-# How long the main loop may be busy (a look takes PLEX_S, and a slow name server its time); and how long an outage may
-# last, or a webhook wait for the tracker.
+# How long the main loop may be busy (a look takes PLEX_S, with the lookup of a name); and how long an outage may last,
+# or a webhook wait for the tracker.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
 
 class Glance(NamedTuple):
@@ -2122,7 +2159,7 @@ class Pages:
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
 # Needs: Ground
-# Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
+# Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
 # Needs of Page: Answer, Pages
 
 # -- Who may send, and how often
@@ -2217,12 +2254,15 @@ class Gate:
 
 # -- Our own address
 def guess_address(plex_url: str) -> str:
-    """This machine's address as the Plex server, or else its own network, sees it."""
-    # Nothing is sent to the server; but a name in plex_url is looked up.
-    server = urllib.parse.urlsplit(plex_url).hostname or "192.0.2.1"
-    with contextlib.suppress(OSError, UnicodeError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server, 9))
-        return str(probe.getsockname()[0])
+    """This machine's address as the Plex server, or else its own network, sees it; its name while it has none."""
+    # Nothing is sent, and no name is looked up: what the last look found counts.  192.0.2.1 is nowhere (RFC 5737).
+    server = urllib.parse.urlsplit(plex_url).hostname or ""
+    for host in ("127.0.0.1" if server == "localhost" else server, "192.0.2.1"):
+        with contextlib.suppress(OSError):
+            family, *_, address = min(find_addresses(host, 9, deadline=0.0))      # IPv4 before IPv6
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
     return socket.gethostname()
 
 def configured_url(config: Config, port: int) -> str:
@@ -2243,11 +2283,8 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it."""
     if host:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        except UnicodeError as error:
-            raise OSError(errno.EINVAL, "that cannot be a host's name") from error
-        return found[0][0], found[0][4]
+        family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
+        return family, address
     return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
 
 # -- Handler: one connection, its requests one after the other
@@ -2711,8 +2748,8 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
 
 # --- the world
 
-# A hook's time (an amplifier takes one second), and then the time from SIGTERM to SIGKILL.
-HOOK_S, HOOK_GRACE_S = 30.0, 2.0
+# A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
+HOOK_S, HOOK_GRACE_S, HOOK_STOP_S = 30.0, 2.0, 0.3
 # Bytes of a hook's output that are read.
 MAX_OUTPUT = 4096
 # What systemd says to us, and to nobody else.
@@ -2743,25 +2780,25 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -
                               (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                               (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
 
-def read_output(reader: int, exited: int) -> tuple[bool, bytes]:
-    """Whether a command ended within HOOK_S, and the beginning of its output.  exited: its pidfd."""
-    output, watched, deadline = b"", [reader, exited], time.monotonic() + HOOK_S
+def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
+    """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
+    output, watched, deadline = b"", [reader, exited, *stopping], time.monotonic() + HOOK_S
     while (left := deadline - time.monotonic()) > 0:
         ready = select.select(watched, (), (), left)[0]
-        if reader in ready:
+        if reader in ready and ready[-1] not in stopping:
             data = os.read(reader, 65536)
             output = (output + data)[:MAX_OUTPUT]
             if not data:
                 watched.remove(reader)
-        elif exited in ready:
-            return True, output
-    return False, output
+        elif ready:
+            return 0.0 if exited in ready else HOOK_STOP_S, output
+    return HOOK_GRACE_S, output
 
-def run_hook(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int | None, bytes]:
+def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status, and the beginning of its output.
 
-    The status is 128 plus the signal's number if a signal ended it, and None if it took more than
-    HOOK_S: then its whole process group was ended.  Raises OSError if it cannot be started.
+    The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
+    `stopping` could be read: then its whole process group was ended.  Raises OSError if it cannot be started.
     """
     with contextlib.ExitStack() as descriptors:
         reader, writer = os.pipe()
@@ -2772,13 +2809,13 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str]) -> tuple[in
             os.close(writer)
         exited = os.pidfd_open(pid)
         descriptors.callback(os.close, exited)
-        ended, output = read_output(reader, exited)
-        for signal_no in () if ended else (signal.SIGTERM, signal.SIGKILL):
+        grace_s, output = read_output(reader, exited, stopping)
+        for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
             with contextlib.suppress(OSError):        # it has gone, or belongs to another user (sudo)
                 os.killpg(pid, signal_no)
-            select.select([exited], (), (), HOOK_GRACE_S)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0 if ended else os.WNOHANG)[1])
-        return (code if code >= 0 else 128 - code) if ended else None, output
+            select.select([exited], (), (), grace_s)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG if grace_s else 0)[1])
+        return None if grace_s else code if code >= 0 else 128 - code, output
 
 class Hooks:
     """Runs the -on-event command, one event at a time, in a thread of its own."""
@@ -2789,13 +2826,22 @@ class Hooks:
         self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
         self.amplifier, self.latest = Amplifier(), dict[str, str]()
         self.waiting: Waiting = []
+        # running: held while a command runs.  ended, and stopping can be read: end() was called.
+        self.running, self.stopping, self.ended = threading.Lock(), os.eventfd(0), False
 
-    def run(self) -> NoReturn:
-        """For ever."""
-        while True:
+    def run(self) -> None:
+        """Until end()."""
+        while not self.ended:
             self.receive(None if self.waiting else self.amplifier.off_at)
             if self.waiting:
-                self.call(*self.waiting.pop(0))
+                with self.running:
+                    self.call(*self.waiting.pop(0))
+
+    def end(self) -> None:
+        """End the command that runs, as run_hook() does, and run no other: the lock is never given back."""
+        self.ended = True
+        os.eventfd_write(self.stopping, 1)
+        self.running.acquire(timeout=2 * HOOK_STOP_S)
 
     def receive(self, until: float | None) -> None:
         """Take the changes that came; if no command is waiting to run, wait for one of them."""
@@ -2824,13 +2870,15 @@ class Hooks:
     def call(self, event: str, environment: Mapping[str, str]) -> None:
         """Run the command once, and log how it ended."""
         try:
-            status, output = run_hook(self.command, environment)
+            status, output = run_hook(self.command, environment, self.stopping)
         except OSError as error:
             say(logging.WARNING, f"the -on-event command could not be started ({why(error)})", event=event,
                 command=self.command[0])
             return
         said = output.decode("utf-8", "replace").strip()
-        if status is None:
+        if self.ended:
+            say(self.level, "the -on-event command ended with the daemon", event=event, status=status)
+        elif status is None:
             say(logging.WARNING, f"the -on-event command took more than {HOOK_S:g} s, and was ended", event=event)
         elif status:
             say(logging.WARNING, "the -on-event command failed", event=event, status=status, output=said[-MAX_TEXT:])
@@ -4263,11 +4311,11 @@ def tracker_command(config: Config) -> int:
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until Stop
-# Threads: "signals" waits for signals, which all other threads block, and puts Stop into the inbox.  The others are
-#   those of the chapters above.  A bug in any of them ends the process, with its traceback.
+# Threads: "signals" waits for signals, which all other threads block, and puts SIGHUP or Stop into the inbox.  The
+#   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
-# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message, server_of,
-#   watch_stream
+# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message,
+#   server_of, watch_stream
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command
@@ -4370,31 +4418,64 @@ class Systemd:
             now = time.monotonic()
             sentence = status_sentence(status, now)
             doing = sentence.rpartition(";")[0]       # without the age of the last webhook, which always changes
-            if doing != self.told or now >= self.pinged_at + self.wake_s / 2:
+            if doing != self.told or now >= self.pinged_at + self.wake_s / 20:       # else a sleep could follow
                 self.notify("WATCHDOG=1", f"STATUS={sentence}")
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
+# How long the watcher may take to end (but for a server, milliseconds), and two signals are one (`timeout` and some
+# terminals send each twice); and from one question for our address to the next.
+STOP_S, TWICE_S, ADDRESS_S = 0.3, 0.15, 10.0
+
 def block_signals() -> set[signal.Signals]:
-    """Block the signals that end us, in this thread and all that it will start; -> those to wait for."""
+    """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
     # One that is ignored stays ignored: `nohup` does that with SIGHUP.
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signals = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
 
-def take_signals(signals: set[signal.Signals], inbox: Inbox) -> NoReturn:
-    """Turn the first signal into Stop; a thread of its own, while all others block signals.
+def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
+    """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals.
 
-    Why no handler: Python runs it in the main thread, which has ended by then.  A second signal, or a watcher
-    that does not end within the time of a look, ends the process at once.
+    Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
+    STOP_S, this thread ends the process; a second signal ends it at once.
     """
-    signal.sigwait(signals)
+    while (number := signal.sigwait(signals)) == signal.SIGHUP:
+        inbox.put(signal.Signals(number))
     inbox.put(Stop())
-    again_at = time.monotonic() + 0.5                 # `timeout` and some terminals send each signal twice at once
-    while signal.sigtimedwait(signals, PLEX_S + 1) and time.monotonic() < again_at:
-        pass
-    os._exit(1)
+    begun = time.monotonic()
+    while (left := begun + STOP_S - time.monotonic()) > 0:
+        if signal.sigtimedwait(signals - {signal.SIGHUP}, left) and time.monotonic() > begun + TWICE_S:
+            os._exit(1)
+    end()
+    os._exit(0)
+
+def announce(config: Config, port: int, query: str) -> Iterator[None]:
+    """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last.
+
+    It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
+    """
+    said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
+    say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
+    while True:
+        asked_at = time.monotonic()
+        while time.monotonic() < asked_at + ADDRESS_S:
+            yield
+        if (url := configured_url(config, port)) not in (said, nameless):
+            news = "is known now" if said == nameless else "has changed"
+            say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
+            said = url
+
+def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock: threading.Lock) -> None:
+    """The end, once: in the watcher, or in the thread of the signals if the watcher hangs."""
+    with lock:
+        if not listener.closing.is_set():
+            systemd.notify("STOPPING=1")
+            listener.close()
+            if hooks:
+                hooks.end()
+            say(logging.INFO, "stopped listening")
 
 def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object) -> None:
     """Start a thread that ends with the process.  A bug in it is told to the watcher, which ends the process."""
@@ -4425,16 +4506,18 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
-    start("signals", inbox, take_signals, block_signals(), inbox)
-    systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
+    signals, systemd = block_signals(), Systemd(os.environ)
+    board, covers, path = Board(), Covers(plex), config.tracker_db
+    end = functools.partial(say_goodbye, listener, systemd, hooks, threading.Lock())
+    start("signals", inbox, take_signals, signals, inbox, end)
     tracker = Tracker(path, create=True, patient=True) if path else None
     journal = Journal(tracker, config.accounts) if tracker else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
     pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
-    url = configured_url(config, listener.port)
-    say(logging.INFO, "listening", version=VERSION, webhook_url=url + ("?token=..." if gate.secret else ""))
+    address = announce(config, listener.port, "?token=..." if gate.secret else "")
+    next(address)
     if plex is None:
         say(logging.INFO, "no -plex-server-url: only webhooks tell what plays")
     elif config.plex_events:
@@ -4450,14 +4533,13 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
                 hooks.inbox.put(change)
         board.publish(status, changes)
         systemd.tell(status)
+        next(address)
 
     def watch() -> None:
         try:
             Watcher(config, inbox, plex, tell, systemd.wake_s).run()
         finally:
-            systemd.notify("STOPPING=1")
-            listener.close()
-            say(logging.INFO, "stopped listening")
+            end()
     systemd.notify("READY=1")
     return watch
 
@@ -4585,7 +4667,7 @@ def players(config: Config) -> int:
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
 # Needs: Ground
 # Needs of Player: PlexServer, Session, server_of, Reply, exchange, tls_context, parse_container, encode_webhook,
-#   PROOF_MISSES
+#   PROOF_MISSES, find_addresses
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
@@ -4685,8 +4767,8 @@ def wrapped(words: str, begin: str, margin: int) -> str:
 def is_here(host: str) -> bool | None:
     """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
-    except (OSError, ValueError):                     # ValueError: what cannot be a name, such as "a..b"
+        found = find_addresses(host, 0, time.monotonic() + PLEX_S)
+    except OSError:
         return None
     for family, kind, _, _, address in found:
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:

@@ -33,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import typing
 import unicodedata
 import urllib.parse
@@ -121,7 +122,7 @@ def call(*words):
     """Run a command line in this process, as far as it is no daemon; -> its end."""
     out, err, mask = io.StringIO(), io.StringIO(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.MonkeyPatch.context() as patch, the_log(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sb, "take_signals", lambda signals, inbox: None)     # this process keeps its own
+        patch.setattr(sb, "take_signals", lambda *_: None)                 # this process keeps its own
         try:
             status = sb.main([str(word) for word in words])
         finally:
@@ -2521,7 +2522,7 @@ def test_a_burst_of_webhooks_costs_a_handful_of_looks(plex, token_file, lines):
             while answers.count(b"HTTP/1.1 200 OK") < 1000:
                 answers += connection.recv(65536)
         sent_s = time.monotonic() - begin
-        eventually(lambda: daemon.inbox.empty() and daemon.watcher.players["m1"].claim is None)
+        eventually(lambda: daemon.inbox.empty() and not daemon.watcher.players["m1"].claims)
     assert len(looks) <= sent_s / 0.2 + 5                  # one look at a time while they come, then two: 4 on a quiet machine
 
 
@@ -2635,6 +2636,154 @@ def test_a_crash_of_a_request_thread_is_raised_in_the_main_thread():
     inbox.put(ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError, match="ours"):
         sb.Watcher(sb.Config(), inbox, None, lambda *_: None).run()
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """The name servers: what they know, how often they were asked, and whether they answer."""
+    ask = socket.getaddrinfo
+
+    class Names:
+        known, asked, answer = {}, [], threading.Event()
+
+        def getaddrinfo(self, host, port, *words, flags=0, **more):
+            if flags & socket.AI_NUMERICHOST:
+                return ask(host, port, *words, flags=flags, **more)
+            self.asked.append(host)
+            assert self.answer.wait(20)
+            if host not in self.known:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return ask(self.known[host], port, *words, flags=socket.AI_NUMERICHOST, **more)
+    names = Names()
+    names.known, names.asked = {}, []
+    monkeypatch.setattr(sb.socket, "getaddrinfo", names.getaddrinfo)
+    monkeypatch.setattr(sb, "KNOWN", {})
+    yield names
+    names.answer.set()
+    eventually(lambda: not lookups())
+
+
+def lookups():
+    return [each for each in threading.enumerate() if each.name.startswith("names ")]
+
+
+def found(host, port=1, in_s=5.0):
+    return [each[4][:2] for each in sb.find_addresses(host, port, time.monotonic() + in_s)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "192.168.1.5", "::ffff:10.0.0.1"])
+def test_an_address_needs_no_lookup_and_no_thread(names, host):
+    assert found(host, 32400) == [(host, 32400)]
+    assert not names.asked and not lookups()
+
+
+def test_nobody_waits_for_silent_name_servers_longer_than_they_want_and_all_wait_for_one_lookup(names):
+    failures = []
+
+    def ask():
+        with pytest.raises(OSError, match="the name servers do not answer") as caught:
+            found("plex", in_s=0.2)
+        failures.append(caught)
+    begun = time.monotonic()
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 20 and time.monotonic() - begun < 1.0 and names.asked == ["plex"] and len(lookups()) == 1
+    names.known["plex"] = "10.0.0.1"
+    names.answer.set()                                     # late: nobody waits for it any more
+    eventually(lambda: not lookups())
+    assert found("PLEX", 7, in_s=-1) == [("10.0.0.1", 7)] and names.asked == ["plex"]
+
+
+def test_the_last_addresses_serve_when_the_lookup_fails_or_does_not_end(names, monkeypatch):
+    monkeypatch.setattr(sb, "NAME_S", 0.1)
+    names.answer.set()
+    names.known["plex"] = "10.0.0.1"
+    assert found("plex") == [("10.0.0.1", 1)]
+    names.known["plex"] = "10.0.0.2"
+    assert found("plex") == [("10.0.0.2", 1)]              # each time anew
+    names.known.clear()
+    assert found("plex") == [("10.0.0.2", 1)]
+    with pytest.raises(OSError, match="Name or service not known"):
+        found("other")
+    names.answer.clear()
+    begun = time.monotonic()
+    assert [found("plex") for _ in range(3)] == [[("10.0.0.2", 1)]] * 3
+    assert time.monotonic() - begun < 1.0                  # each waits for NAME_S
+    assert names.asked == ["plex", "plex", "plex", "other", "plex"]
+    with pytest.raises(OSError, match="Name or service not known"):
+        found("other", in_s=0)                             # what is known of it, without a lookup
+    assert names.asked[-1] == "plex"
+
+
+def test_only_a_few_lookups_go_on_at_once_and_only_some_names_are_kept(names):
+    for number in range(30):
+        with pytest.raises(OSError, match="the name servers do not answer"):
+            found(f"name{number}", in_s=0.001)
+    assert len(lookups()) == sb.MAX_LOOKUPS == len(names.asked)
+    names.answer.set()
+    eventually(lambda: not lookups())
+    for number in range(200):
+        with pytest.raises(OSError):
+            found(f"name{number}")
+    assert len(sb.KNOWN) == sb.MAX_NAMES and not lookups()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 300, "a\0b", "", "pl\xe9x..x"])
+def test_what_cannot_be_a_name_is_an_error_of_the_system(monkeypatch, host):
+    monkeypatch.setattr(sb, "KNOWN", {})
+    with pytest.raises(OSError):
+        found(host, in_s=2.0)
+
+
+def test_a_machine_without_threads_has_no_names_but_goes_on(names, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(sb.threading.Thread, "start", refuse)
+    with pytest.raises(OSError, match="the name servers do not answer"):
+        found("plex")
+
+
+def test_a_look_waits_for_names_within_its_own_time(names, plex, monkeypatch):
+    monkeypatch.setattr(sb, "PLEX_S", 0.2)
+    port = plex.server_address[1]
+    server = sb.PlexServer(f"http://plex.test:{port}", lambda: TOKEN)
+    watcher = sb.Watcher(sb.Config(plex_machine_id="m1"), queue.SimpleQueue(), server, lambda *_: None)
+    begun = time.monotonic()
+    watcher.look()
+    assert time.monotonic() - begun < 1.0
+    assert watcher.players["m1"].outage.sentence == f"http://plex.test:{port} cannot be reached: the name servers do not answer."
+    names.known["plex.test"] = "127.0.0.1"
+    names.answer.set()
+    watcher.look()
+    assert watcher.players["m1"].outage is None
+    names.known.clear()
+    watcher.look()
+    assert watcher.players["m1"].outage is None            # the last address is still good
+
+
+@pytest.mark.parametrize("url", ["http://plex.test:32400", "http://localhost:32400", "http://127.0.0.1:32400", "http://[::1]:32400", "http://a..b", ""])
+def test_this_machines_address_is_known_without_any_name_server(names, url):
+    begun = time.monotonic()
+    address = sb.guess_address(url)
+    assert time.monotonic() - begun < 0.2 and not names.asked and address
+    if "localhost" in url or "127" in url:
+        assert address == "127.0.0.1"
+    names.known["plex.test"] = "127.0.0.7"                 # once a look has found it, it counts
+    names.answer.set()
+    found("plex.test")
+    assert sb.guess_address("http://plex.test:32400") == "127.0.0.1"
+
+
+def test_without_a_server_nothing_can_be_looked_at():
+    watcher = watcher_alone()
+    watcher.hear(sb.parse_payload(payload()))
+    for message in (signal.SIGHUP, sb.Stop()):
+        watcher.inbox.put(message)
+    watcher.run()
+    assert watcher.players and watcher.due() is None
 
 
 # === Page ===
@@ -3586,6 +3735,58 @@ def test_a_hook_has_no_signal_blocked_and_nothing_of_systemds():
               "print(sb.run_hook(['/bin/sh', '-c', 'env; exec grep SigBlk /proc/self/status'], {'A': 'b'})[1].decode())")
     said = subprocess.run([sys.executable, "-c", script, HERE], capture_output=True, text=True, timeout=20, env={**os.environ, **environment}).stdout
     assert "SigBlk:\t0000000000000000" in said and "A=b" in said and "NOTIFY_SOCKET" not in said and "CREDENTIALS_DIRECTORY" not in said
+
+
+def gone(pid):
+    """Whether a process has ended, if only its parent has not noticed."""
+    with contextlib.suppress(FileNotFoundError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+@pytest.mark.parametrize("script, grace", [
+    ("sleep 60", False), ("sleep 60 & echo $! >> {file}; wait", False), ("trap '' TERM; while :; do sleep 1; done", True),
+    ("(trap '' TERM; echo $$ >> {file}; exec sleep 60) & echo $! >> {file}; wait", False), ("exec sleep 60 > /dev/null 2>&1", False), ("exec yes", False),
+    ("yes & echo $! >> {file}; trap '' TERM; while :; do sleep 1; done", True),
+    ("trap 'sleep 0.1; echo well >> {file}; exit' TERM; while :; do sleep 0.01; done", False)])
+def test_a_hook_that_runs_when_the_daemon_stops_is_ended_with_all_its_children(tmp_path, lines, script, grace):
+    file, command = tmp_path / "pids", tmp_path / "hook"
+    command.write_text(f"#!/bin/sh\necho $$ >> {file}\n{script.format(file=file)}\n")
+    command.chmod(0o755)
+    hooks = sb.Hooks(sb.hook_command(str(command)), 10.0)
+    threading.Thread(target=hooks.run, daemon=True).start()
+    hooks.inbox.put(changed())
+    eventually(lambda: len(written(file)) > script.count("echo $!"))
+    hooks.inbox.put(changed(PAUSED, PLAYING))              # it waits, and is not run any more
+    begun = time.monotonic()
+    hooks.end()
+    took_s = time.monotonic() - begun
+    assert (sb.HOOK_STOP_S if grace else 0) <= took_s < 2 * sb.HOOK_STOP_S
+    pids = [line for line in written(file) if line != "well"]
+    assert ("well" in written(file)) == ("well" in script)
+    for pid in pids:
+        eventually(lambda pid=pid: gone(pid), 1)
+    hooks.inbox.put(changed(STOPPED, PAUSED))
+    time.sleep(0.05)
+    assert [line for line in written(file) if line != "well"] == pids
+    assert not [line for line in lines if line.startswith("<4>")]
+
+
+def test_a_hook_that_has_ended_keeps_nobody_and_its_children_stay(tmp_path):
+    file, command = tmp_path / "pid", tmp_path / "hook"
+    command.write_text(f"#!/bin/sh\nsleep 60 > /dev/null 2>&1 &\necho $! >> {file}\n")
+    command.chmod(0o755)
+    hooks = sb.Hooks(sb.hook_command(str(command)), 10.0)
+    threading.Thread(target=hooks.run, daemon=True).start()
+    hooks.inbox.put(changed())
+    eventually(lambda: len(written(file)) == 2)            # active, playing
+    eventually(lambda: not hooks.running.locked())
+    begun = time.monotonic()
+    hooks.end()
+    assert time.monotonic() - begun < 0.1
+    for pid in written(file):
+        assert not gone(pid)
+        os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("command, sentence", [
@@ -4713,7 +4914,7 @@ def test_without_a_watchdog_nothing_is_pinged(environ):
     assert sb.Systemd(environ).wake_s == math.inf
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_status_0_whoever_is_connected(number):
     with Process() as daemon, connect(daemon) as idle:
         idle.sendall(raw("GET /healthz HTTP/1.1\nHost: x\n"))
@@ -4764,6 +4965,125 @@ def test_a_signal_that_comes_twice_at_once_is_one():
             for _ in range(2):
                 daemon.process.terminate()
             assert daemon.process.wait(20) == 0
+
+
+def test_sighup_brings_a_look_at_once_and_it_goes_on(plex, token_file):
+    words = ("-plex-token-file", token_file, "-plex-machine-id", "m1", "-no-plex-events", "-poll-interval", "0", "-plex-server-url")
+    with Process(*words, plex.url) as daemon:
+        for state in (PLAYING, PAUSED, STOPPED):
+            plex.turn(state, TRACK)                        # nobody tells of it
+            daemon.process.send_signal(signal.SIGHUP)
+            eventually(lambda state=state: f"state={state}" in daemon.text(), 5)
+        daemon.process.terminate()
+        assert daemon.process.wait(20) == 0
+
+
+@contextlib.contextmanager
+def notified(path):
+    """What a daemon tells the service manager at a path: READY=1 and all that follows, with its time."""
+    said = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    said.append((time.monotonic(), manager.recv(4096).decode()))
+        threading.Thread(target=listen, daemon=True).start()
+        yield said
+        manager.shutdown(socket.SHUT_RDWR)
+
+
+SILENT = """
+import sys, threading; sys.path.insert(0, sys.argv.pop(1)); import streamerbrainz as sb
+ask = sb.socket.getaddrinfo
+def getaddrinfo(host, *words, flags=0, **more):
+    return ask(host, *words, flags=flags, **more) if flags & sb.socket.AI_NUMERICHOST else threading.Event().wait()
+sb.socket.getaddrinfo = getaddrinfo
+sys.exit(sb.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_with_silent_name_servers_it_is_ready_answers_and_stops_at_once(tmp_path, token_file, number):
+    port, address = free_port(), str(tmp_path / "notify")
+    words = ("-plex-server-url", "http://plex.test:32400", "-plex-token-file", token_file, "-plex-machine-id", "m1", "-tracker-db", tmp_path / "db",
+             "-webhooks-port", port)
+    with notified(address) as said:
+        begun = time.monotonic()
+        daemon = subprocess.Popen([sys.executable, "-W", "error", "-c", SILENT, HERE, *map(str, words)], stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "60000000"})
+        ready_at = eventually(lambda: next((at for at, each in said if each == "READY=1"), None))
+        assert ready_at - begun < 5.0                      # 0.3 s, on a machine that is not busy
+        begun, where = time.monotonic(), types.SimpleNamespace(port=port)
+        assert b"/webhooks/plex" in exchange(where, raw("GET / HTTP/1.1\nHost: localhost\nConnection: close\n"))
+        assert time.monotonic() - begun < 0.5
+        begun = time.monotonic()
+        daemon.send_signal(number)                         # while the first look waits for the name
+        _, err = daemon.communicate(timeout=20)
+        took_s = time.monotonic() - begun
+        eventually(lambda: any("STOPPING=1" in each for _, each in said))
+    assert (daemon.returncode, err.count("stopped listening")) == (0, 1) and "Traceback" not in err and took_s < 2.0        # 0.3 s
+
+
+def test_a_hook_ends_with_the_daemon_that_hangs_in_a_look(plex, token_file, tmp_path):
+    hook, pid, hanging = tmp_path / "hook", tmp_path / "pid", threading.Event()
+    hook.write_text(f"#!/bin/sh\ntrap '' TERM\necho $$ > {pid}\nsleep 60 & wait; sleep 60\n")
+    hook.chmod(0o755)
+
+    def answer(connection):
+        if len(server.requests) > 1:
+            hanging.set()
+            hang(connection)
+        http_answer(sessions_xml(session_xml()))(connection)
+    words = ("-plex-token-file", token_file, "-plex-machine-id", "m1", "-no-plex-events", "-on-event", hook, "-plex-server-url")
+    with RawServer(answer) as server, Process(*words, server.url) as daemon:
+        eventually(lambda: written(pid))
+        daemon.process.send_signal(signal.SIGHUP)
+        assert hanging.wait(10)
+        begun = time.monotonic()
+        daemon.process.terminate()
+        assert daemon.process.wait(20) == 0 and time.monotonic() - begun < 2.0        # 0.6 s, on a machine that is not busy
+        eventually(lambda: gone(written(pid)[0]), 1)
+        eventually(lambda: daemon.text().count("stopped listening\n") == 1)
+
+
+def test_the_watchdog_hears_of_us_before_each_long_sleep(tmp_path, monkeypatch):
+    address, now = str(tmp_path / "notify"), [1000.0]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.setblocking(False)
+        systemd = sb.Systemd({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "60000000"})
+        monkeypatch.setattr(sb.time, "monotonic", lambda: now[0])
+        heard, gaps, chance = 1000.0, [], random.Random(1)
+        for _ in range(3000):
+            systemd.tell(sb.Status())
+            with contextlib.suppress(BlockingIOError):
+                assert manager.recv(500).startswith(b"WATCHDOG=1")
+                gaps.append(now[0] - heard)
+                heard = now[0]
+            now[0] += chance.choice((0.01, 0.3, sb.PLEX_S, systemd.wake_s, chance.uniform(0, systemd.wake_s)))
+    assert max(gaps) < 35 and len(gaps) < 2900
+
+
+@pytest.mark.parametrize("urls, said", [
+    ("AAAA", ""), ("AABBA", "BA"), ("NNAA", "a"), ("NBNB", "b"), ("ANNA", ""), ("ANB", "B"), ("ABAB", "BAB"), ("NNN", "")])
+def test_an_address_that_came_late_or_has_changed_is_said_once(urls, said, lines, monkeypatch):
+    answers = iter({"N": f"http://{socket.gethostname()}:3001/webhooks/plex"}.get(each, f"http://10.0.0.{each}:3001/webhooks/plex") for each in urls)
+    now = [0.0]
+    monkeypatch.setattr(sb, "configured_url", lambda config, port: next(answers))
+    monkeypatch.setattr(sb.time, "monotonic", lambda: now[0])
+    address = sb.announce(sb.Config(), 3001, "?token=...")
+    next(address)
+    assert len(lines) == 1 and lines[0].startswith("<6>listening version=")
+    for _ in range(len(urls) - 1):
+        for _ in range(5):
+            next(address)                                  # five times in a moment: nothing is asked
+        now[0] += sb.ADDRESS_S
+        next(address)
+    next(address)
+    news = [("known now" in line, re.search(r"//10\.0\.0\.(\w):3001/webhooks/plex\?token=\.\.\.", line)) for line in lines[1:]]
+    assert "".join(where[1].lower() if known else where[1] for known, where in news if where) == said
 
 
 def test_a_second_signal_ends_what_does_not_end(plex, token_file):
