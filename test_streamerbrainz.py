@@ -2850,9 +2850,9 @@ def test_a_hook_has_no_signal_blocked_and_nothing_of_systemds():
 
 
 @pytest.mark.parametrize("command, sentence", [
-    ("/no/such/thing x", "-on-event: /no/such/thing is missing or not executable; give its whole path, and chmod +x it."),
+    ("/no/such/thing x", "-on-event: the file that it names is missing or not executable; give its whole path, and chmod +x it."),
     ("/etc/passwd", "-on-event: /etc/passwd is missing or not executable; give its whole path, and chmod +x it."),
-    ("'x", "-on-event: 'x has a quote without its end; put both or none."), (" ", "-on-event: the command is missing or not executable; "
+    ("'x", "-on-event: the command has a quote without its end; put both or none."), (" ", "-on-event: the command is missing or not executable; "
                                                                              "give its whole path, and chmod +x it.")])
 def test_a_hook_that_cannot_run_is_told_at_the_start(command, sentence):
     with pytest.raises(sb.ConfigError, match=f"^{re.escape(sentence)}$"):
@@ -3630,10 +3630,10 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key yaer; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
+    ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
-     "shows[0].episodes[1] has an unknown key seen; known are season, episode, title, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key films; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
+     "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched_at, plays."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "the file is not an object."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 100000."),
@@ -3654,18 +3654,17 @@ def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content
     ("tracker frob", "tracker: say one of import, export, shows, show, log, conflicts, resolve; see: streamerbrainz.py -h"),
     ("tracker shows", "tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag."), ("tracker show -tracker-db {}", "tracker show: call it as: tracker show ID"),
     ("tracker resolve 1 -tracker-db {}", "tracker resolve: call it as: tracker resolve ID SHOW|new|ignore"),
-    ("tracker resolve 7 new -tracker-db {}", "there is no conflict 7; `tracker conflicts` prints their ids."),
-    ("tracker show 99 -tracker-db {}", "there is no show 99; `tracker shows` prints their ids."),
-    ("tracker import /no/such -tracker-db {}", "tracker import: /no/such cannot be read as JSON (No such file or directory)."),
+    ("tracker resolve 7 new -tracker-db {}", "there is no such conflict; `tracker conflicts` prints their ids."),
+    ("tracker show 99 -tracker-db {}", "there is no such show; `tracker shows` prints their ids."),
+    ("tracker import /no/such -tracker-db {}", "tracker import: the file that it names cannot be read as JSON (No such file or directory)."),
     ("tracker import -tracker-db {}", "tracker import: give -plex-server-url and -plex-token-file, or a FILE.json."),
-    ("tracker log -status frob -tracker-db {}", "-status: invalid choice: 'frob' (choose from success, failed, ignored, duplicate, waiting) (see: streamerbrainz.py -h)"),
+    ("tracker log -status frob -tracker-db {}", "-status: give one of success, failed, ignored, duplicate, waiting (see: streamerbrainz.py -h)"),
     ("-tmdb-token-file t", "-tmdb-token-file is given, but no -tracker-db; only the tracker uses it."),
-    ("-rate-limit x", "-rate-limit: x is no whole number; give one from 0 to 1000000 (see: streamerbrainz.py -h)"),
-    ("secret -webhook-secret-file /no/such/f", "secret: /no/such/f cannot be written (No such file or directory); make its folder, writable by you.")])
+    ("-rate-limit x", "-rate-limit: give a whole number from 0 to 1000000 (see: streamerbrainz.py -h)"),
+    ("secret -webhook-secret-file /no/such/f", "secret: the file that it names cannot be written (No such file or directory); make its folder, writable by you.")])
 def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentence, database):
     done = call(*words.format(database).split())
-    said = re.sub("choose from '(.*)'\\)", lambda found: f"choose from {found[1]})".replace("', '", ", "), done.err)      # Python 3.11
-    assert (done.status, done.out, said) == (2, "", f"streamerbrainz: {sentence}\n")
+    assert done == (2, "", f"streamerbrainz: {sentence}\n")
 
 
 def test_what_is_looked_at_fits_80_columns_and_holds_no_control_characters(tmp_path, database):
@@ -4177,7 +4176,7 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("frob", "there is no command frob; the commands are run, players, doctor, tracker, secret, hook, demo."),
+    ("frob", "there is no such command; the commands are run, players, doctor, tracker, secret, hook, demo."),
     ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
     ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
     ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
@@ -4185,11 +4184,11 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
      "where ps shows it: see -plex-token-file.)"),
     ("run SECRET", "there is a word too many. (The command comes first, each value after its flag. No token goes on the command line, "
      "where ps shows it: see -plex-token-file.)"),
-    ("-webhooks-port 70000", "-webhooks-port: 70000 is no port; give a number from 1 to 65535 (see: streamerbrainz.py -h)"),
+    ("-webhooks-port 70000", "-webhooks-port: give a whole number from 1 to 65535 (see: streamerbrainz.py -h)"),
     ("-webhooks-port", "-webhooks-port: expected one argument (see: streamerbrainz.py -h)"),
-    ("-poll-interval 0.5", "-poll-interval: 0.5 is no interval; give 0, or seconds from 1 to 86400 (see: streamerbrainz.py -h)"),
-    ("-poll-interval nan", "-poll-interval: nan is no interval; give 0, or seconds from 1 to 86400 (see: streamerbrainz.py -h)"),
-    ("demo -speed 0", "-speed: 0 is no speed; give a number from 1 to 100 (see: streamerbrainz.py -h)"),
+    ("-poll-interval 0.5", "-poll-interval: give a number from 1 to 86400, or 0 (see: streamerbrainz.py -h)"),
+    ("-poll-interval nan", "-poll-interval: give a number from 1 to 86400, or 0 (see: streamerbrainz.py -h)"),
+    ("demo -speed 0", "-speed: give a number from 1 to 100 (see: streamerbrainz.py -h)"),
     ("-plex-server-url plex:32400", "-plex-server-url: this is no URL of a server; give one such as http://192.168.1.5:32400 "
      "(see: streamerbrainz.py -h)"),
     ("-plex-server-url http://h/?X-Plex-Token=SECRET", "-plex-server-url: the URL carries more than an address; "
@@ -4207,9 +4206,9 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     ("-plex-ca-file c", "-plex-ca-file is given, but no -plex-server-url that begins with https://."),
     ("players", "players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400"),
     ("players host", "players: give the token in a file, with -plex-token-file."),
-    ("-webhooks-host a..b", "-webhooks-host: cannot listen on a..b (that cannot be a host's name); give an address of this machine."),
+    ("-webhooks-host a..b", "-webhooks-host: cannot listen there (that cannot be a host's name); give an address of this machine."),
     ("players http://[", "players: this is no URL of a server; give one such as http://192.168.1.5:32400."),
-    ("@/no/such", "@/no/such cannot be read (No such file or directory); name a file of flags (see: streamerbrainz.py -h)"),
+    ("@/no/such", "@FILE: the file that it names cannot be read (No such file or directory); name a file of flags."),
 ])
 def test_a_wrong_call_is_one_sentence_and_status_2(words, sentence):
     assert call(*words.split()) == (2, "", f"streamerbrainz: {sentence}\n")
