@@ -4089,7 +4089,7 @@ class LogHandler(logging.Handler):
         self.dropped, self.torn, self.room = 0, b"", select.poll()     # torn: what ends a line that was cut off
         if os.isatty(self.descriptor):       # it has room at times for half of a line: opened anew, it does not block
             with contextlib.suppress(OSError):
-                self.descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                self.descriptor = os.open(f"/proc/self/fd/{self.descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.room.register(self.descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -4945,10 +4945,10 @@ def server_url(word: str) -> str:
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
 READERS: dict[str, tuple[Any, ...]] = {
-    "webhooks_port": (a_number, 1, 65535, False, True), "rate_limit": _COUNT, "last": _COUNT, "tracker_log_days": _COUNT,
-    "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL, "speed": (a_number, 1, 100, False, False),
-    "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
-    "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "webhooks_port": (a_number, 1, 65535, False, True), "rate_limit": _COUNT, "last": _COUNT,
+    "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
+    "speed": (a_number, 1, 100, False, False), "plex_server_url": (server_url,), "log_level": (one_of, LEVELS),
+    "log_format": (one_of, ("text", "json")), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
@@ -4962,7 +4962,7 @@ def help_text() -> str:
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
-    # Not by argparse: it repeats words in its messages, in each Python otherwise, and takes a tenth of the start.
+    # Not by argparse: its messages repeat words, and differ between Pythons.
     flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
     found, others, ahead = dict[str, Any](), list[str](), iter(words)
     for word in ahead:
@@ -4998,19 +4998,19 @@ def read_flags(path: str) -> list[str]:
         raise ConfigError(f"@FILE: {shown_path(path)} cannot be read ({why(error)}); name a file of flags.") from error
     except UnicodeDecodeError as error:
         raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
-    if version is None or len(content) > MAX_FLAGS:
-        raise ConfigError(f"@FILE: {shown_path(path)} is no regular file of at most {MAX_FLAGS} bytes; "
+    if version is None or len(content) > MAX_FLAGS or b"\0" in content:
+        raise ConfigError(f"@FILE: {shown_path(path)} is no text file of at most {MAX_FLAGS} bytes; "
                           "name a file of flags.")
     return [word for line in lines for word in words_in(line)]
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
+    if "\0" in "".join(words):
+        raise ConfigError("a word has a NUL character in it; type it again.")
     words = [each for word in words for each in (read_flags(word[1:]) if word[:1] == "@" else [word])]
     for asked in re.findall(r"^--?(h|help|version)$", "\n".join(words), re.MULTILINE):
         print(f"streamerbrainz {VERSION}" if asked == "version" else help_text())
         sys.exit(0)
-    if any("\0" in word for word in words):
-        raise ConfigError("a word has a NUL character in it; type it again, or save the @FILE as UTF-8.")
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
     if command not in COMMANDS:
         raise ConfigError(f"there is no such command; the commands are {', '.join(COMMANDS)}.")
