@@ -43,7 +43,7 @@ request (0 to 64)   one connection and its bytes       queries Plex (except for 
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-log                 waiting for a reader of stderr     lives while there is one
+log                 waiting until stderr has room      lives while it has
 signals             waiting for a signal, which all    decides (it puts Stop into the inbox, and ends a
                     other threads block                process that hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
@@ -384,6 +384,7 @@ def local_time(form: str, at: float) -> str:
 
 def shown_path(path: str) -> str:
     """A path for a message, if a part of it is there; a token that was given in a path's place is not shown."""
+    # A file that lacks, such as ~/.config/streamerbrainz/plex-token, has a home that is there.  Of a token nothing is.
     part = path
     while part.strip("/.") and not os.path.lexists(part):
         part = os.path.dirname(part)
@@ -1144,16 +1145,16 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
 # -- HTTP: one way to ask a server (exchange)
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
-READ_AHEAD = MAX_HEAD         # bytes that a reader takes at once: they escape a limit that is set later
 
-CLOCK_FAULTS = (9, 10)        # OpenSSL's verify codes: not yet valid, expired.  A Pi without a network has no clock
+CLOCK_FAULTS = (9, 10)        # OpenSSL's verify codes: not yet valid, expired
 
 class TooMuch(http.client.HTTPException):
     """The other side sent more than it may."""
 
 class BoundedReader(io.RawIOBase):
     """A connection's bytes: at most `room` of them, and until a deadline, however many reads they take."""
-    # A time limit on each read is not enough: a sender that drips one byte a second never reaches it.
+    # A time limit on each read is not enough: a sender that drips one byte a second never reaches it.  A BufferedReader
+    # above it takes MAX_HEAD bytes at once: the 128 KiB of some Pythons would be read ahead of the next head's limit.
 
     def __init__(self, connection: socket.socket, seconds: float, room: int):
         self.connection, self.raw = connection, connection.makefile("rb", buffering=0)
@@ -1191,7 +1192,7 @@ class _Answer(http.client.HTTPResponse):
         super().__init__(connection, *args, **kwargs)
         self.fp.close()
         self.reader = BoundedReader(connection, deadline - time.monotonic(), MAX_HEAD)
-        self.fp = io.BufferedReader(self.reader, READ_AHEAD)
+        self.fp = io.BufferedReader(self.reader, MAX_HEAD)
 
 class _Connection(http.client.HTTPConnection):
     """A connection whose timeout counts from its making to the last byte of its one answer."""
@@ -1224,6 +1225,7 @@ def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     """What went wrong on the way to a server.  The URL in it has no path and no query."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
+        # A Pi without a network has no clock, and begins with the day of its last stop.
         now = local_time("%Y-%m-%d %H:%M", time.time())
         hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
                 if cause.verify_code in CLOCK_FAULTS else
@@ -2017,7 +2019,7 @@ class Pages:
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most.  A thread owns its socket and its
 #   bytes.  All threads share the Gate, which has a lock.
 # Needs: Ground
-# Needs of Player: Body, BoundedReader, MAX_HEAD, READ_AHEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
+# Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, parse_webhook
 # Needs of Page: Answer, Pages
 
 # -- Who may send, and how often
@@ -2159,7 +2161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.opened_at = time.monotonic()
         self.rfile.close()
         self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
-        self.rfile = io.BufferedReader(self.reader, READ_AHEAD)
+        self.rfile = io.BufferedReader(self.reader, MAX_HEAD)
 
     def handle_one_request(self) -> None:
         """Wait for a request for KEEP_ALIVE_S, read its head within HEAD_S and its body within REQUEST_S, answer."""
@@ -2178,8 +2180,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Parse the head; from here on the limits of the body hold."""
         try:
             is_request = super().parse_request()
-            if is_request and not isinstance(self.headers, email.message.Message):
-                self.headers = email.message.Message()       # HTTP/0.9 has none; some Pythons give a dict
+            if is_request and isinstance(self.headers, dict):       # HTTP/0.9 has none, and some Pythons say so
+                self.headers = email.message.Message()
             return is_request
         except (ValueError, TypeError, LookupError):  # email.parser raises these on a broken Content-Type
             self.send_error(400)
@@ -4085,20 +4087,22 @@ class LogHandler(logging.Handler):
     def __init__(self, stream: Any):
         """Raises OSError if the stream has no descriptor."""
         super().__init__()
-        self.descriptor, self.encoding = stream.fileno(), stream.encoding
-        self.dropped, self.torn, self.room = 0, b"", select.poll()     # torn: what ends a line that was cut off
-        if os.isatty(self.descriptor):       # it has room at times for half of a line: opened anew, it does not block
-            with contextlib.suppress(OSError):
-                self.descriptor = os.open(f"/proc/self/fd/{self.descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        self.descriptor, self.encoding, self.room = stream.fileno(), stream.encoding, select.poll()
+        self.dropped, self.torn = 0, b""              # torn: what ends a line that was cut off
+        # A terminal may have room for half of a line, and block.  Opened anew, it does not; nor do others notice.
+        with contextlib.suppress(OSError):
+            if os.isatty(self.descriptor):
+                self.descriptor = os.open(os.ttyname(self.descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.room.register(self.descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, or count it.  One for a stream that is closed or broken is lost."""
+        # A pipe or socket that has room takes PIPE_BUF bytes without a wait: nothing else of its settings is touched.
         line = whole = self.torn + f"{self.format(record)}\n".encode(self.encoding, "backslashreplace")
         with contextlib.suppress(OSError, RuntimeError):        # RuntimeError: no more threads
             with contextlib.suppress(BlockingIOError):
                 while line and not self.dropped and self.room.poll(0):
-                    line = line[os.write(self.descriptor, line[:select.PIPE_BUF]):]       # so much does not block
+                    line = line[os.write(self.descriptor, line[:select.PIPE_BUF]):]
             self.torn = b"" if not line else b"\n" if len(line) < len(whole) else self.torn
             if line and not self.dropped:
                 threading.Thread(target=self.tell, name="log", daemon=True).start()
@@ -4106,6 +4110,7 @@ class LogHandler(logging.Handler):
 
     def tell(self) -> None:
         """When there is room again, say how many lines were dropped."""
+        # In a thread, because the log may have nothing else to say for hours.
         self.room.poll()
         with self.lock:  # type: ignore[union-attr]
             dropped, self.dropped = self.dropped, 0
@@ -4332,10 +4337,9 @@ def ask_token() -> Callable[[], str]:
     """The token, asked for on the terminal without echo: on a command line, ps would show it."""
     if not sys.stdin.isatty():
         raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    try:
+    token = ""
+    with contextlib.suppress(EOFError):
         token = getpass.getpass("Plex token (it is not shown): ").strip()
-    except EOFError:
-        token = ""
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     return lambda: token
@@ -4916,7 +4920,8 @@ def words_in(line: str) -> list[str]:
 
 # -- Flags and their values
 def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
-    """The number in a word ("1e3" is none); raises ValueError.  or_zero: 0 turns something off."""
+    """The number in a word; raises ValueError.  or_zero: 0 turns something off."""
+    # What float() and int() take, too, is none: "nan", "1e3", "-1", "1_000".
     value = float(word) if re.fullmatch(r"[0-9]+" if is_whole else r"[0-9]+(\.[0-9]+)?", word) else math.nan
     if not (lowest <= value <= highest or (or_zero and value == 0)):
         raise ValueError(f"give a {'whole ' * is_whole}number from {lowest} to {highest}{', or 0' * or_zero}")
@@ -4961,8 +4966,12 @@ def help_text() -> str:
                       "", notes.rstrip()])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
-    # Not by argparse: its messages repeat words, and differ between Pythons.
+    """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError.
+
+    No message repeats a value: it may be a token, or a URL with one.
+    """
+    # Not by argparse: its messages repeat what was given, and differ between Pythons; and to load and to build it
+    # takes 5 ms of each start.  A value that begins with a dash needs the form -flag=VALUE.
     flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
     found, others, ahead = dict[str, Any](), list[str](), iter(words)
     for word in ahead:
@@ -4990,17 +4999,19 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 # --- the world
 
 def read_flags(path: str) -> list[str]:
-    """The words in an @FILE; raises ConfigError.  In it, a word that begins with @ is a value."""
+    """The words in an @FILE; raises ConfigError.
+
+    In it, a word that begins with @ is a value: no file names another one, or itself.
+    """
     try:
         content, _, version = read_regular(path, MAX_FLAGS + 1)
+        if version is None or len(content) > MAX_FLAGS or b"\0" in content:
+            raise OSError(f"it is no text file of at most {MAX_FLAGS} bytes")
         lines = content.decode("utf-8-sig").splitlines()        # Windows' Notepad begins a file with a mark
     except OSError as error:
         raise ConfigError(f"@FILE: {shown_path(path)} cannot be read ({why(error)}); name a file of flags.") from error
     except UnicodeDecodeError as error:
         raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
-    if version is None or len(content) > MAX_FLAGS or b"\0" in content:
-        raise ConfigError(f"@FILE: {shown_path(path)} is no text file of at most {MAX_FLAGS} bytes; "
-                          "name a file of flags.")
     return [word for line in lines for word in words_in(line)]
 
 def parse_config(words: Sequence[str]) -> Config:

@@ -1880,7 +1880,7 @@ def test_a_certificate_of_another_time_names_the_clock(certificate, tmp_path, be
         subprocess.run(["openssl", *words], check=True, capture_output=True)
     with tls_server((cert, key), http_answer(sessions_xml())) as url, pytest.raises(sb.PlexError) as error:
         look_at(url.format("localhost"), ca_file=str(cert))
-    assert re.fullmatch(rf"https://localhost:\d+ has a certificate that does not fit \(certificate (is )?{said}\): this machine's clock says "
+    assert re.fullmatch(rf"https://localhost:\d+ has a certificate that does not fit \(certificate (is )?{said}[^)]*\): this machine's clock says "
                         rf"{time.strftime('%Y-%m-%d')} ..:..; if that is wrong, see `timedatectl`, else renew the certificate\.", str(error.value))
 
 
@@ -4402,7 +4402,7 @@ def test_files_of_flags_name_no_other_and_nothing_endless_is_read(tmp_path):
     os.mkfifo(fifo)
     assert (config("demo", f"@{one}").plex_machine_id, config("demo", f"@{one}").accounts) == (f"@{two}", f"@{one}")
     for file in (fifo, "/dev/zero", "/dev/full", tmp_path, "/proc/self/mem"):
-        with pytest.raises(sb.ConfigError, match=f"^@FILE: {file} (is no text file of at most 65536 bytes|cannot be read \\(.+\\)); name a file of flags\\.$"):
+        with pytest.raises(sb.ConfigError, match=f"^@FILE: {file} cannot be read \\(.+\\); name a file of flags\\.$"):
             config(f"@{file}")
     with pytest.raises(sb.ConfigError, match="NUL"):
         config("-plex-token-file", "a\0b")
