@@ -5019,8 +5019,8 @@ def parse_config(words: Sequence[str]) -> Config:
     if "\0" in "".join(words):
         raise ConfigError("a word has a NUL character in it; type it again.")
     words = [each for word in words for each in (read_flags(word[1:]) if word[:1] == "@" else [word])]
-    for asked in re.findall(r"^--?(h|help|version)$", "\n".join(words), re.MULTILINE):
-        print(f"streamerbrainz {VERSION}" if asked == "version" else help_text())
+    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*words}:
+        print(help_text() if asked - {"-version", "--version"} else f"streamerbrainz {VERSION}")
         sys.exit(0)
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
     if command not in COMMANDS:
