@@ -44,6 +44,7 @@ worker              the tracker's shows and marks      asks a server within a tr
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
 names (0 to 4)      the lookup of one name             holds who asks longer than that one wants to wait
+log (0 or 1)        waiting until stderr has room      lives while it has
 signals             waiting for a signal, which all    decides (it puts SIGHUP or Stop into the inbox, and
                     other threads block                ends the process if the watcher hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
@@ -64,7 +65,6 @@ Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
 """
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import datetime
@@ -129,7 +129,7 @@ PLEX_S = 5.0                  # for one whole answer of a server; Plex in the sa
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
 
 class Config(NamedTuple):
-    """What the flags say, checked; made by parse_config().  This is the help of the flags (see flag_parser()):
+    """What the flags say, checked; made by parse_config().  This is the help of the flags (see help_text()):
 
     -webhooks-port PORT        HTTP listener port (default 3001)
     -webhooks-host HOST        address to listen on (default: all, IPv4 and IPv6)
@@ -392,6 +392,14 @@ def local_time(form: str, at: float) -> str:
     """A Unix time in this machine's time zone, in a form of strftime()."""
     return time.strftime(form, time.localtime(time_of(at)))
 
+def shown_path(path: str) -> str:
+    """A path for a message, if a part of it is there; a token that was given in a path's place is not shown."""
+    # A file that lacks, such as ~/.config/streamerbrainz/plex-token, has a home that is there.  Of a token nothing is.
+    part = path
+    while part.strip("/.") and not os.path.lexists(part):
+        part = os.path.dirname(part)
+    return path if part.strip("/.") else "the file that it names"       # "/" and "." are always there
+
 # -- Secrets in files: read again when the file changes
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
 SECRETS = {"-plex-token-file": "Plex token", "-webhook-secret-file": "webhook secret", "-tmdb-token-file": "TMDB token"}
@@ -409,15 +417,20 @@ def is_private(path: str, mode: int) -> bool:
     # The credentials of systemd look readable for a group, but the folder around them is closed to others.
     return not mode & 0o077 or os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
 
+def read_regular(path: str, most: int) -> tuple[bytes, int, tuple[int, ...] | None]:
+    """The first bytes of a file, its mode and its version (None: no regular file, and not read); raises OSError."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
+        mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
+        return file.read(most) if version else b"", mode, version
+
 def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """The secrets in a flag's file (of webhooks two lines at most), and the file's version; raises ConfigError."""
     name, most = SECRETS[flag], 2 if flag == "-webhook-secret-file" else 1
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:      # a FIFO would block for ever
-            mode, version = os.fstat(file.fileno()).st_mode, file_version(file.fileno())
-            content = file.read(MAX_TOKEN_FILE + 1).strip() if version else b""
+        content, mode, version = read_regular(path, MAX_TOKEN_FILE + 1)
+        content = content.strip()
     except OSError as error:
-        raise ConfigError(f"{flag}: {path} cannot be read ({why(error)}); "
+        raise ConfigError(f"{flag}: {shown_path(path)} cannot be read ({why(error)}); "
                           f"put the {name} there, readable by you only (chmod 600).") from error
     if not content:
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
@@ -1252,12 +1265,15 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
 
+CLOCK_FAULTS = (9, 10)        # OpenSSL's verify codes: not yet valid, expired
+
 class TooMuch(http.client.HTTPException):
     """The other side sent more than it may."""
 
 class BoundedReader(io.RawIOBase):
     """A connection's bytes: at most `room` of them, and until a deadline, however many reads they take."""
-    # A time limit on each read is not enough: a sender that drips one byte a second never reaches it.
+    # A time limit on each read is not enough: a sender that drips one byte a second never reaches it.  A BufferedReader
+    # above it takes MAX_HEAD bytes at once: the 128 KiB of some Pythons would be read ahead of the next head's limit.
 
     def __init__(self, connection: socket.socket, seconds: float, room: int):
         self.connection, self.raw = connection, connection.makefile("rb", buffering=0)
@@ -1330,7 +1346,7 @@ class _Answer(http.client.HTTPResponse):
         super().__init__(connection, *args, **kwargs)
         self.fp.close()
         self.reader = BoundedReader(connection, deadline - time.monotonic(), MAX_HEAD)
-        self.fp = io.BufferedReader(self.reader)
+        self.fp = io.BufferedReader(self.reader, MAX_HEAD)
 
 class _Connection(http.client.HTTPConnection):
     """A connection whose timeout counts from its making to the last byte of its one answer."""
@@ -1363,8 +1379,12 @@ def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     """What went wrong on the way to a server.  The URL in it has no path and no query."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): give the "
-                         "address in it (...plex.direct), or its CA as -plex-ca-file.")
+        # A Pi without a network has no clock, and begins with the day of its last stop.
+        now = local_time("%Y-%m-%d %H:%M", time.time())
+        hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
+                if cause.verify_code in CLOCK_FAULTS else
+                "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
+        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): {hint}")
     if isinstance(cause, TooMuch):
         return PlexError("nonsense", f"{url} answered far more than Plex does.")
     if isinstance(cause, TimeoutError):
@@ -1377,6 +1397,10 @@ def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
     hint = "" if urllib.parse.urlsplit(url).port else " It has no port: Plex usually listens on 32400."
     return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
 
+def origin(url: str) -> str:
+    """What messages show of a URL: scheme, host and port.  Its path may be a token in the wrong place."""
+    return urllib.parse.urljoin(url, "/")[:-1]
+
 @contextlib.contextmanager
 def network_faults(url: str, timeout_s: float) -> Iterator[None]:
     """For calls of http.client and nothing else: all that they raise on foreign bytes becomes a PlexError."""
@@ -1384,7 +1408,7 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError,
             MemoryError) as error:
-        raise network_error(error, urllib.parse.urljoin(url, "/")[:-1], timeout_s) from None
+        raise network_error(error, origin(url), timeout_s) from None
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
                 context: ssl.SSLContext | None) -> _Answer:
@@ -1427,7 +1451,8 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
     try:
         return ssl.create_default_context(cafile=ca_file or None) if url.startswith("https:") else None
     except OSError as error:                          # ssl.SSLError is one, too
-        raise ConfigError(f"-plex-ca-file: {ca_file} is not a CA bundle ({why(error)}); give a PEM file.") from error
+        raise ConfigError(f"-plex-ca-file: {shown_path(ca_file)} is not a CA bundle ({why(error)}); "
+                          "give a PEM file.") from error
 
 # -- Plex Media Server (PlexServer, follow_stream)
 # Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
@@ -1455,7 +1480,7 @@ def check_status(status: int, url: str, path: str) -> None:
         if 300 <= status < 400:
             said = (f"redirects elsewhere ({status}), where the token must not go: "
                     "give the final address as -plex-server-url.")
-        raise PlexError(fault, f"{url} {said.format(path=path.partition('?')[0])}")
+        raise PlexError(fault, f"{origin(url)} {said.format(path=path.partition('?')[0])}")
 
 class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
@@ -1506,7 +1531,7 @@ class PlexServer:
             if end >= page.total:
                 return
             start, before = end, items[0]
-        raise PlexError("nonsense", f"{self.url} lists more than {MAX_ITEMS} items.")
+        raise PlexError("nonsense", f"{origin(self.url)} lists more than {MAX_ITEMS} items.")
 
     def items(self, path: str) -> Iterator[Mapping[str, Any]]:
         """The first MAX_LISTED items at a path, on whichever pages; raises PlexError."""
@@ -1535,7 +1560,7 @@ class PlexServer:
             with network_faults(self.url, SILENCE_S):
                 line = answer.readline(MAX_EVENT + 1)
             if not line or len(line) > MAX_EVENT:
-                raise PlexError("unreachable", f"{self.url} ended the event stream.")
+                raise PlexError("unreachable", f"{origin(self.url)} ended the event stream.")
             yield line
 
 def server_of(config: Config) -> PlexServer | None:
@@ -2347,7 +2372,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Parse the head; from here on the limits of the body hold."""
         try:
-            return super().parse_request()
+            is_request = super().parse_request()
+            if is_request and isinstance(self.headers, dict):       # HTTP/0.9 has none, and some Pythons say so
+                self.headers = email.message.Message()
+            return is_request
         except (ValueError, TypeError, LookupError):  # email.parser raises these on a broken Content-Type
             self.send_error(400)
             return False
@@ -2686,7 +2714,7 @@ def make_secret(config: Config) -> int:
             file.write("\n".join((secret, *before)) + "\n")
         os.replace(file.name, path)
     except OSError as error:
-        raise ConfigError(f"secret: {path} cannot be written ({why(error)}); "
+        raise ConfigError(f"secret: {shown_path(path)} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
     print(f"{configured_url(config, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex: Settings > Webhooks.{' The old URL still works.' if before else ''}\n"
@@ -2760,11 +2788,11 @@ def hook_command(words: str) -> list[str]:
     try:
         arguments = shlex.split(words)
     except ValueError as error:
-        raise ConfigError(f"-on-event: {words} has a quote without its end; put both or none.") from error
+        raise ConfigError("-on-event: the command has a quote without its end; put both or none.") from error
     path = shutil.which(arguments[0]) if arguments else None
     if path is None:
-        raise ConfigError(f"-on-event: {arguments[0] if arguments else 'the command'} is missing or not executable; "
-                          "give its whole path, and chmod +x it.")
+        raise ConfigError(f"-on-event: {shown_path(arguments[0]) if arguments else 'the command'} is missing or "
+                          "not executable; give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments[1:]]
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
@@ -3343,7 +3371,7 @@ class Tracker:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600) if create else os.open(path, os.O_PATH))
         except OSError as error:
             hint = "create its folder, writable by you" if create else "the daemon and `tracker import` create it"
-            raise ConfigError(f"-tracker-db: {path} cannot be opened ({why(error)}); {hint}.") from error
+            raise ConfigError(f"-tracker-db: {shown_path(path)} cannot be opened ({why(error)}); {hint}.") from error
         if file_version(path) is None:
             raise ConfigError(f"-tracker-db: {path} is not a regular file; name one.")
         with contextlib.suppress(*(TrackerError,) if patient else ()), self.faults():
@@ -4088,7 +4116,7 @@ def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, An
     if not isinstance(value, dict):
         raise ConfigError(f"tracker import: {place} is not an object.")
     for key, each in value.items():
-        wrong = f" has an unknown key {quoted(key)}; known are {', '.join(keys)}" if key not in keys else \
+        wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else \
             f".{key} has the wrong type" if each is not None and type(each) is not keys[key] else \
             f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else ""
         if wrong:
@@ -4123,7 +4151,7 @@ def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
         with open("/dev/stdin" if path == "-" else path, encoding="utf-8") as file:
             whole = checked(json.load(file), "the file", {"shows": list, "movies": list})
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"tracker import: {path} cannot be read as JSON ({why(error)}).") from error
+        raise ConfigError(f"tracker import: {shown_path(path)} cannot be read as JSON ({why(error)}).") from error
     for i, value in enumerate(whole.get("shows") or ()):
         show = checked(value, f"shows[{i}]", {**SHOW_KEYS, "episodes": list})
         places = {f"shows[{i}].episodes[{j}]": each for j, each in enumerate(show.get("episodes") or ())}
@@ -4206,7 +4234,7 @@ def show_of(tracker: Tracker, word: str) -> Show:
     """The show or movie with the id that a person typed; raises ConfigError."""
     show = tracker.show(number(word) or 0)
     if show is None:
-        raise ConfigError(f"there is no show {quoted(word)}; `tracker shows` prints their ids.")
+        raise ConfigError("there is no such show; `tracker shows` prints their ids.")
     return show
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
@@ -4268,7 +4296,7 @@ def tracker_resolve(config: Config, tracker: Tracker) -> int:
     conflict_id, word = number(config.words[1]) or 0, config.words[2]
     row = tracker.one("SELECT resolution FROM conflict WHERE id = ?", conflict_id)
     if row is None:
-        raise ConfigError(f"there is no conflict {quoted(config.words[1])}; `tracker conflicts` prints their ids.")
+        raise ConfigError("there is no such conflict; `tracker conflicts` prints their ids.")
     before, show = row["resolution"], tracker.shows("id = ?", conflict_id, table="conflict")[0]
     known = None if word in ("new", "ignore") else show_of(tracker, word)
     if known and known.type != show.type:
@@ -4315,7 +4343,7 @@ def tracker_command(config: Config) -> int:
 #   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message,
-#   server_of, watch_stream
+#   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command
@@ -4385,10 +4413,51 @@ def in_journal(environ: Mapping[str, str]) -> bool:
         return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
 
+class LogHandler(logging.Handler):
+    """Writes the log to a stream, and waits for no reader: not of a pipe or the journal, nor for Ctrl-Q on a terminal.
+
+    Lines for which there is no room are dropped and counted; a thread waits for room then, and tells of them.
+    """
+
+    def __init__(self, stream: Any):
+        """Raises OSError if the stream has no descriptor."""
+        super().__init__()
+        self.descriptor, self.encoding, self.room = stream.fileno(), stream.encoding, select.poll()
+        self.dropped, self.torn = 0, b""              # torn: what ends a line that was cut off
+        # A terminal may have room for half of a line, and block.  Opened anew, it does not; nor do others notice.
+        with contextlib.suppress(OSError):
+            if os.isatty(self.descriptor):
+                self.descriptor = os.open(os.ttyname(self.descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        self.room.register(self.descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or count it.  One for a stream that is closed or broken is lost."""
+        # A pipe or socket that has room takes PIPE_BUF bytes without a wait: nothing else of its settings is touched.
+        line = whole = self.torn + f"{self.format(record)}\n".encode(self.encoding, "backslashreplace")
+        with contextlib.suppress(OSError, RuntimeError):        # RuntimeError: no more threads
+            with contextlib.suppress(BlockingIOError):
+                while line and not self.dropped and self.room.poll(0):
+                    line = line[os.write(self.descriptor, line[:select.PIPE_BUF]):]
+            self.torn = b"" if not line else b"\n" if len(line) < len(whole) else self.torn
+            if line and not self.dropped:
+                threading.Thread(target=self.tell, name="log", daemon=True).start()
+            self.dropped += bool(line)
+
+    def tell(self) -> None:
+        """When there is room again, say how many lines were dropped."""
+        # In a thread, because the log may have nothing else to say for hours.
+        self.room.poll()
+        with self.lock:  # type: ignore[union-attr]
+            dropped, self.dropped = self.dropped, 0
+            say(logging.WARNING, f"{dropped} lines of the log were dropped: nobody read them")
+            self.dropped *= dropped                   # no room for that, either: the next thread tells
+
 def set_up_log(config: Config) -> None:
     """Send the log to stderr, in the form that the flags say."""
     logging.raiseExceptions = False               # a closed stderr must not end the daemon
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
+    with contextlib.suppress(OSError, AttributeError):        # stderr is a test's, or closed
+        handler = LogHandler(sys.stderr)
     handler.setFormatter(LogFormatter(config.log_format == "json", in_journal(os.environ)))
     log.handlers[:] = [handler]
     log.setLevel(LEVELS[config.log_level][0])
@@ -4609,7 +4678,7 @@ def open_listener(config: Config) -> Listener | None:
         if error.errno == errno.EACCES:
             raise ConfigError(f"-webhooks-port: {port} is for root only; give one above 1023.") from error
         if error.errno != errno.EADDRINUSE:
-            raise ConfigError(f"-webhooks-host: cannot listen on {host or 'any address'} ({why(error)}); "
+            raise ConfigError(f"-webhooks-host: cannot listen there ({why(error)}); "
                               "give an address of this machine.") from error
         if not runs_already(config):
             raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port) or 'another program'}; "
@@ -4638,10 +4707,9 @@ def ask_token() -> Callable[[], str]:
     """The token, asked for on the terminal without echo: on a command line, ps would show it."""
     if not sys.stdin.isatty():
         raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    try:
+    token = ""
+    with contextlib.suppress(EOFError):
         token = getpass.getpass("Plex token (it is not shown): ").strip()
-    except EOFError:
-        token = ""
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     return lambda: token
@@ -4654,7 +4722,8 @@ def players(config: Config) -> int:
     token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
     sessions = PlexServer(url, token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
-    nothing = f"Nothing plays on {url} now. A player shows up only while it plays: press play on it, then try again."
+    nothing = (f"Nothing plays on {origin(url)} now. "
+               "A player shows up only while it plays: press play on it, then try again.")
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
@@ -4667,7 +4736,7 @@ def players(config: Config) -> int:
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
 # Needs: Ground
 # Needs of Player: PlexServer, Session, server_of, Reply, exchange, tls_context, parse_container, encode_webhook,
-#   PROOF_MISSES, find_addresses
+#   PROOF_MISSES, find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
@@ -4838,7 +4907,7 @@ class Doctor:
         yield "webhooks so far", DAEMON, self.arrivals, ""
         yield "each change with its webhook", DAEMON, self.each_change, ""
         yield ("server", SERVER, self.server,
-               f"curl -i {config.plex_server_url}/identity   # from here.  Does the server run, at this address?")
+               f"curl -i {origin(config.plex_server_url)}/identity   # from here.  Does it run, at this address?")
         yield "clock", ANSWER, lambda: compare_clocks(self.date, time.time()), ""
         yield "token", ANSWER, self.token, "README, Install, step 2: put the owner's token into the file"
         yield "Plex Pass", OWNER, lambda: verdict("Plex Pass", text(self.root.get("ownerFeatures"), 10000)), ""
@@ -4863,7 +4932,8 @@ class Doctor:
             # Such as "-on-event: lamp.sh is missing; make it executable."
             evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
             if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
-                advice = f"streamerbrainz.py secret -webhook-secret-file {shlex.quote(path[1])}"
+                file = shlex.quote(path[1]) if path[1] == self.config.webhook_secret_file else "FILE"
+                advice = f"streamerbrainz.py secret -webhook-secret-file {file}"
             return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
 
     def run(self) -> Iterator[Finding]:
@@ -5184,7 +5254,7 @@ def demo(config: Config) -> int:
 
 # === main: flags and commands (parse_config, main) ===
 # What for: the words of the command line become a Config, or one sentence that says what is wrong with them.
-# Way: words -> FlagParser (@FILE too) -> Config -> COMMANDS -> exit status
+# Way: words, and those of each @FILE -> parse_words -> Config -> COMMANDS -> exit status
 # Threads: none.
 # Needs: Ground
 # Needs of Listener: make_secret
@@ -5197,118 +5267,136 @@ def demo(config: Config) -> int:
 COMMANDS: dict[str, Callable[[Config], int]] = {
     "run": run, "players": players, "doctor": doctor, "tracker": tracker_command, "secret": make_secret, "hook": hook,
     "demo": demo}
-NOT_UTF_8 = "the @FILE is not UTF-8; save it as UTF-8."
+MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
+# A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
+TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"
 
-def two_dashes(words: Sequence[str]) -> list[str]:
-    """Arguments with -flag as --flag."""
-    return [f"-{word}" if re.match("-[a-z]{2}", word) else word for word in words]
+def flag_in(word: str) -> str:
+    """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
+    name = re.sub("^--", "-", word).partition("=")[0]
+    return name if re.fullmatch("-[a-z-]{1,30}", name) else "-..."
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse with flags in Go's style, files of flags, and errors as ConfigErrors."""
-    # Inside, each flag has two dashes: with one, argparse would take -plex-token for -plex-token-file.
+def words_in(line: str) -> list[str]:
+    """The words in a line of an @FILE, quoted as in a shell; raises ConfigError."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
+    if words and not re.match("-[a-z-]", words[0]):
+        raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
+    if len(words) > 2:
+        raise ConfigError(f"a line of the @FILE has more than a flag and its value: {flag_in(words[0])}; "
+                          "put the value in quotes.")
+    return words
 
-    def error(self, message: str) -> NoReturn:
-        """Raise argparse's message as a ConfigError, with the flags as our users write them."""
-        message = re.sub(r"^argument --?", "-", message)
-        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"@\2 cannot be read (\1); name a file of flags", message)
-        raise ConfigError(f"{message} (see: streamerbrainz.py -h)")
+# -- Flags and their values
+def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
+    """The number in a word; raises ValueError.  or_zero: 0 turns something off."""
+    # What float() and int() take, too, is none: "nan", "1e3", "-1", "1_000".
+    value = float(word) if re.fullmatch(r"[0-9]+" if is_whole else r"[0-9]+(\.[0-9]+)?", word) else math.nan
+    if not (lowest <= value <= highest or (or_zero and value == 0)):
+        raise ValueError(f"give a {'whole ' * is_whole}number from {lowest} to {highest}{', or 0' * or_zero}")
+    return int(value) if is_whole else value
 
-    def format_help(self) -> str:
-        """The help, with one dash."""
-        return super().format_help().replace(" --", " -")
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The arguments in a line of an @FILE, with words quoted as in a shell."""
-        # A line that is not a flag may be a token that was pasted there: no message repeats it.
-        if re.search("[\udc80-\udcff]", arg_line):    # how Python marks bytes that are not UTF-8
-            raise ConfigError(NOT_UTF_8)
-        arg_line = arg_line.removeprefix("\ufeff")    # Windows' Notepad begins a file with it
-        try:
-            words = shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
-        if words and not re.match("-[a-z-]", words[0]):
-            raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
-        if len(words) > 2:
-            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {quoted(words[0])}; "
-                              "put the value in quotes.")
-        return two_dashes(words)
-
-def number_from(lowest: int, highest: int, name: str, unit: str, or_zero: bool = False, whole: bool = False
-                ) -> Callable[[str], float]:
-    """An argparse type: numbers in a range, and 0 where that turns something off.
-
-    name, unit: for the message: "x is no port; give a number from 1 to 65535".  whole: without a fraction.
-    """
-    def convert(word: str) -> float:
-        """The number; raises ArgumentTypeError.  "nan", "1e3" and "-1" are refused, too."""
-        value = float(word) if re.fullmatch(r"[0-9]+" if whole else r"[0-9]+(\.[0-9]+)?", word) else math.nan
-        if not (lowest <= value <= highest or (or_zero and value == 0)):
-            raise argparse.ArgumentTypeError(f"{quoted(word)} is no {name}; give {'0, or ' if or_zero else ''}{unit} "
-                                             f"from {lowest} to {highest}")
-        return int(value) if whole else value
-    return convert
-
-whole_number = number_from(0, 10**6, "whole number", "one", whole=True)
-interval_s = number_from(1, 86400, "interval", "seconds", or_zero=True)
+def one_of(words: Iterable[str], word: str) -> str:
+    """The word, if it is one of these; raises ValueError."""
+    if word not in words:
+        raise ValueError(f"give one of {', '.join(words)}")
+    return word
 
 def server_url(word: str) -> str:
-    """The base URL of a server, without a slash at its end.  The URL itself is in no message: it may hold a token."""
+    """The base URL of a server, without a slash at its end; raises ValueError, without the URL: it may hold a token."""
     try:
         parts = urllib.parse.urlsplit(word)
         valid = (parts.scheme in ("http", "https") and parts.hostname and parts.hostname.encode("idna")
-                 and parts.port != 0 and re.fullmatch("[!-~]+", word))
+                 and parts.port != 0 and re.fullmatch("[!-~]+", word) and not re.fullmatch(TOKEN_LIKE, parts.netloc))
     except ValueError:                                # "http://[", a port above 65535, or "plex..lan"
         valid = False
     if not valid:
-        raise argparse.ArgumentTypeError("this is no URL of a server; give one such as http://192.168.1.5:32400")
+        raise ValueError("this is no URL of a server; give one such as http://192.168.1.5:32400")
     if parts.username is not None or parts.query or parts.fragment:
-        raise argparse.ArgumentTypeError("the URL carries more than an address; the token goes into a -plex-token-file")
+        raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
 
-# -- The flags and the Config
-# The values of flags that do not take every word.
-TYPES = {"webhooks_port": number_from(1, 65535, "port", "a number", whole=True), "rate_limit": whole_number,
-         "plex_server_url": server_url, "poll_interval_s": interval_s, "active_timeout_s": interval_s,
-         "tracker_log_days": whole_number, "last": whole_number, "speed": number_from(1, 100, "speed", "a number")}
-CHOICES = {"log_level": tuple(LEVELS), "log_format": ("text", "json"),
-           "status": (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting")}
+# How to read the values of flags that do not take every word: a function, and what it gets before the word.
+_COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
+READERS: dict[str, tuple[Any, ...]] = {
+    "webhooks_port": (a_number, 1, 65535, False, True), "rate_limit": _COUNT, "last": _COUNT,
+    "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
+    "speed": (a_number, 1, 100, False, False), "plex_server_url": (server_url,), "log_level": (one_of, LEVELS),
+    "log_format": (one_of, ("text", "json")), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
 
-def flag_parser() -> FlagParser:
-    """The parser of all flags.  It reads the flags and their help in Config's docstring, the commands in main's."""
-    # A flag that is not given is left out of the result: its default is Config's.
+def help_text() -> str:
+    """The help: the commands in main's docstring, the flags in Config's."""
     first, _, rest = str(main.__doc__).partition("\n")
-    description, _, epilog = f"{first}\n{textwrap.dedent(rest)}".partition("\n\n\n")
-    form = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80)
-    parser = FlagParser(prog="streamerbrainz.py", usage="streamerbrainz.py [COMMAND] [FLAGS] [@FILE]",
-                        description=description, epilog=epilog, formatter_class=form, add_help=False,
-                        allow_abbrev=False, fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS)
-    flags = parser.add_argument_group("flags")
-    for name, value, words in re.findall(r"^ *-([a-z-]+)(?: ([A-Z]+))?  +(.+)$", str(Config.__doc__), re.MULTILINE):
-        field = name.replace("-", "_").removeprefix("no_")
+    commands, _, notes = textwrap.dedent(rest).partition("\n\n\n")
+    flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
+    lines = [textwrap.fill(words, 80, initial_indent=f"  {flag:25} ", subsequent_indent=" " * 28)
+             for flag, words in [*flags, ("-h, -help", "this help"), ("-version", "the version")]]
+    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, commands, "", "flags:", *lines,
+                      "", notes.rstrip()])
+
+def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError.
+
+    No message repeats a value: it may be a token, or a URL with one.
+    """
+    # Not by argparse: its messages repeat what was given, and differ between Pythons; and to load and to build it
+    # takes 5 ms of each start.  A value that begins with a dash needs the form -flag=VALUE.
+    flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
+    found, others, ahead = dict[str, Any](), list[str](), iter(words)
+    for word in ahead:
+        name, sign, value = re.sub("^--", "-", word).partition("=")
+        field = name[1:].removeprefix("no-").replace("-", "_")
         field = field if field in Config._fields else f"{field}_s"
-        more: dict[str, Any] = {"metavar": value, "type": TYPES.get(field), "choices": CHOICES.get(field)} if value \
-            else {"action": "store_false" if name.startswith("no-") else "store_true"}
-        flags.add_argument(f"--{name}", dest=field, help=words, **more)
-    flags.add_argument("-h", "--help", action="help", help="this help")
-    flags.add_argument("--version", action="version", version=f"streamerbrainz {VERSION}", help="the version")
-    return parser
+        if not word.startswith("-") or word == "-":
+            others.append(word)
+        elif name not in flags:
+            hint = " The token goes into a file: -plex-token-file." if "token" in flag_in(word) else ""
+            raise ConfigError(f"there is no flag {flag_in(word)}; see: streamerbrainz.py -h.{hint}")
+        else:
+            try:
+                if sign and not flags[name]:
+                    raise ValueError("it takes no value")
+                if flags[name] and not sign and (value := next(ahead, "-")).startswith("-"):
+                    raise ValueError("expected one argument")
+                read, *limits = READERS.get(field, (str,))
+                found[field] = read(*limits, value) if flags[name] else not name.startswith("-no-")
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error} (see: streamerbrainz.py -h)") from error
+    return found, others
+
+
+# --- the world
+
+def read_flags(path: str) -> list[str]:
+    """The words in an @FILE; raises ConfigError.
+
+    In it, a word that begins with @ is a value: no file names another one, or itself.
+    """
+    try:
+        content, _, version = read_regular(path, MAX_FLAGS + 1)
+        if version is None or len(content) > MAX_FLAGS or b"\0" in content:
+            raise OSError(f"it is no text file of at most {MAX_FLAGS} bytes")
+        lines = content.decode("utf-8-sig").splitlines()        # Windows' Notepad begins a file with a mark
+    except OSError as error:
+        raise ConfigError(f"@FILE: {shown_path(path)} cannot be read ({why(error)}); name a file of flags.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
+    return [word for line in lines for word in words_in(line)]
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
-    words = two_dashes(words)
-    command = words.pop(0) if words and not words[0].startswith(("-", "@")) else "run"
+    if "\0" in "".join(words):
+        raise ConfigError("a word has a NUL character in it; type it again.")
+    words = [each for word in words for each in (read_flags(word[1:]) if word[:1] == "@" else [word])]
+    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*words}:
+        print(help_text() if asked - {"-version", "--version"} else f"streamerbrainz {VERSION}")
+        sys.exit(0)
+    command = words.pop(0) if words and not words[0].startswith("-") else "run"
     if command not in COMMANDS:
-        raise ConfigError(f"there is no command {quoted(command)}; the commands are {', '.join(COMMANDS)}.")
-    try:
-        flags, rest = flag_parser().parse_known_args(words)
-    except UnicodeDecodeError as error:               # Python 3.11; later ones decode such bytes as surrogates
-        raise ConfigError(NOT_UTF_8) from error
-    if unknown := [word for word in rest if word.startswith("-") and word != "-"]:
-        # Only the flag's name is repeated: what follows its "=" may be a token.
-        flag = re.sub("^--?|=.*", "-", unknown[0]).rstrip("-")
-        hint = " The token goes into a file: -plex-token-file." if "token" in flag else ""
-        raise ConfigError(f"there is no flag {quoted(flag)}; see: streamerbrainz.py -h.{hint}")
+        raise ConfigError(f"there is no such command; the commands are {', '.join(COMMANDS)}.")
+    flags, rest = parse_words(words)
     if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
@@ -5316,15 +5404,12 @@ def parse_config(words: Sequence[str]) -> Config:
         # Given as HOST:PORT or as a URL.
         try:
             rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
-        except argparse.ArgumentTypeError as error:
+        except ValueError as error:
             raise ConfigError(f"players: {error}.") from error
-    config = Config(command=command, words=tuple(rest), **vars(flags))
+    config = Config(command=command, words=tuple(rest), **flags)
     if command == "run":
         check_complete(config)
     return config
-
-
-# --- the world
 
 def main(words: Sequence[str]) -> int:
     """Tells what your Plex player is doing.
@@ -5350,7 +5435,7 @@ def main(words: Sequence[str]) -> int:
     Two dashes do as well as one.
     Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
     """
-    # (This docstring is the help: see flag_parser().)
+    # (This docstring is the help: see help_text().)
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
