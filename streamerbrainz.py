@@ -748,7 +748,7 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 #   a look          at /status/sessions says what is so now.  Sessions lag behind a webhook by up to
 #                   2 s, and a player that crashed stays in them for 3 to 30 minutes.
 # Where there is a server to ask, only a look changes what is believed.  A webhook or a notification is
-# a reason to look at once, and a Claim.  Where there is no server, the webhooks decide.  Three rules do most of the work:
+# a reason to look at once, and a Claim.  Where there is no server, the webhooks decide.  Three rules do the most:
 #   A claim waits for the sessions that it is about: until they agree, we look again for some seconds.
 #   A session counts while it lives: while it moves, or a witness speaks of it.  Others stand still: a crash left them.
 #   Of positions, the latest that a witness said counts.
@@ -931,7 +931,7 @@ def look_no_later(player: PlayerState, at: float) -> PlayerState:
 
 def within_budget(player: PlayerState) -> PlayerState:
     """The player, with its next look put off until the budget allows it."""
-    if player.look_at is None:
+    if player.look_at is None or 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS:     # so short only in a quick demo
         return player
     recent = [at for at in player.looked if at > player.look_at - BUDGET_S]
     if len(recent) < FREE_LOOKS:
@@ -1010,8 +1010,8 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     player's is ignored, and an unknown one needs a look to tell.
     """
     key, keys = notification.session_key, {trace.session.session_key for trace in player.traces}
-    named = bool(notification.client_identifier)
-    if named and notification.client_identifier != player.machine_identifier or not named and key in player.foreign_keys:
+    named = notification.client_identifier
+    if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
         return player, ()
     said = Claim(notification.state, notification.rating_key, "events", key, at, notification.view_offset)
     if not named and key not in keys:
@@ -1044,13 +1044,14 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
     before = next((trace for trace in same if trace.session.key == session.key), None)
     if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
         return before._replace(session=session)
-    told = [claim for claim in player.claims if claim.state == session.state and claim.about(session)] or \
-        [trace for trace in same if trace.told and trace.session.state == session.state]
-    alive_at, now, was = at, session.view_offset, before.session.view_offset if before else None
-    if before and None not in (now, was) and session.state == before.session.state == PLAYING and now > was:
+    alive_at = at
+    if before and before.session.must_move and session.must_move:
         # It played on since the last look, which may be long ago, and may have crashed since then.
-        alive_at = min(at, max(at - RENEWED_S, before.since + (now - was) / 1000))
-    return Trace(session, at, alive_at, same[0].born if same else at, bool(told))
+        moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
+        alive_at = at if moved_s < 0 else min(at, max(at - RENEWED_S, before.since + moved_s))
+    told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
+        any(trace.told and trace.session.state == session.state for trace in same)
+    return Trace(session, at, alive_at, same[0].born if same else at, told)
 
 def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
@@ -1092,7 +1093,7 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     claims = tuple(each for each in player.claims if each not in met and begun < each.at + each.waits_s[-1])
     slow = at + player.poll_interval_s if player.poll_interval_s else None
     player = player._replace(claims=claims, look_at=slow, look_why="poll")
-    for claim in {each.waits_s: each for each in claims[::-1]}.values():      # the newest of each kind serves the others
+    for claim in {each.waits_s: each for each in claims[::-1]}.values():    # the newest of each kind serves all others
         marks = (claim.at + wait_s for wait_s in claim.waits_s)
         player = look_no_later(player, next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):

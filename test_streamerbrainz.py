@@ -2958,7 +2958,7 @@ def test_a_stalled_main_loop_and_a_tracker_that_is_gone_are_503(listener, tmp_pa
     listener.pages.glance = functools.partial(sb.glance, store)
     (tmp_path / "gone.db").unlink()
     code, said = get(listener, "/healthz")
-    assert code == 503 and [reason.split(" ")[0] for reason in json.loads(said)["reasons"]] == [store.path, "the"]
+    assert code == 503 and [reason.split(" ")[0] for reason in json.loads(said)["reasons"]] == ["-tracker-db:", "the"]
 
 
 def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener, token_file):
@@ -5734,11 +5734,11 @@ PLEX_AT = "-plex-server-url https://127.0.0.1:1 -plex-machine-id m -webhooks-por
     "players 127.0.0.1:1/S -plex-token-file {token}", "players 127.0.0.1:1 -plex-token-file S", "players {server}/S -plex-token-file {token}",
     "players http://{server}/S/S -plex-token-file {token}", "players S -plex-token-file {token}",
     "-webhooks-host S..x", "-webhooks-host S/S", "-on-event S", "-on-event 'S", "-on-event /S", "-on-event S/S", "hook S", "hook S S", "hook playing -on-event S",
-    "hook playing -on-event 'S", "hook S -on-event S", "secret -webhook-secret-file S/S", "-tmdb-token-file S", "-tmdb-token-file S -tracker-db {db}",
+    "hook playing -on-event 'S", "hook S -on-event S", "secret -webhook-secret-file S/S", "-tmdb-token-file S", "-tmdb-token-file S -tracker-db {db} -webhooks-port {port}",
     "tracker S", "tracker S -tracker-db {db}", "tracker show S -tracker-db {db}", "tracker show -tracker-db S 1", "tracker shows -tracker-db S",
     "tracker shows -tracker-db S/S", "tracker import -tracker-db S/S", "tracker import S -tracker-db {db}", "tracker import {token} -tracker-db {db}",
     "tracker import {keys} -tracker-db {db}", "tracker resolve S S -tracker-db {db}", "tracker log -status S -tracker-db {db}", "tracker log S -tracker-db {db}",
-    "-tracker-db S/S", "@{token}", "@{line}", "@{quote}", "@{equals}", *(f"{flag} S S" for flag in valued_flags()), *(f"{flag}=S S" for flag in valued_flags())])
+    "-tracker-db S/S -webhooks-port {port}", "@{token}", "@{line}", "@{quote}", "@{equals}", *(f"{flag} S S" for flag in valued_flags()), *(f"{flag}=S S" for flag in valued_flags())])
 def test_a_word_that_may_be_a_token_is_repeated_in_no_error(words, tmp_path, token_file, database, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, content in (("line", f"-log-level {TOKEN} {TOKEN}"), ("quote", f"-x'{TOKEN}"), ("equals", f"-log-level={TOKEN} x"),
