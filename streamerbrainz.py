@@ -4582,6 +4582,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     start("signals", inbox, take_signals, signals, inbox, end)
     tracker = Tracker(path, create=True, patient=True) if path else None
     journal = Journal(tracker, config.accounts) if tracker else None
+    worker = Worker(config, tracker, plex) if tracker else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
     pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
@@ -4594,8 +4595,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
-    if tracker and journal:
-        start("worker", inbox, Worker(config, tracker, plex).run, journal.written)
+    if journal and worker:
+        start("worker", inbox, worker.run, journal.written)
 
     def tell(status: Status, changes: Sequence[Change]) -> None:
         if hooks:
