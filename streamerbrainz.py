@@ -1036,7 +1036,9 @@ def repeats(player: PlayerState, session: Session, said: str) -> bool:
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
-    return (player if stream.event == "failed" or player.outage else look_no_later(player, at)), ()
+    if stream.event == "failed" or (player.outage and stream.event == "broke"):
+        return player, ()
+    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0)), ()       # the server lives
 
 def follow(player: PlayerState, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
