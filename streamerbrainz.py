@@ -764,7 +764,7 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
           "media.pause": PAUSED, "media.stop": STOPPED}
 # From a look that failed to the next one: the first time, and at most; it doubles each time.  A webhook meanwhile shows
 # that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
-RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 30.0, 1.0
+RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
 # From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
 FOREIGN_S = 1.0
 # How late a webhook may come; 5 s were seen.
@@ -1185,7 +1185,6 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     changes = [each for each in proof.changes if at - each.at < PROOF_S]
     webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
     ours = isinstance(observation, Webhook) and observation.player_uuid == player.machine_identifier
-    heard_at = at if ours else proof.heard_at
     missed = proof.changes[:len(proof.changes) - len(changes)]
     if isinstance(observation, Webhook) and observation.event in CLAIMS:
         webhook = Expected(CLAIMS[observation.event], observation.item.identity if observation.item else "", at)
@@ -1203,14 +1202,12 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
                 delays_s.append(0.0)
             else:
                 changes.append(seen)
-    in_a_row = 0 if delays_s or ours else proof.in_a_row + sum(each.at - PROOF_S > heard_at for each in missed)
-    news: tuple[Report, ...] = ()
-    if proof.in_a_row < PROOF_MISSES <= in_a_row:
-        news = (WebhooksMissing(in_a_row),)
-    elif in_a_row == 0 and proof.in_a_row >= PROOF_MISSES:
-        news = (WebhooksMissing(proof.in_a_row, over=True),)
+    alone = [each for each in missed if each.at - PROOF_S > proof.heard_at]
+    in_a_row = 0 if delays_s or ours else proof.in_a_row + len(alone)
+    is_news = (in_a_row >= PROOF_MISSES) != (proof.in_a_row >= PROOF_MISSES)
+    news = (WebhooksMissing(in_a_row or proof.in_a_row, over=not in_a_row),) if is_news else ()
     proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
-                  proof.arrived + len(delays_s), proof.missed + len(missed), in_a_row, heard_at,
+                  proof.arrived + len(delays_s), proof.missed + len(missed), in_a_row, at if ours else proof.heard_at,
                   (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
     return player._replace(proof=proof), news
 
