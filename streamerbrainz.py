@@ -3481,14 +3481,9 @@ class Tracker:
         with self.guarded():
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self.connection:                     # COMMIT, or after any exception ROLLBACK
                 ahead_s = self.set_clock()
                 yield
-                self.connection.execute("COMMIT")
-            except BaseException:
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
-                raise
             self.ahead_s = ahead_s
             if self.inodes() != self.files:
                 raise TrackerError(f"{self.path} or its -wal was deleted or replaced meanwhile; try again.")
@@ -3539,7 +3534,6 @@ class Tracker:
         self.write("INSERT OR REPLACE INTO note VALUES (?, ?)", name, str(value))
 
     # -- the journal
-
     def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
         """Add an entry; outcome None: the worker is to finish it."""
         # Of the many webhooks that are not media.scrobble (play, pause, ...) only a short row is kept.
@@ -3566,23 +3560,21 @@ class Tracker:
                         "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND "
                         "status = 'success' AND id <> :id", **entry._asdict(), within_s=DUPLICATE_S) is not None
 
-    def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
+    def knows_play(self, play: Entry) -> bool:
         """Whether a play in the server's history is in the journal already."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND server IN "
-                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", rating_key,
-                        viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE, HISTORY) is not None
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN "
+                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", play.rating_key,
+                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY) is not None
 
     # -- shows
-
     def show(self, show_id: int) -> Show | None:
         """The show or movie with an id."""
         return next(iter(self.shows("id = ?", show_id)), None)
 
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
         """The shows and movies that fulfil a condition.  The table may be conflict, too: it has the same columns."""
-        columns = "type, title, year, tmdb_id, tvdb_id, imdb_id, id"
-        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"])
-                for row in self.all(f"SELECT {columns} FROM {table} WHERE {condition}", *values)]
+        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in self.all(
+            f"SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM {table} WHERE {condition}", *values)]
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
@@ -3605,11 +3597,10 @@ class Tracker:
 
     def mapped(self, entry: Entry) -> Match | None:
         """The show that an entry's show was found to be before; None: not known, or its key belongs to another now."""
-        row = self.one("SELECT show_id, confidence, guid FROM mapping WHERE server = ? AND type = ? AND subject = ?",
-                       entry.server, entry.type, entry.subject)
-        if row is None or (row["guid"] and entry.guid_of_show and row["guid"] != entry.guid_of_show):
-            return None
-        return Match(row["show_id"] or 0, "mapping", row["confidence"])
+        row = self.one("SELECT coalesce(show_id, 0), 'mapping', confidence FROM mapping WHERE server = :server AND "
+                       "type = :type AND subject = :subject AND (:guid = guid OR '' IN (:guid, guid))",
+                       server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show)
+        return Match(*row) if row else None
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
         """Whether the server has this show already, under another guid of Plex's."""
@@ -3646,22 +3637,14 @@ class Tracker:
             episodes)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
-        """The row of a show's episode, with watched_at; None: the show does not have it."""
-        return self.one("SELECT watched_at FROM episode WHERE show_id = ? AND season = ? AND episode = ?", show_id,
-                        season, episode)
-
-    def mark(self, show_id: int, season: int | None, episode: int | None, at: float) -> None:
-        """Mark a show's episode as watched once more.  The earliest date stays."""
-        self.write("UPDATE episode SET plays = plays + 1, watched_at = min(coalesce(watched_at, ?), ?) "
-                   "WHERE show_id = ? AND season = ? AND episode = ?", int(at), int(at), show_id, season, episode)
+        """The row of a show's episode; None: the show does not have it."""
+        return self.one("SELECT * FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
 
     # -- conflicts
-
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
         """The id of the open conflict about an entry's show, and whether it is new."""
-        known = self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND resolution IS NULL",
-                         entry.server, entry.type, entry.subject)
-        if known:
+        if known := self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND "
+                             "resolution IS NULL", entry.server, entry.type, entry.subject):
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         return self.insert("conflict", created_at=time.time(), kind=conflict.kind, server=entry.server,
@@ -3761,9 +3744,8 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
     reply = exchange(f"{url}/3/find/{value}?external_source={column}", {"Authorization": f"Bearer {token}"},
                      context=tls_context(url))
     if reply.status != 200:
-        refused = reply.status in (401, 403)
-        hint = ": put a valid token into the -tmdb-token-file" if refused else ""
-        raise PlexError("refused" if refused else "unreachable", f"TMDB answers {reply.status}{hint}.")
+        hint = ": put a valid token into the -tmdb-token-file" if reply.status in (401, 403) else ""
+        raise PlexError("refused" if hint else "unreachable", f"TMDB answers {reply.status}{hint}.")
     if not isinstance(answer := json_value(reply.body), dict):
         raise PlexError("nonsense", "TMDB did not answer in JSON.")
     found = answer.get("movie_results" if type == MOVIE else "tv_results")       # there are other kinds, too
@@ -3904,7 +3886,7 @@ class Worker:
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        self.tracker.mark(match.show_id, entry.season, entry.episode, entry.received_at)
+        self.tracker.add_episodes([(*row[:4], int(entry.received_at), row["plays"] + 1)])
         if row["watched_at"] is not None:
             return Outcome(SUCCESS, "already_watched", "the first date stays", match)
         return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
@@ -3915,7 +3897,6 @@ class Worker:
         return self.config.auto_add_shows and any(show.ids) and not alike
 
     # -- what the servers know
-
     def ask_server(self, entry: Entry) -> Show:
         """An entry's show, with what our server says about it; raises PlexError."""
         show = entry.show
@@ -3956,7 +3937,6 @@ class Worker:
         return None
 
     # -- plays without a webhook
-
     def recover(self) -> bool:
         """Put plays of the server's history into the journal if no webhook told of them; -> whether it answered."""
         # How far the history was read is noted with the entries of each page.
@@ -3966,14 +3946,12 @@ class Worker:
         try:
             server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
-                plays = [(time_of(fields.get("viewedAt")), fields) for fields in page.items]
+                read = [time_of(fields.get("viewedAt")) for fields in page.items]
                 with self.tracker.transaction(lasting=False):
-                    for viewed_at, fields in plays:
-                        entry = history_entry(fields, server, accounts)
-                        if entry and since <= viewed_at <= until and \
-                                not self.tracker.knows_play(entry.rating_key, server, viewed_at):
-                            self.tracker.add_entry(entry, None)
-                    self.tracker.take_note("history", max([since, *(at for at, _ in plays if at <= until)]))
+                    for play in filter(None, (history_entry(fields, server, accounts) for fields in page.items)):
+                        if since <= play.received_at <= until and not self.tracker.knows_play(play):
+                            self.tracker.add_entry(play, None)
+                    self.tracker.take_note("history", max([since, *(at for at in read if at <= until)]))
         except PlexError as error:
             say(logging.DEBUG, f"the server's history was not read: {error}")
             return error.fault not in ("unreachable", "starting")
@@ -4143,11 +4121,10 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
             print("\nstreamerbrainz: the import was stopped; run it again to continue.", file=sys.stderr)
             return 1
     catch_up(tracker, Worker(config, tracker, plex))
-    counts = dict(tracker.one("SELECT count(*) FILTER (WHERE type = 'episode') AS shows, (SELECT count(*) FROM episode)"
-                              " - count(*) FILTER (WHERE type = 'movie') AS episodes, "
-                              "count(*) FILTER (WHERE type = 'movie') AS movies FROM show"))
-    return print_rows(config, [counts], "The tracker now has {shows} shows, {episodes} episodes and {movies} movies."
-                      .format_map(counts))
+    shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
+    episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
+    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}],
+                      f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 # A type in the database -> what a person calls it.
@@ -4278,20 +4255,20 @@ def tracker_resolve(config: Config, tracker: Tracker) -> int:
     return print_rows(config, [{"conflict": conflict_id, "show_id": show_id or None, "done": done}],
                       f"Conflict {conflict_id} is resolved. {said}{stays}")
 
-# command -> its function, its words, how many of them it needs, and whether it creates the file
-TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str, int, bool]] = {
-    "import": (tracker_import, "[FILE]", 0, True), "export": (tracker_export, "", 0, False),
-    "shows": (tracker_shows, "[WORDS...]", 0, False), "show": (tracker_show, "ID", 1, False),
-    "log": (tracker_log, "", 0, False), "conflicts": (tracker_conflicts, "", 0, False),
-    "resolve": (tracker_resolve, "ID SHOW|new|ignore", 2, False)}
+# command -> its function, and its words: those in brackets may be left out
+TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
+    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "shows": (tracker_shows, "[WORDS...]"),
+    "show": (tracker_show, "ID"), "log": (tracker_log, ""), "conflicts": (tracker_conflicts, ""),
+    "resolve": (tracker_resolve, "ID SHOW|new|ignore")}
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
     name = config.words[0] if config.words else ""
     if name not in TRACKER_COMMANDS:
         raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
-    command, words, least, create = TRACKER_COMMANDS[name]
-    if not least <= len(config.words) - 1 <= (99 if "..." in words else len(words.split())):
+    (command, words), create = TRACKER_COMMANDS[name], name == "import"
+    most = 99 if "..." in words else len(words.split())
+    if not len(words.split()) - words.count("[") <= len(config.words) - 1 <= most:
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
@@ -4908,7 +4885,6 @@ class Doctor:
             yield Finding(finding.status, evidence, remedy, finding.likely, name)
 
     # -- Our own flags, files and daemon
-
     def flags(self) -> Finding:
         """Are the flags complete?"""
         with contextlib.suppress(ConfigError):        # the token file has its own check, which says why
@@ -4976,7 +4952,6 @@ class Doctor:
         return Finding(status, text(witness.get("words")), f"correct the other failures; {SERVER_LOG}")
 
     # -- The server
-
     def server(self) -> Finding:
         """Does the server answer?  /identity needs no token, so that a wrong one is not taken for a wrong address."""
         asked_at = time.monotonic()
@@ -4999,7 +4974,6 @@ class Doctor:
             "/:/prefs")[1] if text(each.get("id")).lower() == "webhooksenabled"), ""))
 
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
-
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
         # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
