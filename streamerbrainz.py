@@ -2972,11 +2972,9 @@ class Ids(NamedTuple):
         return any(None not in pair and pair[0] != pair[1] for pair in zip(self, other, strict=True))
 
 def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
-    """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id.
-
-    Legacy agents give an episode the id of its *show*, then season and episode: thetvdb://73244/1/2.
-    A short guid (tmdb://, tvdb://, imdb://) has the id of the item itself, be it episode or show.
-    """
+    """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id."""
+    # Legacy agents give an episode the id of its *show*, then season and episode: thetvdb://73244/1/2.
+    # A short guid (tmdb://, tvdb://, imdb://) has the id of the item itself, be it episode or show.
     found = _GUID.fullmatch(guid)
     if found is None or (found[1] == "imdb") != bool(found[2]):
         return None
@@ -3070,11 +3068,9 @@ YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
 _NUMBER = re.compile(r"\b(?:\d+|[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 
 def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:
-    """1: within one; 0: the show began earlier, and the year may be a season's; -1: neither; None: not known.
-
-    The webhook of an episode tells the year of its season: "iCarly", 2010, may well be the show of 2007,
-    but not the one of 2021.  A year in the title, "iCarly (2021)", is always the show's own.
-    """
+    """1: within one; 0: the show began earlier, and the year may be a season's; -1: neither; None: not known."""
+    # The webhook of an episode tells the year of its season: "iCarly", 2010, may well be the show of 2007,
+    # but not the one of 2021.  A year in the title, "iCarly (2021)", is always the show's own.
     own = wanted.own_year or wanted_title.year is not None
     year, known_year = wanted_title.year or wanted.year, known_title.year or known.year
     if year is None or known_year is None:
@@ -3085,12 +3081,10 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
     # What differs in year, country or a number is never accepted by itself, only offered to a person.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
-    countries = {title.country, known_title.country}
-    if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries):
+    countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
+    if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
         return None
-    alike, years = similarity(title.normal, known_title.normal), years_agree(wanted, title, known, known_title)
-    if alike < MIN_SIMILARITY:
-        return None
+    years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
     if years == -1 or (len(countries) == 2 and years != 1) or \
             _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal):
@@ -3098,11 +3092,8 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
     return Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
-    """Which of the known shows is meant, by title and year.
-
-    An equal title wins over all similar ones.  If several shows have it, the one whose year fits
-    is meant; if no year fits, the only one that is possible.
-    """
+    """Which of the known shows is meant, by title and year.  An equal title wins over all similar ones."""
+    # If several shows have it, the one whose year fits is meant; if no year fits, the only one that is possible.
     found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
     above = [each for each in found if each.score > TAKEN_ABOVE]
     exact = [each for each in above if parse_title(each.show.title).normal == parse_title(wanted.title).normal]
@@ -3263,10 +3254,8 @@ def unix_time(word: str) -> int:
 EpisodeRow = tuple[int, int, str, int | None, int]
 
 def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
-    """An episode or movie of a server's library; None: it has no season or no number.
-
-    at: now (Unix s); it counts as the time of a play for which the server has no date, or one in the future.
-    """
+    """An episode or movie of a server's library; None: it has no season or no number.  at: now (Unix s)."""
+    # A play for which the server has no date, or one in the future, counts as a play of now.
     item, plays = parse_item(fields), number(fields.get("viewCount")) or 0
     season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
@@ -3491,14 +3480,9 @@ class Tracker:
         with self.guarded():
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self.connection:                     # COMMIT, or after any exception ROLLBACK
                 ahead_s = self.set_clock()
                 yield
-                self.connection.execute("COMMIT")
-            except BaseException:
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
-                raise
             self.ahead_s = ahead_s
             if self.inodes() != self.files:
                 raise TrackerError(f"{self.path} or its -wal was deleted or replaced meanwhile; try again.")
@@ -3549,7 +3533,6 @@ class Tracker:
         self.write("INSERT OR REPLACE INTO note VALUES (?, ?)", name, str(value))
 
     # -- the journal
-
     def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
         """Add an entry; outcome None: the worker is to finish it."""
         # Of the many webhooks that are not media.scrobble (play, pause, ...) only a short row is kept.
@@ -3571,37 +3554,26 @@ class Tracker:
     def is_duplicate(self, entry: Entry) -> bool:
         """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
         # Live TV has no rating key: so guid and title are compared, too.
-        return self.one(
-            "SELECT 1 FROM webhook_log WHERE rating_key = :rating_key AND guid = :guid AND title = :title AND "
-            "show_title = :show_title AND season IS :season AND episode IS :episode AND server = :server AND "
-            "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND account = :account AND "
-            "account_id = :account_id AND status = 'success' AND id <> :id",
-            **entry._asdict(), within_s=DUPLICATE_S) is not None
+        same = ("rating_key", "guid", "title", "show_title", "season", "episode", "server", "account", "account_id")
+        return self.one(f"SELECT 1 FROM webhook_log WHERE {' AND '.join(f'{name} IS :{name}' for name in same)} AND "
+                        "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND "
+                        "status = 'success' AND id <> :id", **entry._asdict(), within_s=DUPLICATE_S) is not None
 
-    def knows_play(self, rating_key: str, server: str, viewed_at: float) -> bool:
+    def knows_play(self, play: Entry) -> bool:
         """Whether a play in the server's history is in the journal already."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND received_at BETWEEN ? AND ? AND server IN "
-                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", rating_key,
-                        viewed_at - SAME_PLAY_S, viewed_at + SAME_PLAY_S, server, SCROBBLE, HISTORY) is not None
-
-    def finish(self, entry: Entry, outcome: Outcome, retry_at: float | None, conflict_id: int | None) -> None:
-        """Write down what became of an entry."""
-        show_id = outcome.match.show_id or None if outcome.match else None
-        self.write("UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
-                   "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], show_id, conflict_id, retry_at,
-                   entry.id)
+        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN "
+                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", play.rating_key,
+                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY) is not None
 
     # -- shows
-
     def show(self, show_id: int) -> Show | None:
         """The show or movie with an id."""
         return next(iter(self.shows("id = ?", show_id)), None)
 
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
         """The shows and movies that fulfil a condition.  The table may be conflict, too: it has the same columns."""
-        columns = "type, title, year, tmdb_id, tvdb_id, imdb_id, id"
-        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"])
-                for row in self.all(f"SELECT {columns} FROM {table} WHERE {condition}", *values)]
+        return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in self.all(
+            f"SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM {table} WHERE {condition}", *values)]
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
@@ -3615,26 +3587,19 @@ class Tracker:
         return None
 
     def match_title(self, show: Show) -> Match | Conflict:
-        """The show that is meant by title and year: an equal title wins, else all similar ones are compared.
-
-        Only shows without mapping and known ids come here, and mostly an equal title is found by the
-        index.  The look at every title takes 10 ms for 1,000 shows.
-        """
+        """The show that is meant by title and year."""
+        # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
         wanted = parse_title(show.title).normal
-        verdict = choose_show(show, self.shows("normal = ? AND type = ?", wanted, show.type))
-        if isinstance(verdict, Match):
-            return verdict
         similar = [row["id"] for row in self.all("SELECT id, normal FROM show WHERE type = ?", show.type)
                    if similarity(wanted, row["normal"]) >= MIN_SIMILARITY]
         return choose_show(show, filter(None, map(self.show, similar)))
 
     def mapped(self, entry: Entry) -> Match | None:
         """The show that an entry's show was found to be before; None: not known, or its key belongs to another now."""
-        row = self.one("SELECT show_id, confidence, guid FROM mapping WHERE server = ? AND type = ? AND subject = ?",
-                       entry.server, entry.type, entry.subject)
-        if row is None or (row["guid"] and entry.guid_of_show and row["guid"] != entry.guid_of_show):
-            return None
-        return Match(row["show_id"] or 0, "mapping", row["confidence"])
+        row = self.one("SELECT coalesce(show_id, 0), 'mapping', confidence FROM mapping WHERE server = :server AND "
+                       "type = :type AND subject = :subject AND (:guid = guid OR '' IN (:guid, guid))",
+                       server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show)
+        return Match(*row) if row else None
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
         """Whether the server has this show already, under another guid of Plex's."""
@@ -3671,22 +3636,14 @@ class Tracker:
             episodes)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
-        """The row of a show's episode, with watched_at; None: the show does not have it."""
-        return self.one("SELECT watched_at FROM episode WHERE show_id = ? AND season = ? AND episode = ?", show_id,
-                        season, episode)
-
-    def mark(self, show_id: int, season: int | None, episode: int | None, at: float) -> None:
-        """Mark a show's episode as watched once more.  The earliest date stays."""
-        self.write("UPDATE episode SET plays = plays + 1, watched_at = min(coalesce(watched_at, ?), ?) "
-                   "WHERE show_id = ? AND season = ? AND episode = ?", int(at), int(at), show_id, season, episode)
+        """The row of a show's episode; None: the show does not have it."""
+        return self.one("SELECT * FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
 
     # -- conflicts
-
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
         """The id of the open conflict about an entry's show, and whether it is new."""
-        known = self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND resolution IS NULL",
-                         entry.server, entry.type, entry.subject)
-        if known:
+        if known := self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND "
+                             "resolution IS NULL", entry.server, entry.type, entry.subject):
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         return self.insert("conflict", created_at=time.time(), kind=conflict.kind, server=entry.server,
@@ -3736,11 +3693,9 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
 Ticket = tuple[Entry, Outcome | None, queue.SimpleQueue[TrackerError | None]]
 
 class Journal:
-    """Entries that are on the disk before their webhooks are answered.
-
-    Request threads append; the one that comes first commits for all that wait.  So a burst of webhooks
-    waits a few times for the disk (10 to 50 ms on an SD card), not once for each webhook.
-    """
+    """Entries that are on the disk before their webhooks are answered."""
+    # Request threads append; the one that comes first commits for all that wait.  So a burst of webhooks
+    # waits a few times for the disk (10 to 50 ms on an SD card), not once for each webhook.
 
     def __init__(self, tracker: Tracker, accounts: str):
         self.tracker, self.accounts = tracker, accounts
@@ -3788,9 +3743,8 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
     reply = exchange(f"{url}/3/find/{value}?external_source={column}", {"Authorization": f"Bearer {token}"},
                      context=tls_context(url))
     if reply.status != 200:
-        refused = reply.status in (401, 403)
-        hint = ": put a valid token into the -tmdb-token-file" if refused else ""
-        raise PlexError("refused" if refused else "unreachable", f"TMDB answers {reply.status}{hint}.")
+        hint = ": put a valid token into the -tmdb-token-file" if reply.status in (401, 403) else ""
+        raise PlexError("refused" if hint else "unreachable", f"TMDB answers {reply.status}{hint}.")
     if not isinstance(answer := json_value(reply.body), dict):
         raise PlexError("nonsense", "TMDB did not answer in JSON.")
     found = answer.get("movie_results" if type == MOVIE else "tv_results")       # there are other kinds, too
@@ -3800,8 +3754,7 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
 # for the next reading: its webhook may still come.
 HISTORY_S, HISTORY_RETRY_S, HISTORY_REST_S = 3600.0, 60.0, 60.0
 MAX_TITLE = 200               # characters of an episode's title in a list of MAX_LISTED, which must fit into memory
-# From a fault of the tracker (the disk is full) to the next try.
-TRACKER_RETRY_S = 30.0
+TRACKER_RETRY_S = 30.0        # from a fault of the tracker (the disk is full) to the next try
 
 class Asked(NamedTuple):
     """What the servers say about an entry's show."""
@@ -3813,13 +3766,12 @@ class Worker:
     """Finishes the journal's entries: finds the show, then marks what was watched, or makes a conflict."""
     # It asks the server and TMDB before a transaction, not within: answers to webhooks wait for its end.
 
-    def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):
-        """plex None: no server can be asked."""
+    def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):      # None: none can be asked
         self.config, self.tracker, self.plex = config, tracker, plex
         self.tmdb_token = SecretFile("-tmdb-token-file", config.tmdb_token_file).first \
             if config.tmdb_token_file else None
         self.down: PlexError | None = None            # why nobody is asked any more in this round: all would time out
-        self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers; "not found": for this round
+        self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers
 
     def run(self, written: threading.Event) -> None:
         """Work for ever: on what is due, and on plays without a webhook.  written: set when there is more to do."""
@@ -3847,7 +3799,6 @@ class Worker:
     def drain(self, conflict_id: int = 0) -> int:
         """Finish all entries that are due (of a conflict: 0: of all); returns how many there were."""
         count, self.down = 0, None
-        self.found = {asked: tmdb_id for asked, tmdb_id in self.found.items() if tmdb_id}
         while entries := self.tracker.entries("retry_at <= ? AND ? IN (0, conflict_id) ORDER BY retry_at, id LIMIT ?",
                                               time.time(), conflict_id, BATCH):
             for entry in entries:
@@ -3856,11 +3807,9 @@ class Worker:
         return count
 
     def finish(self, entry: Entry) -> None:
-        """Find out what becomes of an entry, and write it down in one transaction.
-
-        While servers are asked, another process may write (a person resolves the conflict): so the decision is made
-        again within the transaction, from what the servers said and what the database knows then.
-        """
+        """Find out what becomes of an entry, and write it down in one transaction."""
+        # While servers are asked, another process may write (a person resolves the conflict): so the decision is made
+        # again within the transaction, from what the servers said and what the database knows then.
         verdict: Match | Conflict | PlexError | None = None
         asked, conflict_id, new = Asked(entry.show), None, False
         try:
@@ -3875,15 +3824,17 @@ class Worker:
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
                 conflict_id, new = self.tracker.add_conflict(entry, asked.show, verdict)
             wait_s = retry_after_s(entry.attempts) if outcome.retry else None
-            self.tracker.finish(entry, outcome, None if wait_s is None else time.time() + wait_s, conflict_id)
+            self.tracker.write(
+                "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
+                "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3],
+                (outcome.match.show_id or None) if outcome.match else None, conflict_id,
+                None if wait_s is None else time.time() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
 
     def ask(self, entry: Entry) -> Asked:
-        """Ask the servers for what is needed to finish an entry; raises PlexError.
-
-        The server is asked only about a show that is not known yet, and for episodes only if that of the entry is
-        missing; TMDB only about ids that no show in the tracker has.
-        """
+        """Ask the servers for what is needed to finish an entry; raises PlexError."""
+        # The server is asked only about a show that is not known yet, and for episodes only if that of the entry is
+        # missing; TMDB only about ids that no show in the tracker has.
         asked = Asked(entry.show)
         if not (self.tracker.mapped(entry) or self.tracker.match_ids(asked.show)):
             show = self.ask_server(entry)
@@ -3934,7 +3885,7 @@ class Worker:
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        self.tracker.mark(match.show_id, entry.season, entry.episode, entry.received_at)
+        self.tracker.add_episodes([(*row[:4], int(entry.received_at), row["plays"] + 1)])
         if row["watched_at"] is not None:
             return Outcome(SUCCESS, "already_watched", "the first date stays", match)
         return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
@@ -3945,7 +3896,6 @@ class Worker:
         return self.config.auto_add_shows and any(show.ids) and not alike
 
     # -- what the servers know
-
     def ask_server(self, entry: Entry) -> Show:
         """An entry's show, with what our server says about it; raises PlexError."""
         show = entry.show
@@ -3980,14 +3930,12 @@ class Worker:
         for column in ("imdb_id",) if show.type == MOVIE else ("tvdb_id", "imdb_id"):
             asked = show.type, column, getattr(show.ids, column)
             if token and asked[-1]:
-                if asked not in self.found:
-                    self.found[asked] = find_in_tmdb(token, *asked)
+                self.found[asked] = self.found.get(asked) or find_in_tmdb(token, *asked)
                 for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, self.found[asked]):
                     return Match(known.id, column, CONFIDENCE[column])
         return None
 
     # -- plays without a webhook
-
     def recover(self) -> bool:
         """Put plays of the server's history into the journal if no webhook told of them; -> whether it answered."""
         # How far the history was read is noted with the entries of each page.
@@ -3997,14 +3945,12 @@ class Worker:
         try:
             server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
-                plays = [(time_of(fields.get("viewedAt")), fields) for fields in page.items]
+                read = [time_of(fields.get("viewedAt")) for fields in page.items]
                 with self.tracker.transaction(lasting=False):
-                    for viewed_at, fields in plays:
-                        entry = history_entry(fields, server, accounts)
-                        if entry and since <= viewed_at <= until and \
-                                not self.tracker.knows_play(entry.rating_key, server, viewed_at):
-                            self.tracker.add_entry(entry, None)
-                    self.tracker.take_note("history", max([since, *(at for at, _ in plays if at <= until)]))
+                    for play in filter(None, (history_entry(fields, server, accounts) for fields in page.items)):
+                        if since <= play.received_at <= until and not self.tracker.knows_play(play):
+                            self.tracker.add_entry(play, None)
+                    self.tracker.take_note("history", max([since, *(at for at in read if at <= until)]))
         except PlexError as error:
             say(logging.DEBUG, f"the server's history was not read: {error}")
             return error.fault not in ("unreachable", "starting")
@@ -4035,8 +3981,7 @@ class Worker:
                     "status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
 
 # -- Commands: import
-# For one page of an import: a small NAS takes seconds for 500 items.
-IMPORT_S = 60.0
+IMPORT_S = 60.0               # for one page of an import: a small NAS takes seconds for 500 items
 # What is imported of a library, by its type: what a person calls these items, their Show.type ("" for episodes, which
 # are added to shows), and Plex's number and parameter for them.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
@@ -4073,20 +4018,16 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     match = tracker.mapped(entry)
     if type and (match is None or match.show_id):
         show = Show(type, item.title, number(fields.get("year")), parse_ids((*item_guids(fields), guid)))
-        show_id = upsert_show(tracker, show, match)
-        if match is None:
-            match = Match(show_id, "import", 1.0)
-            tracker.map(entry, match)
+        match = Match(upsert_show(tracker, show, match), "import", match.confidence if match else 1.0)
+        tracker.map(entry, match)
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
         tracker.add_episodes([(match.show_id, *row)])
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
-    """Import a server's libraries of movies and of shows; raises PlexError, TrackerError.
-
-    Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
-    newest items come last, so that what is added to the library meanwhile moves no page.
-    """
+    """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
+    # Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
+    # newest items come last, so that what is added to the library meanwhile moves no page.
     server = plex.server_id
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
@@ -4179,11 +4120,10 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
             print("\nstreamerbrainz: the import was stopped; run it again to continue.", file=sys.stderr)
             return 1
     catch_up(tracker, Worker(config, tracker, plex))
-    counts = dict(tracker.one("SELECT count(*) FILTER (WHERE type = 'episode') AS shows, (SELECT count(*) FROM episode)"
-                              " - count(*) FILTER (WHERE type = 'movie') AS episodes, "
-                              "count(*) FILTER (WHERE type = 'movie') AS movies FROM show"))
-    return print_rows(config, [counts], "The tracker now has {shows} shows, {episodes} episodes and {movies} movies."
-                      .format_map(counts))
+    shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
+    episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
+    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}],
+                      f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 # A type in the database -> what a person calls it.
@@ -4314,20 +4254,20 @@ def tracker_resolve(config: Config, tracker: Tracker) -> int:
     return print_rows(config, [{"conflict": conflict_id, "show_id": show_id or None, "done": done}],
                       f"Conflict {conflict_id} is resolved. {said}{stays}")
 
-# command -> its function, its words, how many of them it needs, and whether it creates the file
-TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str, int, bool]] = {
-    "import": (tracker_import, "[FILE]", 0, True), "export": (tracker_export, "", 0, False),
-    "shows": (tracker_shows, "[WORDS...]", 0, False), "show": (tracker_show, "ID", 1, False),
-    "log": (tracker_log, "", 0, False), "conflicts": (tracker_conflicts, "", 0, False),
-    "resolve": (tracker_resolve, "ID SHOW|new|ignore", 2, False)}
+# command -> its function, and its words: those in brackets may be left out
+TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
+    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "shows": (tracker_shows, "[WORDS...]"),
+    "show": (tracker_show, "ID"), "log": (tracker_log, ""), "conflicts": (tracker_conflicts, ""),
+    "resolve": (tracker_resolve, "ID SHOW|new|ignore")}
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
     name = config.words[0] if config.words else ""
     if name not in TRACKER_COMMANDS:
         raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
-    command, words, least, create = TRACKER_COMMANDS[name]
-    if not least <= len(config.words) - 1 <= (99 if "..." in words else len(words.split())):
+    (command, words), create = TRACKER_COMMANDS[name], name == "import"
+    most = 99 if "..." in words else len(words.split())
+    if not len(words.split()) - words.count("[") <= len(config.words) - 1 <= most:
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
@@ -4797,11 +4737,9 @@ def verdict(check: str, value: str) -> Finding:
     return Finding(OK, good) if is_right(value) else Finding(FAIL, bad.format(value), remedy, likely)
 
 def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
-    """Does the configured player exist?  Only a player that plays now can be seen.
-
-    A player that was reinstalled has another machine identifier, but often its old title.
-    ours: the identifier in the flags.  title: under which the daemon knows that player, if it does.
-    """
+    """Does the configured player exist?  Only a player that plays now can be seen."""
+    # A player that was reinstalled has another machine identifier, but often its old title.
+    # ours: the identifier in the flags.  title: under which the daemon knows that player, if it does.
     if not sessions:
         return Finding(SKIP, "nothing plays: press play on it, and run this again")
     if any(each.machine_identifier == ours for each in sessions):
@@ -4947,7 +4885,6 @@ class Doctor:
             yield Finding(finding.status, evidence, remedy, finding.likely, name)
 
     # -- Our own flags, files and daemon
-
     def flags(self) -> Finding:
         """Are the flags complete?"""
         with contextlib.suppress(ConfigError):        # the token file has its own check, which says why
@@ -5015,7 +4952,6 @@ class Doctor:
         return Finding(status, text(witness.get("words")), f"correct the other failures; {SERVER_LOG}")
 
     # -- The server
-
     def server(self) -> Finding:
         """Does the server answer?  /identity needs no token, so that a wrong one is not taken for a wrong address."""
         asked_at = time.monotonic()
@@ -5038,7 +4974,6 @@ class Doctor:
             "/:/prefs")[1] if text(each.get("id")).lower() == "webhooksenabled"), ""))
 
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
-
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
         # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
