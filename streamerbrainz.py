@@ -2125,9 +2125,8 @@ class Pages:
         """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
         self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
         self.started_at = time.time()
-        self.paths: dict[str, Callable[[str, str], Answer]] = {
-            "/": self.page, "/now": self.now, "/events": self.events, "/cover": self.cover, "/metrics": self.metrics,
-            "/healthz": self.healthz}
+        self.paths: dict[str, Callable[[str, str], Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
+            "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
 
     def page(self, query: str, host: str) -> Answer:
         """The status page.  It may load nothing but its own style, script and picture."""
@@ -2483,8 +2482,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_chunks(self, held: contextlib.ExitStack) -> Body:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
-        while size := self.chunk_size():
-            start, total = total, total + size
+        while True:
+            size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
+            if not size:
+                raise WebhookError(400, "A chunk of the body has no size.")
+            start, total = total, total + int(size[1], 16)
+            if total == start:                        # the last
+                break
             if total > MAX_BODY:
                 raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
             if not self.fill(body, start, total, held):
@@ -2496,13 +2500,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 body.resize(total or 1)
                 return body
         raise WebhookError(400, "The chunked body has too many trailers.")
-
-    def chunk_size(self) -> int:
-        """The size of the next chunk; 0: the last."""
-        size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
-        if not size:
-            raise WebhookError(400, "A chunk of the body has no size.")
-        return int(size[1], 16)
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
@@ -2532,12 +2529,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
-        if events and self.command != "HEAD":
             self.connection.settimeout(PLEX_S)
+            self.wfile.write(content)
+            self.wfile.flush()
             with contextlib.suppress(OSError):        # the subscriber has gone
-                self.wfile.flush()
-                for event in events:
+                for event in events or ():
                     self.wfile.write(event)
                     self.wfile.flush()
 
@@ -4653,24 +4649,21 @@ def run(config: Config) -> int:
     outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox))
     return 0
 
-def ask_token() -> Callable[[], str]:
-    """The token, asked for on the terminal without echo: on a command line, ps would show it."""
-    if not sys.stdin.isatty():
-        raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    token = ""
-    with contextlib.suppress(EOFError):
-        token = getpass.getpass("Plex token (it is not shown): ").strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError("players: a token is one word of plain characters.")
-    return lambda: token
-
 def players(config: Config) -> int:
     """Print every player in the sessions."""
-    url = config.words[0] if config.words else config.plex_server_url
+    url, token = config.words[0] if config.words else config.plex_server_url, ""
     if not url:
         raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
-    token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
-    sessions = PlexServer(url, token, config.plex_ca_file).sessions()
+    if config.plex_token_file:
+        token = SecretFile("-plex-token-file", config.plex_token_file).first()
+    elif sys.stdin.isatty():
+        with contextlib.suppress(EOFError):           # without echo; and on a command line, ps would show it
+            token = getpass.getpass("Plex token (it is not shown): ").strip()
+    else:
+        raise ConfigError("players: give the token in a file, with -plex-token-file.")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError("players: a token is one word of plain characters.")
+    sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
     nothing = (f"Nothing plays on {origin(url)} now. "
                "A player shows up only while it plays: press play on it, then try again.")
