@@ -1869,40 +1869,39 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
-# A metric of Prometheus: name, kind, help, and its samples by their labels.
-Family = tuple[str, str, str, Mapping[tuple[tuple[str, str], ...], float]]
+# A metric of Prometheus: name, kind, help, the names of its labels, and its samples by the labels' values.
+Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float]]
 
 def metric_families(status: Status, entries: Mapping[str, int], at: float) -> Iterator[Family]:
     """The figures of the program.  No title, user or session is in a label.  entries: of the journal, by status."""
     player, us = status.player or PlayerState("", has_server=False), "streamerbrainz"
     if status.has_server:
         up = bool(status.looks) and not player.outage
-        yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", {(): up}
-    yield f"{us}_build_info", "gauge", "The version.", {(("version", VERSION),): 1}
-    yield (f"{us}_player_state", "gauge", "1 for what the player does.",
-           {(("state", each),): each == player.state for each in (PLAYING, PAUSED, STOPPED)})
+        yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), {(): up}
+    yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
+    states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
+    yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
     position_s = position_ms(player, at) / 1000
-    yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", {(): position_s}
+    yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), {(): position_s}
     yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
-           {(("event", event), ("result", result)): n for (event, result), n in status.webhooks.items()})
+           ("event", "result"), status.webhooks)
     last = status.webhook_time
-    yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", {(): last}
+    yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), {(): last}
     missed = player.proof.missed
-    yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", {(): missed}
-    yield (f"{us}_looks_total", "counter", "Queries of the sessions by result.",
-           {(("result", result),): n for result, n in status.looks.items()})
+    yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), {(): missed}
+    yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
     yield (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
-           {(("state", state), ("by", by)): n for (state, by), n in status.reported.items()})
-    yield (f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.",
-           {(("status", each),): n for each, n in entries.items()})
+           ("state", "by"), status.reported)
+    yield f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), entries
 
 def metric_lines(families: Iterable[Family]) -> str:
     """Metrics in Prometheus' text format."""
     lines = []
-    for name, kind, words, samples in families:
+    for name, kind, words, labels, samples in families:
         lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"] if samples else []
-        for labels, value in samples.items():
-            each = ",".join(f'{label}="{word}"' for label, word in labels)
+        for key, value in samples.items():
+            pairs = zip(labels, key if isinstance(key, tuple) else (key,), strict=True)
+            each = ",".join(f'{label}="{word}"' for label, word in pairs)
             lines.append(f"{name}{f'{{{each}}}' if labels else ''} {float(value):.10g}")
     return "\n".join(lines) + "\n"
 
@@ -1939,9 +1938,9 @@ const refresh = async () => {
   since = performance.now(); dress();
 };
 const copy = url => {
-  const before = url.textContent, range = document.createRange(), selection = getSelection();
-  url.textContent = full(url); range.selectNodeContents(url); selection.removeAllRanges(); selection.addRange(range);
-  document.execCommand("copy"); selection.removeAllRanges(); url.textContent = before;
+  const before = url.textContent, selection = getSelection();
+  url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
+  selection.removeAllRanges(); url.textContent = before;
 };
 document.addEventListener("click", event => {
   if (event.target.id === "show") { shown = true; dress(); }
@@ -2091,17 +2090,13 @@ class Covers:
         identity, picture = self.webhook
         if identity == item.identity:
             return picture
-        if not self.lock.acquire(timeout=PLEX_S):
-            return b""
-        try:
+        with self.lock:
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
                 with contextlib.suppress(PlexError):
                     if picture := self.plex.get(item.thumb, room=MAX_COVER).body:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
-        finally:
-            self.lock.release()
 
 def process_families(started_at: float) -> Iterator[Family]:
     """The figures of this process, by Prometheus' names."""
@@ -2111,7 +2106,7 @@ def process_families(started_at: float) -> Iterator[Family]:
         figures["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         figures["process_open_fds"] = len(os.listdir("/proc/self/fd"))
     for name, value in figures.items():
-        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", {(): value}
+        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), {(): value}
 
 class Answer(NamedTuple):
     """What a request is answered."""
@@ -2129,9 +2124,8 @@ class Pages:
         """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
         self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
         self.started_at = time.time()
-        self.paths: dict[str, Callable[[str, str], Answer]] = {
-            "/": self.page, "/now": self.now, "/events": self.events, "/cover": self.cover, "/metrics": self.metrics,
-            "/healthz": self.healthz}
+        self.paths: dict[str, Callable[[str, str], Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
+            "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
 
     def page(self, query: str, host: str) -> Answer:
         """The status page.  It may load nothing but its own style, script and picture."""
@@ -2305,13 +2299,6 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
-def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it."""
-    if host:
-        family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
-        return family, address
-    return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
-
 # -- Handler: one connection, its requests one after the other
 # Bytes of a webhook; the largest thumb seen is about 1 MB.
 MAX_BODY = 8 * 2**20
@@ -2426,25 +2413,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
         path, pages = self.target(), self.server.pages.paths
-        if path == WEBHOOK_PATH:
-            self.allow("POST")
-            webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
-            if webhook.event == TEST_EVENT:
-                self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
-            else:
-                self.server.keep(webhook, thumb)
-                self.send(Answer(200, headers={}))
-        elif path in pages:
-            self.allow("GET", "HEAD")
-            self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
-        else:
+        if path != WEBHOOK_PATH and path not in pages:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
-
-    def allow(self, *methods: str) -> None:
-        """Raise WebhookError 405 for any other method."""
+        methods = ("POST",) if path == WEBHOOK_PATH else ("GET", "HEAD")
         if self.command not in methods:
             allowed = ", ".join(methods)
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
+        if path in pages:
+            self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
+            return
+        webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
+        if webhook.event == TEST_EVENT:
+            self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
+        else:
+            self.server.keep(webhook, thumb)
+            self.send(Answer(200, headers={}))
 
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
@@ -2498,8 +2481,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_chunks(self, held: contextlib.ExitStack) -> Body:
         """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
-        while size := self.chunk_size():
-            start, total = total, total + size
+        while True:
+            size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
+            if not size:
+                raise WebhookError(400, "A chunk of the body has no size.")
+            start, total = total, total + int(size[1], 16)
+            if total == start:                        # the last
+                break
             if total > MAX_BODY:
                 raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
             if not self.fill(body, start, total, held):
@@ -2511,13 +2499,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 body.resize(total or 1)
                 return body
         raise WebhookError(400, "The chunked body has too many trailers.")
-
-    def chunk_size(self) -> int:
-        """The size of the next chunk; 0: the last."""
-        size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
-        if not size:
-            raise WebhookError(400, "A chunk of the body has no size.")
-        return int(size[1], 16)
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
@@ -2547,17 +2528,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.connection.settimeout(PLEX_S)
             self.wfile.write(content)
-            self.send_events(events or ())
-
-    def send_events(self, events: Iterable[bytes]) -> None:
-        """Send each event at once."""
-        self.connection.settimeout(PLEX_S)
-        self.wfile.flush()
-        with contextlib.suppress(OSError):            # the subscriber has gone
-            for event in events:
-                self.wfile.write(event)
-                self.wfile.flush()
+            self.wfile.flush()
+            with contextlib.suppress(OSError):        # the subscriber has gone
+                for event in events or ():
+                    self.wfile.write(event)
+                    self.wfile.flush()
 
     def finish(self) -> None:
         """Close so that a refusal arrives: closing while bytes are unread would reset the connection, and lose it."""
@@ -2582,17 +2559,15 @@ MAX_OF_ONE = 16               # of them for one sender
 MAX_PARKED = 256              # connections that wait for a thread; each holds a descriptor, of usually 1024
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve().
-
-    One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
-    other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
-    """
+    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
+    # One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
+    # other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
-        """host "": all addresses.  port 0: any free one.  Raises OSError as bind() does."""
+        """host "": all addresses, of IPv6 too if the machine has it.  port 0: any free one.  Raises OSError."""
         # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
         # the address).  All threads change them under the lock.
         self.serving: dict[Any, str] = {}
@@ -2600,19 +2575,17 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.lock = threading.Lock()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.closing = threading.Event()
-        self.address_family, address = listening_address(host, port)
+        self.address_family, address = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET, (host, port)
+        if host:
+            self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
         super().__init__(address, Handler)
+        self.port = int(self.server_address[1])
 
     def server_bind(self) -> None:
         """Accept IPv4 on an IPv6 socket, too."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return int(self.server_address[1])
 
     def serve(self, gate: Gate, pages: Pages, keep: Callable[[Webhook, memoryview], object],
               tell: Callable[[Refused | BaseException], object]) -> None:
@@ -2670,28 +2643,25 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 most = collections.Counter(who for who, _ in self.parked.values()).most_common(1)[0][0]
                 newest = next(each for each, (who, _) in reversed(self.parked.items()) if who == most)
                 del self.parked[newest]
-                self.shutdown_request(newest)
+                super().shutdown_request(newest)
         for request, address in ready:
             try:
                 super().process_request(request, address)
             except RuntimeError:                      # this machine has no more threads
                 self.shutdown_request(request)
-                self.release(request)
 
     def release(self, request: Any, who: str = "") -> None:
         """Count a connection for another sender, or for none if it has ended; a parked one may have its place."""
         with self.lock:
-            self.serving[request] = who
-            if not who:
-                del self.serving[request]
+            self.serving.pop(request, None)
+            if who:
+                self.serving[request] = who
         self.start_parked()
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The connection's thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.release(request)
+    def shutdown_request(self, request: Any) -> None:
+        """The end of a connection."""
+        super().shutdown_request(request)
+        self.release(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
@@ -2732,10 +2702,6 @@ def make_secret(config: Config) -> int:
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
 
-def hook_event(change: Change) -> str:
-    """The name of a change, as librespot's --onevent would call it."""
-    return "track_changed" if change.state == change.old_state else change.state
-
 def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
@@ -2763,11 +2729,9 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
     return Amplifier(playing, amplifier.active, at + active_timeout_s if ended else amplifier.off_at), False
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
-    """The waiting events with one more.
-
-    While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
-    takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
-    """
+    """The waiting events with one more."""
+    # While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
+    # takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event in SWITCHES:
         return changes if len(changes) < len(waiting) else [*waiting, (event, environment)]
@@ -2796,11 +2760,9 @@ def hook_command(words: str) -> list[str]:
     return [os.path.abspath(path), *arguments[1:]]
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
-    """Start a command in a process group of its own, with our environment and this one; -> its process id.
-
-    output: a descriptor.  posix_spawn is quick; and it unblocks the signals that we block in all
-    our threads, which a child would inherit.  Raises OSError.
-    """
+    """Start a command in a process group of its own, with our environment and this one; -> its process id."""
+    # output: a descriptor.  posix_spawn is quick; and it unblocks the signals that we block in all our threads, which a
+    # child would inherit.  Raises OSError.
     ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
     given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     return os.posix_spawn(command[0], list(command), {**ours, **given}, setpgroup=0, setsigmask=(),
@@ -2823,11 +2785,9 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
     return HOOK_GRACE_S, output
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
-    """Run a command; -> its exit status, and the beginning of its output.
-
-    The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
-    `stopping` could be read: then its whole process group was ended.  Raises OSError if it cannot be started.
-    """
+    """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
+    # The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
+    # `stopping` could be read: then its whole process group was ended.
     with contextlib.ExitStack() as descriptors:
         reader, writer = os.pipe()
         descriptors.callback(os.close, reader)
@@ -2884,7 +2844,7 @@ class Hooks:
 
     def take(self, change: Change) -> None:
         """Add the events of a change to those that wait."""
-        event = hook_event(change)
+        event = "track_changed" if change.state == change.old_state else change.state      # librespot's words
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
         if switched_on:
@@ -4384,8 +4344,7 @@ class LogHandler(logging.Handler):
             self.dropped += bool(line)
 
     def tell(self) -> None:
-        """When there is room again, say how many lines were dropped."""
-        # In a thread, because the log may have nothing else to say for hours.
+        """When there is room again, say how many were dropped; in a thread: the next line may come hours later."""
         self.room.poll()
         with self.lock:  # type: ignore[union-attr]
             dropped, self.dropped = self.dropped, 0
@@ -4445,11 +4404,9 @@ def block_signals() -> set[signal.Signals]:
     return signals
 
 def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
-    """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals.
-
-    Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
-    STOP_S, this thread ends the process; a second signal ends it at once.
-    """
+    """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals."""
+    # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
+    # STOP_S, this thread ends the process; a second signal ends it at once.
     while (number := signal.sigwait(signals)) == signal.SIGHUP:
         inbox.put(signal.Signals(number))
     inbox.put(Stop())
@@ -4461,10 +4418,8 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
     os._exit(0)
 
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
-    """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last.
-
-    It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
-    """
+    """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last."""
+    # It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
     while True:
@@ -4497,10 +4452,8 @@ def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object)
 
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
-    """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there.
-
-    If a write fails, it is judged all the same.
-    """
+    """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there."""
+    # If a write fails, it is judged all the same.
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
     if journal:
@@ -4515,10 +4468,9 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
-    signals, systemd = block_signals(), Systemd(os.environ)
-    board, covers, path = Board(), Covers(plex), config.tracker_db
+    systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
     end = functools.partial(say_goodbye, listener, systemd, hooks, threading.Lock())
-    start("signals", inbox, take_signals, signals, inbox, end)
+    start("signals", inbox, take_signals, block_signals(), inbox, end)
     tracker = Tracker(path, create=True, patient=True) if path else None
     journal = Journal(tracker, config.accounts) if tracker else None
     worker = Worker(config, tracker, plex) if tracker else None
@@ -4554,12 +4506,10 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     return watch
 
 def outlive_main(work: Callable[[], None]) -> None:
-    """Do the daemon's work in a thread that goes on after the main thread has ended.
-
-    CPython keeps the syntax tree of a script in memory until the script ends: 10 MB of this one.  So the
-    main thread ends when all is started.  Python then waits for this thread, as for every thread
-    that is not a daemon thread, and the memory goes back to the system.
-    """
+    """Do the daemon's work in a thread that goes on after the main thread has ended."""
+    # CPython keeps the syntax tree of a script in memory until the script ends: 10 MB of this one.  So the main thread
+    # ends when all is started.  Python then waits for this thread, as for every thread that is not a daemon thread,
+    # and the memory goes back to the system.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
         work()
         return
@@ -4585,19 +4535,10 @@ def local_url(config: Config, path: str) -> str:
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
 
-def runs_already(config: Config) -> bool:
-    """Whether another StreamerBrainz answers on our port."""
-    with contextlib.suppress(PlexError):
-        reply = exchange(local_url(config, "/healthz"), {})
-        return reply.headers.get("Server", "").startswith("StreamerBrainz/")
-    return False
-
 def port_holder(port: int) -> str:
-    """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown.
-
-    A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
-    among a process's descriptors, that socket is a link to "socket:[INODE]".
-    """
+    """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown."""
+    # A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
+    # among a process's descriptors, that socket is a link to "socket:[INODE]".
     links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
@@ -4621,7 +4562,10 @@ def open_listener(config: Config) -> Listener | None:
         if error.errno != errno.EADDRINUSE:
             raise ConfigError(f"-webhooks-host: cannot listen there ({why(error)}); "
                               "give an address of this machine.") from error
-        if not runs_already(config):
+        other = ""
+        with contextlib.suppress(PlexError):
+            other = exchange(local_url(config, "/healthz"), {}).headers.get("Server", "")
+        if not other.startswith("StreamerBrainz/"):
             raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port) or 'another program'}; "
                               "end that, or give another port.") from error
         # systemd takes an end without READY=1 for a failure: there, "nothing to do" must be an error.
@@ -4644,24 +4588,21 @@ def run(config: Config) -> int:
     outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox))
     return 0
 
-def ask_token() -> Callable[[], str]:
-    """The token, asked for on the terminal without echo: on a command line, ps would show it."""
-    if not sys.stdin.isatty():
-        raise ConfigError("players: give the token in a file, with -plex-token-file.")
-    token = ""
-    with contextlib.suppress(EOFError):
-        token = getpass.getpass("Plex token (it is not shown): ").strip()
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError("players: a token is one word of plain characters.")
-    return lambda: token
-
 def players(config: Config) -> int:
     """Print every player in the sessions."""
-    url = config.words[0] if config.words else config.plex_server_url
+    url, token = config.words[0] if config.words else config.plex_server_url, ""
     if not url:
         raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
-    token = SecretFile("-plex-token-file", config.plex_token_file).first if config.plex_token_file else ask_token()
-    sessions = PlexServer(url, token, config.plex_ca_file).sessions()
+    if config.plex_token_file:
+        token = SecretFile("-plex-token-file", config.plex_token_file).first()
+    elif sys.stdin.isatty():
+        with contextlib.suppress(EOFError):           # without echo; and on a command line, ps would show it
+            token = getpass.getpass("Plex token (it is not shown): ").strip()
+    else:
+        raise ConfigError("players: give the token in a file, with -plex-token-file.")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError("players: a token is one word of plain characters.")
+    sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
     nothing = (f"Nothing plays on {origin(url)} now. "
                "A player shows up only while it plays: press play on it, then try again.")
