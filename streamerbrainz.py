@@ -189,9 +189,8 @@ class Config(NamedTuple):
     def webhooks_a_minute(self) -> int:
         """How many webhooks one address may send; 0: no limit."""
         # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
-        if self.rate_limit is not None:
-            return self.rate_limit
-        return 100 if self.webhook_secret_file or self.tracker_db else 0
+        usual = 100 if self.webhook_secret_file or self.tracker_db else 0
+        return usual if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
 class ConfigError(Exception):
@@ -425,11 +424,10 @@ def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...]
     name, most = SECRETS[flag], 2 if flag == "-webhook-secret-file" else 1
     try:
         content, mode, version = read_regular(path, MAX_TOKEN_FILE + 1)
-        content = content.strip()
     except OSError as error:
         raise ConfigError(f"{flag}: {shown_path(path)} cannot be read ({why(error)}); "
                           f"put the {name} there, readable by you only (chmod 600).") from error
-    if not content:
+    if not (content := content.strip()):
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
     words = [line.strip() for line in content.split(b"\n")]
     plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
@@ -514,11 +512,10 @@ _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 def parameter(message: email.message.Message, name: str, header: str) -> str:
     """A parameter of a header; "" if it is missing, or in a form that Plex never uses (RFC 2231)."""
-    try:
-        value = message.get_param(name, "", header)
-    except (ValueError, TypeError, LookupError):      # email.message raises these on broken RFC 2231 forms
-        return ""
-    return value if isinstance(value, str) else ""
+    with contextlib.suppress(ValueError, TypeError, LookupError):     # email.message's, on broken RFC 2231 forms
+        if isinstance(value := message.get_param(name, "", header), str):
+            return value
+    return ""
 
 def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
@@ -542,8 +539,7 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
-    starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
-    for (_, start), (stop, _) in itertools.pairwise(starts):
+    for (_, start), (stop, _) in itertools.pairwise(delimiters(body, b"--" + boundary.encode("ascii"))):
         blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
@@ -647,10 +643,11 @@ def parse_session(element: ElementTree.Element) -> Session | None:
     state, item = player.get("state"), parse_item(element.attrib)
     if (audio := element.find("Media/Part/Stream[@streamType='2']")) is not None:
         item = item._replace(sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
-    return Session(machine_identifier=text(player.get("machineIdentifier")), player_title=text(player.get("title")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING, product=text(player.get("product")),
-                   platform=text(player.get("platform")), user=text(user.get("title")) if user is not None else "",
-                   session_key=text(element.get("sessionKey")), item=item, view_offset=number(element.get("viewOffset")))
+    return Session(session_key=text(element.get("sessionKey")), item=item, product=text(player.get("product")),
+                   machine_identifier=text(player.get("machineIdentifier")), player_title=text(player.get("title")),
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING, platform=text(player.get("platform")),
+                   view_offset=number(element.get("viewOffset")),
+                   user=text(user.get("title")) if user is not None else "")
 
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
@@ -1489,8 +1486,7 @@ class PlexServer:
 
     def sessions(self) -> tuple[Session, ...]:
         """What plays now, on all players; raises PlexError.  Reads the token again, if its file has changed."""
-        token = self.token()
-        if token != self.current_token:
+        if (token := self.token()) != self.current_token:
             self.current_token = token
             self.renewed.set()
         return parse_sessions(self.get("/status/sessions").body)
@@ -5362,8 +5358,7 @@ def parse_config(words: Sequence[str]) -> Config:
     if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
-    if command == "players":
-        # Given as HOST:PORT or as a URL.
+    if command == "players":                          # its word is HOST:PORT or a URL
         try:
             rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
         except ValueError as error:
