@@ -1438,8 +1438,7 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
 # Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
 # that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
 MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
-# Plex pings on the event stream every 10 s: after SILENCE_S without a line it is broken.
-SILENCE_S = 30.0
+SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
 # From a stream that broke to the next try: the first time, and at most; it grows by half each time.  If the server has
 # no stream (404), or refuses the token for it (401), it is tried rarely.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
