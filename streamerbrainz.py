@@ -189,9 +189,8 @@ class Config(NamedTuple):
     def webhooks_a_minute(self) -> int:
         """How many webhooks one address may send; 0: no limit."""
         # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
-        if self.rate_limit is not None:
-            return self.rate_limit
-        return 100 if self.webhook_secret_file or self.tracker_db else 0
+        usual = 100 if self.webhook_secret_file or self.tracker_db else 0
+        return usual if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
 class ConfigError(Exception):
@@ -244,8 +243,7 @@ def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
-# The last second that every system can show: a clock of 32 bits ends here, in 2038.
-LAST_TIME = 2**31 - 1
+LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
 
 def time_of(value: object) -> int:
     """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
@@ -257,7 +255,7 @@ MAX_VALUES = 100_000
 def json_value(content: bytes) -> object:
     """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
     try:
-        return json.loads(content) if sum(map(content.count, (b",", b":", b"[", b"{"))) <= MAX_VALUES else None
+        return json.loads(content) if sum(map(content.count, b",:[{")) <= MAX_VALUES else None
     except (ValueError, RecursionError, MemoryError):
         return None
 
@@ -341,10 +339,8 @@ def json_line(fields: Mapping[str, object]) -> str:
     return printable(json.dumps(fields, ensure_ascii=False))
 
 def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
-    """A Change as keys and values of the log, in the order that is promised to other programs.
-
-    name_machine: with the player's identifier; say_why: with what made us believe it.
-    """
+    """A Change as keys and values of the log, in the order that is promised to other programs."""
+    # name_machine: with the player's identifier; say_why: with what made us believe it.
     item = change.item
     fields: dict[str, object] = {"state": change.state, "title": item.title}
     if item.type == EPISODE:
@@ -428,11 +424,10 @@ def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...]
     name, most = SECRETS[flag], 2 if flag == "-webhook-secret-file" else 1
     try:
         content, mode, version = read_regular(path, MAX_TOKEN_FILE + 1)
-        content = content.strip()
     except OSError as error:
         raise ConfigError(f"{flag}: {shown_path(path)} cannot be read ({why(error)}); "
                           f"put the {name} there, readable by you only (chmod 600).") from error
-    if not content:
+    if not (content := content.strip()):
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
     words = [line.strip() for line in content.split(b"\n")]
     plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
@@ -479,7 +474,7 @@ class SecretFile:
 # characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
 # of email.parser grows with the square of a header.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
-MAX_VALUES = 20_000           # in a payload's JSON, by the characters that stand before one; Plex's have about 500
+MAX_PAYLOAD_VALUES = 20_000   # in a payload's JSON, by the characters that stand before one; Plex's have about 500
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
 
 class Scrobble(NamedTuple):
@@ -517,16 +512,10 @@ _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 def parameter(message: email.message.Message, name: str, header: str) -> str:
     """A parameter of a header; "" if it is missing, or in a form that Plex never uses (RFC 2231)."""
-    try:
-        value = message.get_param(name, "", header)
-    except (ValueError, TypeError, LookupError):      # email.message raises these on broken RFC 2231 forms
-        return ""
-    return value if isinstance(value, str) else ""
-
-@functools.lru_cache(maxsize=16)        # Plex sends the same two headers each time
-def part_name(header: bytes) -> str:
-    """The name in a part's header; "" if there is no name."""
-    return parameter(email.parser.BytesHeaderParser().parsebytes(header), "name", "Content-Disposition")
+    with contextlib.suppress(ValueError, TypeError, LookupError):     # email.message's, on broken RFC 2231 forms
+        if isinstance(value := message.get_param(name, "", header), str):
+            return value
+    return ""
 
 def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
@@ -544,20 +533,18 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     raise WebhookError(400, f"The body has more than {MAX_PARTS} parts.")
 
 def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
-    """The parts named payload and thumb of a multipart body; the first, if a name comes twice.
-
-    email.parser reads each part's header.  We cut the body at its delimiters ourselves: given a
-    whole body with a picture of 100 kB, the parser takes 1.8 ms and six times its memory.
-    """
+    """The parts named payload and thumb of a multipart body; the first, if a name comes twice."""
+    # email.parser reads each part's header.  We cut the body at its delimiters ourselves: given a whole body with a
+    # picture of 100 kB, the parser takes 1.8 ms and six times its memory.
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
-    starts = list(delimiters(body, b"--" + boundary.encode("ascii")))
-    for (_, start), (stop, _) in itertools.pairwise(starts):
+    for (_, start), (stop, _) in itertools.pairwise(delimiters(body, b"--" + boundary.encode("ascii"))):
         blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        name = part_name(bytes(body[start:blank.start()]))
+        header = email.parser.BytesHeaderParser().parsebytes(bytes(body[start:blank.start()]))
+        name = parameter(header, "name", "Content-Disposition")
         if name in ("payload", "thumb"):
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
@@ -567,8 +554,8 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
     content = bytes(payload)
-    if sum(map(content.count, b",:[{")) > MAX_VALUES:
-        raise WebhookError(413, f"The payload has more than {MAX_VALUES} values.")
+    if sum(map(content.count, b",:[{")) > MAX_PAYLOAD_VALUES:
+        raise WebhookError(413, f"The payload has more than {MAX_PAYLOAD_VALUES} values.")
     try:
         fields = json_object(json.loads(content))
     except (ValueError, RecursionError) as error:
@@ -576,8 +563,7 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
     event = fields.get("event")
     if not isinstance(event, str) or not event:
         raise WebhookError(400, "The payload is not a Plex webhook: it has no event.")
-    player, metadata = json_object(fields.get("Player")), json_object(fields.get("Metadata"))
-    account = json_object(fields.get("Account"))
+    player, metadata, account = (json_object(fields.get(name)) for name in ("Player", "Metadata", "Account"))
     return Webhook(event=text(event), player_uuid=text(player.get("uuid")), player_title=text(player.get("title")),
                    item=parse_item(metadata) if metadata else None, view_offset=number(metadata.get("viewOffset")),
                    server=text(json_object(fields.get("Server")).get("uuid")), account_id=text(account.get("id")),
@@ -585,10 +571,9 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
                    scrobble=parse_scrobble(metadata) if event == "media.scrobble" else None)
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
-    """The Webhook in a request's body, and a view of its JPEG (empty: none).
+    """The Webhook in a request's body, and a view of its JPEG (empty: none); raises WebhookError.
 
-    Plex sends multipart/form-data; proxies and testers send plain JSON.  Raises WebhookError 400
-    (not a webhook), 413 (payload too large) or 415 (another type).
+    Plex sends multipart/form-data; proxies and testers send plain JSON.
     """
     if len(content_type) > MAX_CONTENT_TYPE:
         raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
@@ -658,23 +643,21 @@ def parse_session(element: ElementTree.Element) -> Session | None:
     state, item = player.get("state"), parse_item(element.attrib)
     if (audio := element.find("Media/Part/Stream[@streamType='2']")) is not None:
         item = item._replace(sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
-    return Session(session_key=text(element.get("sessionKey")),
-                   machine_identifier=text(player.get("machineIdentifier")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING, item=item,
-                   view_offset=number(element.get("viewOffset")), player_title=text(player.get("title")),
-                   product=text(player.get("product")), platform=text(player.get("platform")),
+    return Session(session_key=text(element.get("sessionKey")), item=item, product=text(player.get("product")),
+                   machine_identifier=text(player.get("machineIdentifier")), player_title=text(player.get("title")),
+                   state=state if state in (PLAYING, PAUSED) else BUFFERING, platform=text(player.get("platform")),
+                   view_offset=number(element.get("viewOffset")),
                    user=text(user.get("title")) if user is not None else "")
 
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
-    # As bytes: one emoji makes each character of a str four bytes.
-    parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
+    if 2 * sum(map(xml.count, b"<=&")) > MAX_VALUES:
+        raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
     try:
-        if 2 * sum(map(xml.count, (b"<", b"=", b"&"))) > MAX_VALUES:
-            raise PlexError("nonsense", f"The server's answer holds over {MAX_VALUES} values, far more than Plex's.")
+        # As bytes: one emoji makes each character of a str four bytes.
         plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
-        parser.feed(_REFERENCES.sub(b"", plain))
-        root = parser.close()
+        parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
+        root = ElementTree.fromstring(_REFERENCES.sub(b"", plain), parser)
     except (ElementTree.ParseError, MemoryError) as error:
         raise PlexError("nonsense", f"The server's answer is not XML, or is cut short. {IS_PLEX}") from error
     if root.tag != "MediaContainer":
@@ -688,9 +671,8 @@ def parse_sessions(xml: bytes) -> tuple[Session, ...]:
 def find_session(sessions: Sequence[Session]) -> Session | None:
     """Which of one player's sessions shows what it does: a playing one first, a photo last, then the newest."""
     # A player can have several: a paused track and a photo over it, or what a crash left behind.
-    def rank(session: Session) -> tuple[bool, bool, int]:
-        return session.state != PAUSED, session.item.type != PHOTO, number(session.session_key) or 0
-    return max(sessions, key=rank, default=None)
+    return max(sessions, default=None, key=lambda session: (
+        session.state != PAUSED, session.item.type != PHOTO, number(session.session_key) or 0))
 
 # -- Library: JSON or XML -> items (parse_container)
 def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
@@ -1265,8 +1247,6 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
 
-CLOCK_FAULTS = (9, 10)        # OpenSSL's verify codes: not yet valid, expired
-
 class TooMuch(http.client.HTTPException):
     """The other side sent more than it may."""
 
@@ -1382,7 +1362,7 @@ def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
         # A Pi without a network has no clock, and begins with the day of its last stop.
         now = local_time("%Y-%m-%d %H:%M", time.time())
         hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
-                if cause.verify_code in CLOCK_FAULTS else
+                if cause.verify_code in (9, 10) else          # OpenSSL's: not yet valid, expired
                 "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
         return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): {hint}")
     if isinstance(cause, TooMuch):
@@ -1436,14 +1416,13 @@ def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *,
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
-        content = bytearray()                         # it grows by what comes, never by the answer's own number
-        while piece := answer.read(min(MAX_HEAD, room + 1 - len(content))):
-            content += piece
+        # In pieces: memory is taken for what comes, never for the length that the answer gives.
+        content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))
         if len(content) > room:
             raise TooMuch
         if answer.length:                             # bytes that should have come, too
             raise http.client.IncompleteRead(b"", answer.length)
-        return Reply(answer.status, answer.headers, bytes(content))
+        return Reply(answer.status, answer.headers, content)
 
 @functools.lru_cache(maxsize=4)         # to load the CAs takes 30 ms, and the tracker asks TMDB for each show
 def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
@@ -1454,12 +1433,11 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
         raise ConfigError(f"-plex-ca-file: {shown_path(ca_file)} is not a CA bundle ({why(error)}); "
                           "give a PEM file.") from error
 
-# -- Plex Media Server (PlexServer, follow_stream)
+# -- Plex Media Server (PlexServer)
 # Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
 # that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
 MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
-# Plex pings on the event stream every 10 s: after SILENCE_S without a line it is broken.
-SILENCE_S = 30.0
+SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
 # From a stream that broke to the next try: the first time, and at most; it grows by half each time.  If the server has
 # no stream (404), or refuses the token for it (401), it is tried rarely.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
@@ -1506,8 +1484,7 @@ class PlexServer:
 
     def sessions(self) -> tuple[Session, ...]:
         """What plays now, on all players; raises PlexError.  Reads the token again, if its file has changed."""
-        token = self.token()
-        if token != self.current_token:
+        if (token := self.token()) != self.current_token:
             self.current_token = token
             self.renewed.set()
         return parse_sessions(self.get("/status/sessions").body)
@@ -1570,24 +1547,6 @@ def server_of(config: Config) -> PlexServer | None:
     return PlexServer(config.plex_server_url, SecretFile("-plex-token-file", config.plex_token_file).first,
                       config.plex_ca_file)
 
-def follow_stream(plex: PlexServer, tell: Callable[[Notification | Stream], object],
-                  pause: Callable[[float], object]) -> NoReturn:
-    """Read the event stream for ever, and tell what it says.  pause: sleeps, or ends early for a reason to retry."""
-    pause_s = STREAM_MIN_S
-    while True:
-        event, opened_at = "failed", time.monotonic()
-        try:
-            for notification in plex.notifications():
-                event = "broke"
-                tell(notification or Stream("opened"))
-        except PlexError as error:
-            tell(Stream(event, error.fault, str(error)))
-            if time.monotonic() - opened_at > SILENCE_S / 3:       # long enough for a ping: it worked
-                pause_s = STREAM_MIN_S
-            rare = event == "failed" and error.fault in WITHOUT_STREAM
-            pause((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
-            pause_s = min(STREAM_MAX_S, pause_s * 1.5)
-
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
 # How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait:
 # if it is left out, it comes again after 10 s.
@@ -1625,14 +1584,23 @@ def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     return True
 
 def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
-    """The stream's thread.  Notifications go into the inbox only while few messages wait: webhooks need the room."""
-    def tell(message: Notification | Stream) -> None:
-        put_message(inbox, message, MAX_NOTED if isinstance(message, Notification) else sys.maxsize)
-
-    def pause(pause_s: float) -> None:
-        plex.renewed.wait(pause_s)
-        plex.renewed.clear()
-    follow_stream(plex, tell, pause)
+    """The stream's thread: read the event stream for ever, and put what it says into the inbox."""
+    pause_s = STREAM_MIN_S
+    while True:
+        event, opened_at = "failed", time.monotonic()
+        try:
+            for notification in plex.notifications():
+                event = "broke"
+                # Notifications are added only while few messages wait: webhooks need the room.
+                put_message(inbox, notification or Stream("opened"), MAX_NOTED if notification else sys.maxsize)
+        except PlexError as error:
+            inbox.put(Stream(event, error.fault, str(error)))
+            if time.monotonic() - opened_at > SILENCE_S / 3:       # long enough for a ping: it worked
+                pause_s = STREAM_MIN_S
+            rare = event == "failed" and error.fault in WITHOUT_STREAM
+            plex.renewed.wait((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
+            plex.renewed.clear()
+            pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
 class Watcher:
     """Takes messages from the inbox, looks when a look is due, and reports what advance() says."""
@@ -1641,12 +1609,11 @@ class Watcher:
                  tell: Callable[[Status, Sequence[Change]], object], wake_s: float = math.inf):
         """tell: hears of each new Status, and of the Changes since the last one.  wake_s: the longest sleep."""
         self.config, self.inbox, self.plex, self.tell, self.wake_s = config, inbox, plex, tell, wake_s
+        self.latest = config.plex_machine_id         # the player that changed last
         self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
         if plex:
-            self.players[config.plex_machine_id] = PlayerState(config.plex_machine_id, has_server=True,
-                                                               poll_interval_s=config.poll_interval_s,
-                                                               look_at=time.monotonic())
-        self.latest = config.plex_machine_id         # the player that changed last
+            self.players[self.latest] = PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
+                                                    poll_interval_s=config.poll_interval_s)
         self.status = Status(has_server=bool(plex), stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
@@ -1663,7 +1630,7 @@ class Watcher:
                 if isinstance(message, BaseException):
                     raise message
                 self.handlers[type(message)](message)
-            if (due := self.due()) is not None and due <= time.monotonic():
+            if self.due() <= time.monotonic():
                 self.look()
 
     def publish(self, busy_since: float | None) -> None:
@@ -1672,15 +1639,15 @@ class Watcher:
         news, self.news = self.news, []
         self.tell(self.status, news)
 
-    def due(self) -> float | None:
-        """When the next look is due; None: not before something is heard."""
-        return min((p.look_at for p in self.players.values() if p.look_at is not None), default=None)
+    def due(self) -> float:
+        """When the next look is due; infinity: not before something is heard."""
+        return min((p.look_at for p in self.players.values() if p.look_at is not None), default=math.inf)
 
     def receive(self) -> list[Message]:
         """What is in the inbox, after a wait for something to do."""
         self.publish(None)
-        due, messages = self.due(), []
-        wait_s = min(self.wake_s, math.inf if due is None else max(0.0, due - time.monotonic()))
+        messages: list[Message] = []
+        wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
         with contextlib.suppress(queue.Empty):
             messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
             messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
@@ -5056,35 +5023,28 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player"):
         self.token, self.machine_identifier, self.speed = token, machine_identifier, 1.0      # speed: times faster
-        # state, attributes, view_offset in ms, and since when (monotonic s); None: stopped
-        self.now: tuple[str, dict[str, str], float, float] | None = None
+        self.now: tuple[str, dict[str, str], float, float] = (STOPPED, {}, 0.0, 0.0)
         super().__init__(("127.0.0.1", 0), _StandInHandler)
-
-    @property
-    def url(self) -> str:
-        """Its URL, as for -plex-server-url."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"       # as for -plex-server-url
 
     def view_offset(self) -> float:
         """Where the player is, ms."""
-        if self.now is None:
-            return 0.0
+        # Of now: the state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         state, _, offset, since = self.now
         return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
     def turn(self, state: str, attributes: dict[str, str]) -> None:
         """The player plays, pauses or stops an item; another item starts at its beginning."""
-        offset = self.view_offset() if self.now and self.now[1] == attributes else 0.0
-        self.now = None if state == STOPPED else (state, attributes, offset, time.monotonic())
+        offset = self.view_offset() if self.now[1] == attributes else 0.0
+        self.now = (STOPPED, {}, 0.0, 0.0) if state == STOPPED else (state, attributes, offset, time.monotonic())
 
     def sessions(self) -> bytes:
         """The body of /status/sessions."""
-        container = ElementTree.Element("MediaContainer", size="0" if self.now is None else "1")
-        if self.now is not None:
-            state, attributes, _, _ = self.now
-            item = ElementTree.SubElement(
-                container, "Track" if attributes["type"] == "track" else "Video",
-                attributes | {"sessionKey": "7", "viewOffset": str(int(self.view_offset()))})
+        state, attributes, _, _ = self.now
+        container = ElementTree.Element("MediaContainer", size="0" if state == STOPPED else "1")
+        if state != STOPPED:
+            kind, position = "Track" if attributes["type"] == "track" else "Video", str(int(self.view_offset()))
+            item = ElementTree.SubElement(container, kind, attributes | {"sessionKey": "7", "viewOffset": position})
             ElementTree.SubElement(item, "User", id="1", title="demo")
             ElementTree.SubElement(item, "Player", machineIdentifier=self.machine_identifier, title="Living Room",
                                    product="Plexamp", platform="Linux", state=state)
@@ -5198,10 +5158,10 @@ def server_url(word: str) -> str:
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
 READERS: dict[str, tuple[Any, ...]] = {
-    "webhooks_port": (a_number, 1, 65535, False, True), "rate_limit": _COUNT, "last": _COUNT,
-    "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
-    "speed": (a_number, 1, 100, False, False), "plex_server_url": (server_url,), "log_level": (one_of, LEVELS),
-    "log_format": (one_of, ("text", "json")), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "webhooks_port": (a_number, 1, 65535, False, True), "speed": (a_number, 1, 100, False, False), "last": _COUNT,
+    "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
+    "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
+    "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
@@ -5214,12 +5174,10 @@ def help_text() -> str:
                       "", notes.rstrip()])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError.
-
-    No message repeats a value: it may be a token, or a URL with one.
-    """
-    # Not by argparse: its messages repeat what was given, and differ between Pythons; and to load and to build it
-    # takes 5 ms of each start.  A value that begins with a dash needs the form -flag=VALUE.
+    """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
+    # No message repeats a value: it may be a token, or a URL with one.  That is why this is not argparse, whose
+    # messages also differ between Pythons; and to load and to build it takes 5 ms of each start.  A value that begins
+    # with a dash needs the form -flag=VALUE.
     flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
     found, others, ahead = dict[str, Any](), list[str](), iter(words)
     for word in ahead:
@@ -5247,10 +5205,8 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 # --- the world
 
 def read_flags(path: str) -> list[str]:
-    """The words in an @FILE; raises ConfigError.
-
-    In it, a word that begins with @ is a value: no file names another one, or itself.
-    """
+    """The words in an @FILE; raises ConfigError."""
+    # In it, a word that begins with @ is a value: no file names another one, or itself.
     try:
         content, _, version = read_regular(path, MAX_FLAGS + 1)
         if version is None or len(content) > MAX_FLAGS or b"\0" in content:
@@ -5277,8 +5233,7 @@ def parse_config(words: Sequence[str]) -> Config:
     if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
-    if command == "players":
-        # Given as HOST:PORT or as a URL.
+    if command == "players":                          # its word is HOST:PORT or a URL
         try:
             rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
         except ValueError as error:

@@ -2362,21 +2362,25 @@ def test_a_ca_file_that_is_none_is_the_operators_fault(ca_file):
 
 
 def told(url, enough, timeout=8.0):
-    """What follow_stream() tells of a server, until it is enough."""
-    heard = []
+    """What watch_stream() puts into the inbox, until it is enough."""
+    heard, plex = [], sb.PlexServer(url, lambda: TOKEN)
 
     class Done(BaseException):
         pass
 
-    def tell(message):
-        heard.append(message)
-        if enough(heard):
-            raise Done
+    class Heard:
+        def qsize(self):
+            return 0
+
+        def put(self, message):
+            heard.append(message)
+            if enough(heard):
+                raise Done
     thread = threading.Thread(target=lambda: contextlib.suppress(Done).__enter__() or run(), daemon=True)
 
     def run():
         with contextlib.suppress(Done):
-            sb.follow_stream(sb.PlexServer(url, lambda: TOKEN), tell, time.sleep)
+            sb.watch_stream(plex, Heard())
     thread.start()
     thread.join(timeout)
     assert not thread.is_alive(), heard
@@ -2439,7 +2443,9 @@ def test_a_stream_that_is_refused_is_tried_rarely_and_one_that_breaks_less_and_l
     for status_, low, high in (("404 Not Found", 0.8 * sb.STREAM_RARE_S, 1.2 * sb.STREAM_RARE_S), ("503 No", 0.2, 1.2 * sb.STREAM_MAX_S)):
         pauses.clear()
         with RawServer(http_answer(b"", status_)) as server, pytest.raises(Done):
-            sb.follow_stream(sb.PlexServer(server.url, lambda: TOKEN), lambda message: None, sleep)
+            plex = sb.PlexServer(server.url, lambda: TOKEN)
+            plex.renewed = types.SimpleNamespace(wait=sleep, clear=lambda: None)
+            sb.watch_stream(plex, queue.SimpleQueue())
         assert all(low <= pause <= high for pause in pauses)
     assert pauses[0] < 0.4 and pauses[-1] > 0.8 * sb.STREAM_MAX_S
 
@@ -2834,7 +2840,7 @@ def test_without_a_server_nothing_can_be_looked_at():
     for message in (signal.SIGHUP, sb.Stop()):
         watcher.inbox.put(message)
     watcher.run()
-    assert watcher.players and watcher.due() is None
+    assert watcher.players and watcher.due() == math.inf
 
 
 # === Page ===
