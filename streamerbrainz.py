@@ -996,16 +996,17 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
         return player, ()
     said = Claim(notification.state, notification.rating_key, "events", key, at, notification.view_offset)
-    if not named and key not in keys:
-        return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
-    if said.state == STOPPED and key not in keys:     # a stop may come without the session's key, or under a new one
+    if named and said.state == STOPPED and key not in keys:       # it may come without a key, or under a new one
         said = said._replace(session_key="")
     known = [trace for trace in player.traces if said.about(trace.session)]
+    if not named and key not in keys and (key or not known):
+        return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
     if not known and said.state == STOPPED:           # of an item that is over already
         return player, ()
     alive = player if said.state in (PAUSED, STOPPED) else revived(player, said, at)
     if not known or not all(repeats(player, trace.session, said.state) for trace in known):
-        return claimed(alive, said._replace(state=TRANSITIONS[player.state, said.state] or PAUSED), at), ()
+        before = player.state if key == player.session_key else STOPPED
+        return claimed(alive, said._replace(state=TRANSITIONS[before, said.state] or PAUSED), at), ()
     if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
         alive = alive._replace(view_offset=clamp(said.view_offset, player.item), moved_at=at)
     return look_no_later(alive, at) if any(trace.stale for trace in known) else alive, ()
@@ -1213,8 +1214,7 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
     player, reports = AFTER[type(observation)](before, observation, at)
     if not player.has_server:
         return player, reports                        # the webhooks are the only witness: nothing proves them
-    player = within_budget(player)
-    player, news = prove(before, player, observation, reports, at)
+    player, news = prove(before, within_budget(player), observation, reports, at)
     return player, reports + news
 
 # -- Status: what the Watcher knows, for the other chapters
