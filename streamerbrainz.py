@@ -744,8 +744,8 @@ TRANSITIONS = {
 # What a webhook's event claims about its player; all other events claim nothing.
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
-# From a look that failed to the next one: the first time, and at most; it doubles each time.  A webhook meanwhile shows
-# that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
+# From a look that failed to the next one: the first time, and at most; it doubles each time.  A witness that speaks
+# shows that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
 # From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
 FOREIGN_S = 1.0
@@ -753,24 +753,26 @@ FOREIGN_S = 1.0
 LATE_S = 10.0
 # From one look to the next while a player buffers; for FROZEN_S, no longer.
 BUFFERING_S = 2.0
-# When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s.  Steps of
-# 0.25 s find a change that lasts only 2 s; steps that double would miss it.  And so many claims may wait at once.
-RELOOK_S, MAX_CLAIMS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5), 8
+# When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s, seldom longer.
+# Steps of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
+RELOOK_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5)
+# How many claims may wait at once; a skip makes three.
+MAX_CLAIMS = 8
 # The same after a notification that does not say whose it is, until a look shows its session.
 WHOSE_S = (FOREIGN_S, 2.5)
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
-# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
+# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.  (10 s and
+# a bit: a look counts from its end.)
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
-# A session that plays shows life at least so often: Plex renews its position, and repeats its notification, each 10 to
-# 15 s.  What was silent for longer while a newer session of the player began was left behind by a crash.
+# A session that plays shows life each RENEWED_S, after LIFE_S at the latest: Plex renews its position, and repeats its
+# notification, each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
 RENEWED_S, LIFE_S = 10.0, 16.0
-# How long a playing view_offset must stand still before the player is taken for dead: three renewals, as Plex renews it
-# each 10 to 15 s.  When a look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  By then
-# a track on repeat may be at that position again, if its length divides the wait: 10, 20 and 40 s divide 40.  41 is a
-# prime: only a track of 41 s can be.
+# How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  When a
+# look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  By then a track on repeat may be
+# at that position again, if its length divides the wait: 10, 20 and 40 s divide 40.  41 is a prime: only 41 s can.
 FROZEN_S = 41.0
 # A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
 # that are missing in a row make a warning.
@@ -829,10 +831,10 @@ class Trace(NamedTuple):
     """What is remembered of a session from one look to the next."""
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
-    alive_at: float               # the last sign of life, as far as known: it moved, or a witness said that it plays
+    alive_at: float               # its last sign of life, as far as known: a change in it, or a witness's word
     born: float                   # when its session_key was first seen
-    told: bool = False            # a witness told of its state, too
-    stale: bool = False           # perhaps left behind by a crash: a newer session began after its last sign of life
+    told: bool = False            # a witness told of its state, too: that is no pause that a crash left behind
+    stale: bool = False           # a newer session began after its last sign of life; until the next such sign
 
 class Expected(NamedTuple):
     """A change whose webhook has not come yet, or a webhook whose change has not been seen yet."""
@@ -921,13 +923,17 @@ def within_budget(player: PlayerState) -> PlayerState:
     gap_s = (recent[0] + BUDGET_S - recent[-1]) / (MAX_LOOKS + 1 - len(recent))
     return player._replace(look_at=max(player.look_at, recent[-1] + gap_s))
 
+def look_soon(player: PlayerState, at: float, wait_s: float = 0.0) -> PlayerState:
+    """The player, with its next look after wait_s at the latest; in an outage Plex gets a rest."""
+    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else wait_s))
+
 def claimed(player: PlayerState, claim: Claim, at: float, wait_s: float = 0.0) -> PlayerState:
-    """The player with one more claim, and its next look after wait_s at the latest; in an outage Plex gets a rest."""
+    """The player with one more claim, and a look soon."""
     same = [each for each in player.claims if each[:4] == claim[:4]]
     if claim.ours or not same:                        # who repeats that somebody plays does not put off the looks
         claims = (claim, *(each for each in player.claims if each not in same))
         player = player._replace(claims=claims[:MAX_CLAIMS])
-    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else wait_s))
+    return look_soon(player, at, wait_s)
 
 def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     """The player after a sign of life of the session that a claim is about, and of no other."""
@@ -980,8 +986,7 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
         return player, ()
     state, ours = CLAIMS.get(webhook.event), webhook.player_uuid == player.machine_identifier
     if not ours or state is None:
-        wait_s = RETRY_HEARD_S if player.outage else 0.0 if ours else FOREIGN_S
-        return look_no_later(player, at + wait_s), ()
+        return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
     return claimed(revived(player, claim, at) if state == PLAYING else player, claim, at), ()
 
@@ -995,18 +1000,18 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     named = notification.client_identifier
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
         return player, ()
-    said = Claim(notification.state, notification.rating_key, "events", key, at, notification.view_offset)
-    if named and said.state == STOPPED and key not in keys:       # it may come without a key, or under a new one
+    state = TRANSITIONS[player.state if key == player.session_key else STOPPED, notification.state] or PAUSED
+    said = Claim(state, notification.rating_key, "events", key, at, notification.view_offset)
+    if named and state == STOPPED and key not in keys:      # it may come without a key, or under a new one
         said = said._replace(session_key="")
     known = [trace for trace in player.traces if said.about(trace.session)]
     if not named and key not in keys and (key or not known):
         return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
-    if not known and said.state == STOPPED:           # of an item that is over already
+    if not known and state == STOPPED:                # of an item that is over already
         return player, ()
-    alive = player if said.state in (PAUSED, STOPPED) else revived(player, said, at)
-    if not known or not all(repeats(player, trace.session, said.state) for trace in known):
-        before = player.state if key == player.session_key else STOPPED
-        return claimed(alive, said._replace(state=TRANSITIONS[before, said.state] or PAUSED), at), ()
+    alive = revived(player, said, at) if state == PLAYING else player
+    if not known or not all(repeats(player, trace.session, notification.state) for trace in known):
+        return claimed(alive, said, at), ()
     if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
         alive = alive._replace(view_offset=clamp(said.view_offset, player.item), moved_at=at)
     return look_no_later(alive, at) if any(trace.stale for trace in known) else alive, ()
@@ -1019,23 +1024,21 @@ def repeats(player: PlayerState, session: Session, said: str) -> bool:
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
-    if stream.event == "failed" or (player.outage and stream.event == "broke"):
-        return player, ()
-    return look_no_later(player, at + (RETRY_HEARD_S if player.outage else 0.0)), ()       # the server lives
+    return (player if stream.event == "failed" else look_soon(player, at)), ()
 
 def follow(player: PlayerState, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
     same = [trace for trace in player.traces if trace.session.session_key == session.session_key]
     before = next((trace for trace in same if trace.session.key == session.key), None)
+    told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
+        any(trace.told and trace.session.state == session.state for trace in same)
     if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
-        return before._replace(session=session)
+        return before._replace(session=session, told=told)
     alive_at = at
     if before and before.session.must_move and session.must_move:
         # It played on since the last look, which may be long ago, and may have crashed since then.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
         alive_at = at if moved_s < 0 else min(at, max(at - RENEWED_S, before.since + moved_s))
-    told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
-        any(trace.told and trace.session.state == session.state for trace in same)
     return Trace(session, at, alive_at, same[0].born if same else at, told)
 
 def frozen(trace: Trace, at: float) -> bool:
@@ -1057,13 +1060,13 @@ def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
     return trace._replace(stale=True) if newer else trace
 
 def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
-    """Whether a session counts.  What is believed to play does until it is frozen, another one for LIFE_S."""
+    """Whether a session counts.  What is believed to play does until it is frozen, another that plays for LIFE_S."""
     # One player can have two that play (a cast, several rooms).  When the newest ends, the other one is what it does
     # then, if it lives.  If it is stale, we wait until it shows life: nobody knows yet whether it was left by a crash.
+    if not trace.session.must_move:
+        return not trace.stale
     believed = player.state == PLAYING and player.session_key == trace.session.session_key and not trace.stale
-    if trace.session.must_move and not believed:
-        return at - trace.alive_at < LIFE_S
-    return not trace.stale and not frozen(trace, at)
+    return not frozen(trace, at) if believed else at - trace.alive_at < LIFE_S
 
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
@@ -1100,7 +1103,7 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
         state = PLAYING                               # two witnesses agree: it is starting
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
     said = [(chosen.since, session.view_offset, chosen.since),
-            *((claim.at, claim.view_offset, claim.at) for claim in about if claim.by == "events")]
+            *((claim.at, claim.view_offset, claim.at) for claim in about)]
     if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
         goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)
         said.append((player.moved_at if player.session_key == session.session_key else -math.inf, *goes_on))

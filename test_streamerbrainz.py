@@ -1921,6 +1921,67 @@ def test_a_stream_that_opens_in_an_outage_shows_that_the_server_lives():
     assert judge.said() == [(PAUSED, A)]
 
 
+@pytest.mark.parametrize("events", [["media.pause", "media.rate"], ["media.rate", "media.pause"]])
+def test_a_paused_session_is_no_ghost_if_a_witness_told_of_it_before_the_look_or_after(events):
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(20)
+    judge.show(session_xml(PAUSED, offset="20000"))
+    for event in events:                                   # either of them brings the look that sees the pause
+        judge.hear(event)
+        judge.wait(0.2)
+    judge.show(session_xml(PAUSED, offset="20000"), session_xml(key="8", item=OTHER))
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(5)
+    judge.show(session_xml(PAUSED, offset="20000"))
+    judge.note(STOPPED, "102", key="8")
+    judge.wait(5)
+    assert judge.said() == [(PAUSED, A), (PLAYING, B), (PAUSED, A)]
+
+
+def test_a_claim_outlives_a_slow_look_that_began_before_the_sessions_knew():
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.note(PAUSED)
+    judge.at += 4.5                                        # the look took so long, and shows what was so at its begin
+    judge.observe(Look(judge.world))
+    judge.show(session_xml(PAUSED))
+    judge.wait(1)
+    assert judge.said() == [(PAUSED, A)]
+
+
+def test_claims_that_wait_are_few():
+    judge = playing(poll_interval_s=0.0)
+    for number in range(200):
+        judge.note(PLAYING, str(number + 500))
+        judge.hear("media.play", {**SONG, "ratingKey": str(number + 900)})
+    assert len(judge.player.claims) == sb.MAX_CLAIMS and judge.player.claims[0].identity == "1099"
+
+
+def test_a_stale_session_that_a_notification_revives_is_looked_at():
+    judge = playing(poll_interval_s=0.0)
+    judge.wait(5)
+    judge.show(session_xml(), session_xml(PAUSED, key="8", item=OTHER))
+    judge.note(PAUSED, "102", key="8")
+    judge.wait(20)                                         # the older one has been silent for too long
+    assert judge.said() == [(PAUSED, B)]
+    judge.show(session_xml(offset="10000"), session_xml(PAUSED, key="8", item=OTHER))
+    judge.note(PLAYING, view_offset=10000)
+    judge.wait(0.1)
+    assert judge.said() == [(PLAYING, A)]
+
+
+def test_a_webhook_within_ten_seconds_of_changes_says_that_webhooks_arrive():
+    judge = playing()
+    judge.wait(1)
+    judge.hear("media.scrobble")
+    for number, state in enumerate((PAUSED, PLAYING, PAUSED, PLAYING)):
+        judge.show(session_xml(state, offset=str(number)))
+        judge.note(state)
+        judge.wait(2)                                      # all within ten seconds of that webhook
+    judge.wait(30)
+    assert judge.player.proof.missed == 4 and not any(isinstance(r, sb.WebhooksMissing) for r in judge.reports)
+
+
 @pytest.mark.parametrize("key", ["", "99"])
 def test_a_stop_without_its_sessions_key_or_under_a_new_one_is_ours(key):
     judge = playing(poll_interval_s=0.0)
