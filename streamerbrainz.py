@@ -2676,27 +2676,24 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
-    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
-              "ARTISTS": item.artist, "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0,
-              "POSITION_MS": change.position_ms, "PLEX_PLAYER_ID": change.machine_identifier,
-              "PLEX_PLAYER_TITLE": change.player_title, "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key,
-              "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth,
-              "OLD_STATE": change.old_state, "REASON": change.reason}
+    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title, "ARTISTS": item.artist,
+              "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+              "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title,
+              "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate,
+              "PLEX_BIT_DEPTH": item.bit_depth, "OLD_STATE": change.old_state, "REASON": change.reason}
     return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
 
 class Amplifier(NamedTuple):
     """Whether the hook was told `active`, and when it must be told `inactive`."""
     playing: frozenset[str] = frozenset()     # machine_identifiers
-    active: bool = False
-    off_at: float | None = None   # monotonic s; None: not before something changes
+    off_at: float | None = None   # monotonic s, once nothing plays any more; None: not before something changes
 
 def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
     """The amplifier after a change of a player, and whether the hook must be told `active` first."""
     if change.state == PLAYING:
-        return Amplifier(amplifier.playing | {change.machine_identifier}, True), not amplifier.active
+        return Amplifier(amplifier.playing | {change.machine_identifier}), amplifier == Amplifier()
     playing = amplifier.playing - {change.machine_identifier}
-    ended = amplifier.active and not playing and amplifier.off_at is None
-    return Amplifier(playing, amplifier.active, at + active_timeout_s if ended else amplifier.off_at), False
+    return Amplifier(playing, at + active_timeout_s if amplifier.playing and not playing else amplifier.off_at), False
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
     """The waiting events with one more."""
@@ -2758,20 +2755,16 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: 
     """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
     # The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
     # `stopping` could be read: then its whole process group was ended.
-    with contextlib.ExitStack() as descriptors:
-        reader, writer = os.pipe()
-        descriptors.callback(os.close, reader)
-        try:
+    reader, writer = os.pipe()
+    with open(reader, "rb"):                          # each `with` is there to close its descriptor
+        with open(writer, "wb"):
             pid = spawn(command, environment, writer)
-        finally:
-            os.close(writer)
-        exited = os.pidfd_open(pid)
-        descriptors.callback(os.close, exited)
-        grace_s, output = read_output(reader, exited, stopping)
-        for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
-            with contextlib.suppress(OSError):        # it has gone, or belongs to another user (sudo)
-                os.killpg(pid, signal_no)
-            select.select([exited], (), (), grace_s)
+        with open(os.pidfd_open(pid), "rb", buffering=0) as exited:
+            grace_s, output = read_output(reader, exited.fileno(), stopping)
+            for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
+                with contextlib.suppress(OSError):    # it has gone, or belongs to another user (sudo)
+                    os.killpg(pid, signal_no)
+                select.select([exited], (), (), grace_s)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG if grace_s else 0)[1])
         return None if grace_s else code if code >= 0 else 128 - code, output
 
@@ -2782,8 +2775,7 @@ class Hooks:
         """level: of the line that says that the command ran."""
         self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
         self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
-        self.amplifier, self.latest = Amplifier(), dict[str, str]()
-        self.waiting: Waiting = []
+        self.amplifier, self.latest, self.waiting = Amplifier(), dict[str, str](), Waiting()
         # running: held while a command runs.  ended, and stopping can be read: end() was called.
         self.running, self.stopping, self.ended = threading.Lock(), os.eventfd(0), False
 
@@ -2855,10 +2847,8 @@ def hook(config: Config) -> int:
     if not config.on_event:
         raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', or the @FILE that has its flag.")
     event, command = config.words[0], hook_command(config.on_event)
-    state = event if event in (PAUSED, STOPPED) else PLAYING
     before = STOPPED if event in (PLAYING, "active") else PLAYING
-    change = Change(state, before, SAMPLE, 61000, "Living Room", "sample-player", "hook")
-    environment = hook_environment(change, event)
+    environment = hook_environment(Change(event, before, SAMPLE, 61000, "Living Room", "sample-player", "hook"), event)
     values = (f"    {name}={shlex.quote(value)}" for name, value in environment.items())
     print("\n".join([shlex.join(command), *values]), flush=True)
     try:
@@ -4221,9 +4211,8 @@ def tracker_command(config: Config) -> int:
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
-    together = {"-plex-server-url": config.plex_server_url, "-plex-token-file": config.plex_token_file,
-                "-plex-machine-id": config.plex_machine_id}
-    missing = [flag for flag, value in together.items() if not value]
+    missing = [flag for flag in ("-plex-server-url", "-plex-token-file", "-plex-machine-id")
+               if not getattr(config, flag[1:].replace("-", "_"))]
     if missing and (config.plex_server_url or config.plex_token_file):
         hint = " (`streamerbrainz.py players` shows the identifiers.)" if "-plex-machine-id" in missing else ""
         raise ConfigError(f"half a configuration: to ask the server, add {' and '.join(missing)}; "
@@ -4337,18 +4326,16 @@ class Systemd:
     """The service manager (sd_notify(3)); if there is none, nothing happens."""
 
     def __init__(self, environ: Mapping[str, str]):
-        address = environ.get("NOTIFY_SOCKET", "")
-        self.address = "\0" + address[1:] if address.startswith("@") else address
+        self.address = re.sub("^@", "\0", environ.get("NOTIFY_SOCKET", ""))
         usec = number(environ.get("WATCHDOG_USEC")) or 0
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.wake_s = usec / 2e6 if usec and ours and address else math.inf      # half of the watchdog's patience
+        self.wake_s = usec / 2e6 if usec and ours and self.address else math.inf      # half of the watchdog's patience
         self.pinged_at, self.told = -math.inf, ""
 
     def notify(self, *assignments: str) -> None:
-        """Send READY=1 and the like; a manager that has gone is no error."""
-        if self.address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-                notifier.sendto("\n".join(assignments).encode(), self.address)
+        """Send READY=1 and the like; a manager that has gone, or was never there, is no error."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.sendto("\n".join(assignments).encode(), self.address)
 
     def tell(self, status: Status) -> None:
         """Send STATUS= when it changes, and WATCHDOG=1 in time.  The main loop calls this: it is what can hang."""
@@ -4368,8 +4355,8 @@ STOP_S, TWICE_S, ADDRESS_S = 0.3, 0.15, 10.0
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
     # One that is ignored stays ignored: `nohup` does that with SIGHUP.
-    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signals = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
+    ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signals = {each for each in ours if signal.getsignal(each) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
 
@@ -4377,8 +4364,8 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
     """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals."""
     # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
     # STOP_S, this thread ends the process; a second signal ends it at once.
-    while (number := signal.sigwait(signals)) == signal.SIGHUP:
-        inbox.put(signal.Signals(number))
+    while signal.sigwait(signals) == signal.SIGHUP:
+        inbox.put(signal.SIGHUP)
     inbox.put(Stop())
     begun = time.monotonic()
     while (left := begun + STOP_S - time.monotonic()) > 0:
@@ -4489,7 +4476,6 @@ def outlive_main(work: Callable[[], None]) -> None:
             threading.main_thread().join()
             with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
                 import ctypes  # here: the other commands do without
-
                 ctypes.CDLL(None).malloc_trim(0)
                 ctypes.CDLL(None).mallopt(-3, LARGE_BODY)       # M_MMAP_THRESHOLD: else each thread keeps a picture
             work()
@@ -4550,8 +4536,7 @@ def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
     inbox: Inbox = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file) if config.webhook_secret_file else None
-    listener = open_listener(config)
-    if listener is None:
+    if (listener := open_listener(config)) is None:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
         return 0
     hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
@@ -4563,13 +4548,11 @@ def players(config: Config) -> int:
     url, token = config.words[0] if config.words else config.plex_server_url, ""
     if not url:
         raise ConfigError("players: name the server, as in: streamerbrainz.py players 192.168.1.5:32400")
-    if config.plex_token_file:
-        token = SecretFile("-plex-token-file", config.plex_token_file).first()
-    elif sys.stdin.isatty():
-        with contextlib.suppress(EOFError):           # without echo; and on a command line, ps would show it
-            token = getpass.getpass("Plex token (it is not shown): ").strip()
-    else:
+    if not config.plex_token_file and not sys.stdin.isatty():
         raise ConfigError("players: give the token in a file, with -plex-token-file.")
+    with contextlib.suppress(EOFError):               # without echo; and on a command line, ps would show it
+        token = (read_secrets("-plex-token-file", config.plex_token_file)[0][0] if config.plex_token_file else
+                 getpass.getpass("Plex token (it is not shown): ").strip())
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
@@ -4587,8 +4570,8 @@ def players(config: Config) -> int:
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
 # Needs: Ground
-# Needs of Player: PlexServer, Session, server_of, Reply, exchange, tls_context, parse_container, encode_webhook,
-#   PROOF_MISSES, find_addresses, origin
+# Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
+#   find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
@@ -4672,8 +4655,7 @@ def without_secrets(url: str) -> str:
     if not found or ("@" in found[4] and len(found[3]) < 2):
         return url and "/..."
     scheme, host, path, rest = found.groups()
-    shown = f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path
-    return f"{scheme}{host}{shown}"
+    return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
 
 def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
@@ -4706,11 +4688,6 @@ def host_difference(host: str, plex_url: str) -> str:
         return f"the host {host} has no address (a container's name?); this machine is {address}"
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
-def ask(url: str, headers: Mapping[str, str]) -> tuple[Reply, object]:
-    """An answer, and the JSON in it (None: it is not JSON).  Raises PlexError."""
-    reply = exchange(url, headers, context=tls_context(url))
-    return reply, json_value(reply.body)
-
 def send_to(url: str) -> str:
     """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
     # It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
@@ -4735,8 +4712,7 @@ class Doctor:
 
     def __init__(self, config: Config):
         self.config, self.port, self.met = config, config.webhooks_port, {""}
-        self.secrets: tuple[str, ...] = ()
-        self.hidden: tuple[str, ...] = ()
+        self.secrets, self.hidden = tuple[str, ...](), tuple[str, ...]()
         self.now: Mapping[str, Any] = {}
         self.root: Mapping[str, Any] = {}
         self.date = self.url = self.query = ""
@@ -4821,7 +4797,7 @@ class Doctor:
         # Another version: the file was replaced, and the daemon not restarted since.  As localhost: our own name may
         # look like a website's.
         try:
-            reply, said = ask(local_url(self.config, "/healthz"), {"Host": "localhost"})
+            reply = exchange(local_url(self.config, "/healthz"), {"Host": "localhost"})
         except PlexError:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
@@ -4836,7 +4812,7 @@ class Doctor:
             return Finding(FAIL, f"it is version {version}, and this is {VERSION}",
                            "systemctl --user restart streamerbrainz")
         if reply.status != 200:
-            reasons = json_object(said).get("reasons")
+            reasons = json_object(json_value(reply.body)).get("reasons")
             words = "; ".join(map(text, reasons)) if isinstance(reasons, list) else ""
             return Finding(FAIL, f"/healthz answers {reply.status}: {words}", "fix the reasons listed")
         return Finding(OK, f"version {version}, healthy")
@@ -4844,10 +4820,10 @@ class Doctor:
     def arrivals(self) -> Finding:
         """Which webhooks has the daemon received, and which has it refused?"""
         # Refused ones matter only while the right ones do not come: else the mistake was corrected since.
-        reply, said = ask(local_url(self.config, "/now") + self.query, {"Host": "localhost"})
+        reply = exchange(local_url(self.config, "/now") + self.query, {"Host": "localhost"})
         if reply.status != 200:
             return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
-        self.now = json_object(said)
+        self.now = json_object(json_value(reply.body))
         seen = json_object(self.now.get("webhooks"))
         last_s, missed = seen.get("last_s"), number(seen.get("in_a_row_missed")) or 0
         heard = "none has come since the daemon started" if last_s is None else f"the last came {last_s} s ago"
@@ -4889,10 +4865,10 @@ class Doctor:
         """Has the owner's account at plex.tv a webhook that leads here?"""
         # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
         plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
-        reply, found = ask(f"{plex_tv}/api/v2/user/webhooks", {
-            "Accept": "application/json", "X-Plex-Token": self.plex.current_token,
-            "X-Plex-Client-Identifier": "streamerbrainz"})
-        if reply.status != 200 or not isinstance(found, list):
+        headers = {"Accept": "application/json", "X-Plex-Token": self.plex.current_token,
+                   "X-Plex-Client-Identifier": "streamerbrainz"}
+        reply = exchange(f"{plex_tv}/api/v2/user/webhooks", headers, context=tls_context(plex_tv))
+        if reply.status != 200 or not isinstance(found := json_value(reply.body), list):
             return Finding(SKIP, f"plex.tv answers {reply.status}, without a list of webhooks")
         urls = [url for each in found[:100] if (url := text(json_object(each).get("url"), 2000))]
         if not urls:
@@ -4918,8 +4894,7 @@ class Doctor:
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
         differs = {
-            elsewhere: elsewhere,
-            f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+            elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
             f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
@@ -4997,8 +4972,7 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (75, "You press stop: the session ends.", STOPPED, _TEARDROP, "media.stop", 1),
     (85, "You watch something instead.", PLAYING, _PILOT, "media.play", 1),
     (105, "You have seen enough.", STOPPED, _PILOT, "media.stop", 1),
-    (115, "That was the evening.", STOPPED, _PILOT, "", 0),
-)
+    (115, "That was the evening.", STOPPED, _PILOT, "", 0))
 
 
 # --- the world
@@ -5104,9 +5078,8 @@ def demo(config: Config) -> int:
 # Needs of Doctor: doctor
 # Needs of Demo: demo
 
-COMMANDS: dict[str, Callable[[Config], int]] = {
-    "run": run, "players": players, "doctor": doctor, "tracker": tracker_command, "secret": make_secret, "hook": hook,
-    "demo": demo}
+COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
+    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo}
 MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
 # A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
 TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"
@@ -5148,12 +5121,11 @@ def server_url(word: str) -> str:
     """The base URL of a server, without a slash at its end; raises ValueError, without the URL: it may hold a token."""
     try:
         parts = urllib.parse.urlsplit(word)
-        valid = (parts.scheme in ("http", "https") and parts.hostname and parts.hostname.encode("idna")
-                 and parts.port != 0 and re.fullmatch("[!-~]+", word) and not re.fullmatch(TOKEN_LIKE, parts.netloc))
+        if (parts.scheme not in ("http", "https") or not (parts.hostname and parts.hostname.encode("idna"))
+                or parts.port == 0 or not re.fullmatch("[!-~]+", word) or re.fullmatch(TOKEN_LIKE, parts.netloc)):
+            raise ValueError(word)
     except ValueError:                                # "http://[", a port above 65535, or "plex..lan"
-        valid = False
-    if not valid:
-        raise ValueError("this is no URL of a server; give one such as http://192.168.1.5:32400")
+        raise ValueError("this is no URL of a server; give one such as http://192.168.1.5:32400") from None
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
