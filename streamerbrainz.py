@@ -2894,9 +2894,9 @@ class Ids(NamedTuple):
     tvdb_id: int | None = None
     imdb_id: str | None = None    # tt0903747
 
-    def contradicts(self, other: Ids) -> bool:
-        """Whether both have an id in the same database, and the ids differ: these are two shows."""
-        return any(None not in pair and pair[0] != pair[1] for pair in zip(self, other, strict=True))
+    def contradicts(self, others: Sequence[int | str | None]) -> bool:
+        """Whether both (others: Ids, or its first) have an id in one database, and the ids differ: two shows."""
+        return any(None not in pair and pair[0] != pair[1] for pair in zip(self, others, strict=False))
 
 def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
     """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id."""
@@ -2981,7 +2981,7 @@ class Conflict(NamedTuple):
     kind: str                     # multiple_matches, ambiguous, no_match
     candidates: tuple[Candidate, ...] = ()
 
-# How much an id is trusted, in the order in which they are tried; as in the contract.
+# How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
 # A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
 # more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
@@ -3010,10 +3010,9 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    if years == -1 or (len(countries) == 2 and years != 1) or \
-            _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal):
-        return Candidate(known, min(score, TAKEN_ABOVE), -1)
-    return Candidate(known, score, years or 0)
+    differs = years == -1 or (len(countries) == 2 and years != 1) or \
+        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+    return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     """Which of the known shows is meant, by title and year.  An equal title wins over all similar ones."""
@@ -3095,8 +3094,13 @@ class Outcome(NamedTuple):
 
 # An entry whose server cannot be asked is tried again after 30 s, for a server restarts in that time.  Each pause is
 # twice as long as the one before, up to an hour: a server that was away all evening is found again within it.  Thirty
-# attempts take a day.  Only this pause counts: that the server is back wakes nobody.
+# attempts take a day.
 ENTRY_RETRY_MIN_S, ENTRY_RETRY_MAX_S, MAX_ATTEMPTS = 30.0, 3600.0, 30
+
+def retry_after_s(attempts: int) -> float | None:
+    """How long to wait after an attempt in vain; None: give up.  attempts: made in vain before it."""
+    # Only this pause counts: that the server is back wakes nobody.
+    return min(ENTRY_RETRY_MAX_S, ENTRY_RETRY_MIN_S * 2 ** attempts) if attempts < MAX_ATTEMPTS else None
 
 def entry_of(webhook: Webhook, at: float) -> Entry:
     """The Entry of a webhook that came at this Unix time.  A legacy agent's guid fills in season and episode."""
@@ -3377,15 +3381,13 @@ class Tracker:
                     raise TrackerError(str(error)) from error
             yield
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> contextlib.ExitStack:
         """Have the connection alone soon, or raise TrackerError: somebody waits for an answer."""
         if not self.lock.acquire(timeout=DATABASE_S):
             raise TrackerError(f"{self.path} is busy; try again later.")
-        try:
-            yield
-        finally:
-            self.lock.release()
+        held = contextlib.ExitStack()
+        held.callback(self.lock.release)
+        return held
 
     @contextlib.contextmanager
     def transaction(self, lasting: bool = True) -> Iterator[None]:
@@ -3462,11 +3464,6 @@ class Tracker:
         rows = self.all(f"SELECT {', '.join(Entry._fields)} FROM webhook_log WHERE {condition}", *values)
         return [Entry(*row) for row in rows]
 
-    def is_done(self, entry: Entry) -> bool:
-        """Whether another process (`tracker resolve`, `tracker import`) has finished an entry meanwhile."""
-        return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL AND "
-                        "action NOT IN ('conflict_created', 'episode_not_found')", entry.id) is not None
-
     def is_duplicate(self, entry: Entry) -> bool:
         """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
         # Live TV has no rating key: so guid and title are compared, too.
@@ -3489,13 +3486,10 @@ class Tracker:
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
-        tried = Ids()
-        for column, confidence in CONFIDENCE.items():
-            if value := getattr(show.ids, column):
-                for known in self.shows(f"type = ? AND {column} = ?", show.type, value):
-                    if not known.ids.contradicts(tried):
-                        return Match(known.id, column, confidence)
-                tried = tried._replace(**{column: value})
+        for i, (column, confidence) in enumerate(CONFIDENCE.items()):
+            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]):
+                if not known.ids.contradicts(show.ids[:i]):
+                    return Match(known.id, column, confidence)
         return None
 
     def match_title(self, show: Show) -> Match | Conflict:
@@ -3532,9 +3526,8 @@ class Tracker:
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
         """Fill in the ids that a show does not have, and that no other show has."""
-        for column in CONFIDENCE:
-            if value := getattr(ids, column):
-                self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
+        for column, value in ids._asdict().items():
+            self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, episodes: Iterable[Sequence[object]]) -> None:
         """Add or complete episodes, each a show's id and its EpisodeRow."""
@@ -3726,18 +3719,20 @@ class Worker:
         except PlexError as error:
             verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
         with self.tracker.transaction(lasting=False):
-            if self.tracker.is_done(entry):
+            # Another process (`tracker resolve`, `tracker import`) may have finished it meanwhile.
+            if self.tracker.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL "
+                                "AND action NOT IN ('conflict_created', 'episode_not_found')", entry.id):
                 return
             verdict = verdict or self.decide(entry, asked)
             outcome = self.conclude(entry, asked, verdict)
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
                 conflict_id, new = self.tracker.add_conflict(entry, asked.show, verdict)
-            retry_at = time.time() + min(ENTRY_RETRY_MAX_S, ENTRY_RETRY_MIN_S * 2 ** entry.attempts) \
-                if outcome.retry and entry.attempts < MAX_ATTEMPTS else None
+            wait_s = retry_after_s(entry.attempts) if outcome.retry else None
             self.tracker.write(
                 "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
                 "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3],
-                (outcome.match.show_id or None) if outcome.match else None, conflict_id, retry_at, entry.id)
+                (outcome.match.show_id or None) if outcome.match else None, conflict_id,
+                None if wait_s is None else time.time() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
 
     def ask(self, entry: Entry) -> Asked:
@@ -3984,8 +3979,7 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
         watched_at = unix_time(fields["watched_at"]) if fields.get("watched_at") else None
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"tracker import: {place}.watched_at is not a time such as 2026-11-21T20:15:00Z.") from error
-    plays = max(fields.get("plays") or 0, int(watched_at is not None))
-    return season, episode, text(fields.get("title")), watched_at, plays
+    return season, episode, text(fields.get("title")), watched_at, fields.get("plays") or int(watched_at is not None)
 
 def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
