@@ -3124,9 +3124,8 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
-    numbers = {"season": entry.season, "episode number": entry.episode}
-    wrong = [word for word, value in numbers.items() if value is None or value > MAX_NUMBER]
-    return next(iter(wrong), "") if entry.name else "title"
+    numbers = {"title": 0 if entry.name else None, "season": entry.season, "episode number": entry.episode}
+    return next((word for word, value in numbers.items() if value is None or value > MAX_NUMBER), "")
 
 def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
@@ -3588,9 +3587,8 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     about = {"title": entry.name} if entry.type != EPISODE else \
         {"show": entry.name, "season": entry.season, "episode": entry.episode}
     match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
-    more = {"reason": outcome.reason, "conflict": conflict_id}
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
-        **{key: value for key, value in more.items() if value})
+        **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
 
 # An entry on its way to the disk; its outcome (None: the worker decides); how the commit ended, for the waiting thread.
 Ticket = tuple[Entry, Outcome | None, queue.SimpleQueue[TrackerError | None]]
@@ -3632,10 +3630,10 @@ class Journal:
             self.fault = error
             say(logging.DEBUG if before else logging.ERROR,
                 f"webhooks are refused (503), because the tracker cannot be written: {error}")
-        for *_, result in tickets:
+        for _, outcome, result in tickets:
             result.put(self.fault)
-        if not self.fault and any(outcome is None for _, outcome, _ in tickets):
-            self.written.set()
+            if not (self.fault or outcome):
+                self.written.set()
 
 # -- Entries -> marks and conflicts: find_in_tmdb, Worker
 def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | None:
