@@ -2887,9 +2887,9 @@ class Ids(NamedTuple):
     tvdb_id: int | None = None
     imdb_id: str | None = None    # tt0903747
 
-    def contradicts(self, other: Ids) -> bool:
-        """Whether both have an id in the same database, and the ids differ: these are two shows."""
-        return any(None not in pair and pair[0] != pair[1] for pair in zip(self, other, strict=True))
+    def contradicts(self, others: Sequence[int | str | None]) -> bool:
+        """Whether both (others: Ids, or its first) have an id in one database, and the ids differ: two shows."""
+        return any(None not in pair and pair[0] != pair[1] for pair in zip(self, others, strict=False))
 
 def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
     """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id."""
@@ -2930,11 +2930,8 @@ def parse_title(title: str) -> Title:
     """The Title that Plex or a person wrote."""
     year, country = None, ""
     while qualified := _QUALIFIER.fullmatch(title):
-        title, word = qualified[1], qualified[2]
-        if word.isdigit():
-            year = int(word)
-        else:
-            country = COUNTRIES.get(word, word)
+        title, word = qualified.groups()
+        year, country = (int(word), country) if word.isdigit() else (year, COUNTRIES.get(word, word))
     return Title(normal(title), year, country)
 
 def named(title: str, year: int | None) -> str:
@@ -2977,7 +2974,7 @@ class Conflict(NamedTuple):
     kind: str                     # multiple_matches, ambiguous, no_match
     candidates: tuple[Candidate, ...] = ()
 
-# How much an id is trusted, in the order in which they are tried; as in the contract.
+# How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
 # A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
 # more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
@@ -3006,10 +3003,9 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    if years == -1 or (len(countries) == 2 and years != 1) or \
-            _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal):
-        return Candidate(known, min(score, TAKEN_ABOVE), -1)
-    return Candidate(known, score, years or 0)
+    differs = years == -1 or (len(countries) == 2 and years != 1) or \
+        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+    return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     """Which of the known shows is meant, by title and year.  An equal title wins over all similar ones."""
@@ -3102,12 +3098,9 @@ def retry_after_s(attempts: int) -> float | None:
 def entry_of(webhook: Webhook, at: float) -> Entry:
     """The Entry of a webhook that came at this Unix time.  A legacy agent's guid fills in season and episode."""
     item, scrobble = webhook.item or Item(), webhook.scrobble or Scrobble()
-    _, _, season, episode = parse_guid(item.guid) or (None,) * 4
-    if item.type == MOVIE:
-        season = episode = 0
-    else:
-        season = season if item.parent_index is None else item.parent_index
-        episode = episode if item.index is None else item.index
+    legacy = (parse_guid(item.guid) or (None,) * 4)[2:]
+    given = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
+    season, episode = (old if new is None else new for old, new in zip(legacy, given, strict=True))
     return Entry(at, webhook.event, webhook.server, webhook.account_id, webhook.account, item.type, item.rating_key,
                  item.guid, item.title, item.grandparent_title, season, episode, scrobble.year, scrobble.show_key,
                  scrobble.show_guid, " ".join(scrobble.guids))
@@ -3124,9 +3117,8 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
-    numbers = {"season": entry.season, "episode number": entry.episode}
-    wrong = [word for word, value in numbers.items() if value is None or value > MAX_NUMBER]
-    return next(iter(wrong), "") if entry.name else "title"
+    numbers = {"title": 0 if entry.name else None, "season": entry.season, "episode number": entry.episode}
+    return next((word for word, value in numbers.items() if value is None or value > MAX_NUMBER), "")
 
 def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
@@ -3304,6 +3296,7 @@ class Tracker:
             f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw", uri=True, isolation_level=None,
             check_same_thread=False, timeout=DATABASE_S)
         connection.row_factory = self.sqlite3.Row
+        connection.create_function("similarity", 2, similarity)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
         ours, version, tables = (connection.execute(query).fetchone()[0] for query in (
@@ -3380,15 +3373,13 @@ class Tracker:
                     raise TrackerError(str(error)) from error
             yield
 
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> contextlib.ExitStack:
         """Have the connection alone soon, or raise TrackerError: somebody waits for an answer."""
         if not self.lock.acquire(timeout=DATABASE_S):
             raise TrackerError(f"{self.path} is busy; try again later.")
-        try:
-            yield
-        finally:
-            self.lock.release()
+        held = contextlib.ExitStack()
+        held.callback(self.lock.release)
+        return held
 
     @contextlib.contextmanager
     def transaction(self, lasting: bool = True) -> Iterator[None]:
@@ -3445,8 +3436,7 @@ class Tracker:
 
     def note(self, name: str) -> int:
         """How far something came; 0: it has not begun."""
-        row = self.one("SELECT value FROM note WHERE name = ?", name)
-        return int(row["value"]) if row else 0
+        return int(self.one("SELECT coalesce(max(value), 0) FROM note WHERE name = ?", name)[0])
 
     def take_note(self, name: str, value: int) -> None:
         """Remember how far something came."""
@@ -3466,11 +3456,6 @@ class Tracker:
         rows = self.all(f"SELECT {', '.join(Entry._fields)} FROM webhook_log WHERE {condition}", *values)
         return [Entry(*row) for row in rows]
 
-    def is_done(self, entry: Entry) -> bool:
-        """Whether another process (`tracker resolve`, `tracker import`) has finished an entry meanwhile."""
-        return self.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL AND "
-                        "action NOT IN ('conflict_created', 'episode_not_found')", entry.id) is not None
-
     def is_duplicate(self, entry: Entry) -> bool:
         """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
         # Live TV has no rating key: so guid and title are compared, too.
@@ -3486,10 +3471,6 @@ class Tracker:
                         play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY) is not None
 
     # -- shows
-    def show(self, show_id: int) -> Show | None:
-        """The show or movie with an id."""
-        return next(iter(self.shows("id = ?", show_id)), None)
-
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
         """The shows and movies that fulfil a condition.  The table may be conflict, too: it has the same columns."""
         return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in self.all(
@@ -3497,22 +3478,17 @@ class Tracker:
 
     def match_ids(self, show: Show) -> Match | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
-        tried = Ids()
-        for column, confidence in CONFIDENCE.items():
-            if value := getattr(show.ids, column):
-                for known in self.shows(f"type = ? AND {column} = ?", show.type, value):
-                    if not known.ids.contradicts(tried):
-                        return Match(known.id, column, confidence)
-                tried = tried._replace(**{column: value})
+        for i, (column, confidence) in enumerate(CONFIDENCE.items()):
+            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]):
+                if not known.ids.contradicts(show.ids[:i]):
+                    return Match(known.id, column, confidence)
         return None
 
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
         # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
-        wanted = parse_title(show.title).normal
-        similar = [row["id"] for row in self.all("SELECT id, normal FROM show WHERE type = ?", show.type)
-                   if similarity(wanted, row["normal"]) >= MIN_SIMILARITY]
-        return choose_show(show, filter(None, map(self.show, similar)))
+        return choose_show(show, self.shows("type = ? AND similarity(normal, ?) >= ?", show.type,
+                                            parse_title(show.title).normal, MIN_SIMILARITY))
 
     def mapped(self, entry: Entry) -> Match | None:
         """The show that an entry's show was found to be before; None: not known, or its key belongs to another now."""
@@ -3542,9 +3518,8 @@ class Tracker:
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
         """Fill in the ids that a show does not have, and that no other show has."""
-        for column in CONFIDENCE:
-            if value := getattr(ids, column):
-                self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
+        for column, value in ids._asdict().items():
+            self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, episodes: Iterable[Sequence[object]]) -> None:
         """Add or complete episodes, each a show's id and its EpisodeRow."""
@@ -3605,9 +3580,8 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     about = {"title": entry.name} if entry.type != EPISODE else \
         {"show": entry.name, "season": entry.season, "episode": entry.episode}
     match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
-    more = {"reason": outcome.reason, "conflict": conflict_id}
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
-        **{key: value for key, value in more.items() if value})
+        **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
 
 # An entry on its way to the disk; its outcome (None: the worker decides); how the commit ended, for the waiting thread.
 Ticket = tuple[Entry, Outcome | None, queue.SimpleQueue[TrackerError | None]]
@@ -3638,22 +3612,21 @@ class Journal:
 
     def commit(self, tickets: Sequence[Ticket]) -> None:
         """Write the entries of all that wait, in one transaction, and tell each waiting thread how it ended."""
-        fault = None
+        before, self.fault = self.fault, None
         try:
             with self.tracker.transaction():
                 for entry, outcome, _ in tickets:
                     self.tracker.add_entry(entry, outcome)
-            if self.fault:
+            if before:
                 say(logging.INFO, "the tracker can be written again")
         except TrackerError as error:
-            fault = error
-            say(logging.DEBUG if self.fault else logging.ERROR,
-                f"webhooks are refused (503), because the tracker cannot be written: {fault}")
-        self.fault = fault
-        for *_, result in tickets:
-            result.put(fault)
-        if not fault and any(outcome is None for _, outcome, _ in tickets):
-            self.written.set()
+            self.fault = error
+            say(logging.DEBUG if before else logging.ERROR,
+                f"webhooks are refused (503), because the tracker cannot be written: {error}")
+        for _, outcome, result in tickets:
+            result.put(self.fault)
+            if not (self.fault or outcome):
+                self.written.set()
 
 # -- Entries -> marks and conflicts: find_in_tmdb, Worker
 def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | None:
@@ -3737,7 +3710,9 @@ class Worker:
         except PlexError as error:
             verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
         with self.tracker.transaction(lasting=False):
-            if self.tracker.is_done(entry):
+            # Another process (`tracker resolve`, `tracker import`) may have finished it meanwhile.
+            if self.tracker.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL "
+                                "AND action NOT IN ('conflict_created', 'episode_not_found')", entry.id):
                 return
             verdict = verdict or self.decide(entry, asked)
             outcome = self.conclude(entry, asked, verdict)
@@ -3760,10 +3735,9 @@ class Worker:
             show = self.ask_server(entry)
             asked = Asked(show, None if self.tracker.match_ids(show) else self.ask_tmdb(show))
         verdict = self.decide(entry, asked)
-        if self.may_add(asked.show, verdict) if isinstance(verdict, Conflict) else \
-                verdict.show_id and self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
-            return asked._replace(episodes=self.episodes(entry))
-        return asked
+        wanted = self.may_add(asked.show, verdict) if isinstance(verdict, Conflict) else \
+            verdict.show_id and self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None
+        return asked._replace(episodes=self.episodes(entry)) if wanted else asked
 
     def decide(self, entry: Entry, asked: Asked) -> Match | Conflict:
         """Which of our shows an entry's show is, by what the servers say and what the database knows now."""
@@ -3912,12 +3886,6 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched_at": str, "plays": int}
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
-def show_progress(name: str, count: int, total: int) -> None:
-    """How far long work has come, on stderr: a bar on a terminal, else a line."""
-    terminal, filled = sys.stderr.isatty(), 30 * count // max(total, 1)
-    start = f"\r{name:24.24} [{'#' * filled}{'.' * (30 - filled)}]" if terminal else f"{name}:"
-    print(f"{start} {count} of {total}", end="" if terminal and count < total else "\n", file=sys.stderr, flush=True)
-
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
     """The id of a show in the tracker, added if it is missing; within a transaction."""
     # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
@@ -3958,7 +3926,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
                     for item in page.items:
                         import_item(tracker, server, show_type, item)
                     tracker.take_note(note, page.end)
-                show_progress(f"{title}: {name}", page.end, max(page.total, page.end))
+                print(f"{title}: {name}: {page.end} of {max(page.total, page.end)}", file=sys.stderr, flush=True)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
@@ -3979,7 +3947,9 @@ def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, An
     for key, each in value.items():
         wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else \
             f".{key} has the wrong type" if each is not None and type(each) is not keys[key] else \
-            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else ""
+            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else \
+            f".{key} is not an id such as tt0903747" if key == "imdb_id" and isinstance(each, str) and \
+            not re.fullmatch(r"tt\d{5,10}", each, re.ASCII) else ""
         if wrong:
             raise ConfigError(f"tracker import: {place}{wrong}.")
     return value
@@ -3988,11 +3958,8 @@ def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
     """A Show in the JSON form; raises ConfigError."""
     if not fields.get("title"):
         raise ConfigError(f"tracker import: {place} has no title.")
-    imdb_id = fields.get("imdb_id")
-    if imdb_id is not None and not re.fullmatch(r"tt\d{5,10}", imdb_id, re.ASCII):
-        raise ConfigError(f"tracker import: {place}.imdb_id is not an id such as tt0903747.")
     return Show(type, text(fields["title"]), fields.get("year"),
-                Ids(fields.get("tmdb_id") or None, fields.get("tvdb_id") or None, imdb_id))
+                Ids(*(fields.get(column) or None for column in CONFIDENCE)))
 
 def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     """An episode in the JSON form; raises ConfigError.  What is watched was played at least once."""
@@ -4003,8 +3970,7 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
         watched_at = unix_time(fields["watched_at"]) if fields.get("watched_at") else None
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"tracker import: {place}.watched_at is not a time such as 2026-11-21T20:15:00Z.") from error
-    plays = max(fields.get("plays") or 0, int(watched_at is not None))
-    return season, episode, text(fields.get("title")), watched_at, plays
+    return season, episode, text(fields.get("title")), watched_at, fields.get("plays") or int(watched_at is not None)
 
 def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
@@ -4034,11 +4000,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
-        try:
-            import_library(tracker, plex)
-        except KeyboardInterrupt:
-            print("\nstreamerbrainz: the import was stopped; run it again to continue.", file=sys.stderr)
-            return 1
+        import_library(tracker, plex)
     catch_up(tracker, Worker(config, tracker, plex))
     shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
     episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
@@ -4085,17 +4047,14 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
         day = local_time("%Y-%m-%d", row["last_watched_at"]) if row["watched"] else ""
         lines.append(cut(f"{row['id']:5}  {watched:10}  {day:10}  {printable(named(row['title'], row['year']))}"))
         row |= {"type": KINDS[row["type"]], "last_watched_at": iso_time(row["last_watched_at"])}
-    if not rows:
-        lines = ["No title matches." if words else
-                 "The tracker is empty. `tracker import` reads your Plex library into it."]
-    return print_rows(config, rows, "\n".join(lines))
+    empty = "The tracker is empty. `tracker import` reads your Plex library into it."
+    return print_rows(config, rows, "\n".join(lines) if rows else "No title matches." if words else empty)
 
 def show_of(tracker: Tracker, word: str) -> Show:
     """The show or movie with the id that a person typed; raises ConfigError."""
-    show = tracker.show(number(word) or 0)
-    if show is None:
-        raise ConfigError("there is no such show; `tracker shows` prints their ids.")
-    return show
+    for show in tracker.shows("id = ?", number(word) or 0):
+        return show
+    raise ConfigError("there is no such show; `tracker shows` prints their ids.")
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
     """Print a show's seasons, each as a grid of what was watched; or when a movie was."""
@@ -4103,9 +4062,8 @@ def tracker_show(config: Config, tracker: Tracker) -> int:
     fields, ids = show_fields(tracker, show), [f"{name} {each}" for name, each in show.ids._asdict().items() if each]
     lines = [textwrap.fill(printable(named(show.title, show.year)) + (f"  ({', '.join(ids)})" if ids else ""), 80)]
     if show.type == MOVIE:
-        at = fields["watched_at"]
-        day = local_time("%Y-%m-%d", unix_time(at)) if at else ""
-        lines.append(f"watched {day}, {fields['plays']} plays" if at else "not watched")
+        day = fields["watched_at"] and local_time("%Y-%m-%d", unix_time(fields["watched_at"]))
+        lines.append(f"watched {day}, {fields['plays']} plays" if day else "not watched")
     else:
         lines += [season_lines(season, [(each["episode"], each["watched_at"] is not None) for each in episodes])
                   for season, episodes in itertools.groupby(fields["episodes"], key=lambda each: each["season"])]
@@ -4118,10 +4076,8 @@ def log_lines(row: Mapping[str, Any]) -> str:
     first = printable(f"{local_time('%m-%d %H:%M', row['received_at'])}  {row['status']:9}  "
                       f"{row['action'] or row['event']:18}  ")
     line = first + cut(printable(row["show"] or row["title"] or ""), 80 - len(first) - len(behind)) + behind
-    if not row["reason"] or row["status"] not in (FAILED, IGNORED):
-        return line
-    indent = " " * 13
-    return line + "\n" + textwrap.fill(printable(row["reason"]), 80, initial_indent=indent, subsequent_indent=indent)
+    reason = printable(row["reason"] or "") if row["status"] in (FAILED, IGNORED) else ""
+    return "\n".join([line, *(f"{'':13}{part}" for part in textwrap.wrap(reason, 67))])
 
 def tracker_log(config: Config, tracker: Tracker) -> int:
     """Print what became of the last webhooks, the newest last."""
@@ -4142,7 +4098,8 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     for row in map(dict, tracker.all(
             "SELECT id, created_at, kind, type, title, year, (SELECT count(*) FROM webhook_log WHERE conflict_id = "
             "conflict.id) AS waiting, candidates FROM conflict WHERE resolution IS NULL ORDER BY id")):
-        known = [(show, score) for show_id, score in json.loads(row["candidates"]) if (show := tracker.show(show_id))]
+        known = [(show, score) for show_id, score in json.loads(row["candidates"])
+                 for show in tracker.shows("id = ?", show_id)]
         rows.append(row | {"created_at": iso_time(row["created_at"]), "type": KINDS[row["type"]], "candidates": [
             {"show_id": show.id, "title": show.title, "year": show.year, "score": score} for show, score in known]})
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
