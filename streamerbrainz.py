@@ -295,13 +295,11 @@ def picture_path(value: object) -> str:
 
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
-    return Item(type=text(attributes.get("type")), rating_key=text(attributes.get("ratingKey")),
-                guid=text(attributes.get("guid")), title=text(attributes.get("title")),
-                parent_title=text(attributes.get("parentTitle")),
-                grandparent_title=text(attributes.get("grandparentTitle")),
-                original_title=text(attributes.get("originalTitle")),
-                parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
-                duration=number(attributes.get("duration")), thumb=picture_path(attributes.get("thumb")))
+    get = attributes.get
+    return Item(type=text(get("type")), guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
+                rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
+                index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
+                parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
 
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
@@ -1216,7 +1214,6 @@ class Status(NamedTuple):
     """What the Watcher knows.  Each change of it makes a new one, which any thread may read."""
     player: PlayerState = PlayerState("", has_server=False)     # the one that changed last; without a name: none yet
     changes: tuple[tuple[float, Change], ...] = ()      # the last, newest first, with their Unix times
-    has_server: bool = False
     stream_open: bool = False     # the event stream
     stream_missing: bool = False  # the server has none, or we were told not to open it
     webhook_at: float | None = None   # monotonic s of the last webhook; None: none yet
@@ -1604,7 +1601,7 @@ class Watcher:
         if plex:
             self.players[self.latest] = PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
                                                     poll_interval_s=config.poll_interval_s)
-        self.status = Status(has_server=bool(plex), stream_missing=not config.plex_events)
+        self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
@@ -1782,12 +1779,12 @@ def proof_sentence(status: Status, at: float) -> str:
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
     outage, proof = status.player.outage, status.player.proof
-    sessions = "no server is configured" if not status.has_server else \
+    sessions = "no server is configured" if not status.player.has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
     arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
-    unknown = status.stream_missing or not status.has_server
+    unknown = status.stream_missing or not status.player.has_server
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
-            "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
+            "sessions": {"up": None if not status.player.has_server else not outage, "words": sessions},
             "events": {"up": True if status.stream_open else None if unknown else False,
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
@@ -1831,7 +1828,7 @@ Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
 def metric_families(status: Status, entries: Mapping[str, int], at: float) -> Iterator[Family]:
     """The figures of the program.  No title, user or session is in a label.  entries: of the journal, by status."""
     player, us = status.player, "streamerbrainz"
-    if status.has_server:
+    if status.player.has_server:
         up = bool(status.looks) and not player.outage
         yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
     yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
@@ -1870,7 +1867,7 @@ img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; back
 p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
-code { background: var(--line); padding: .1rem .3rem; border-radius: .2rem } footer { margin: 2rem 0; font-size: .85rem }
+code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
 """
 
 # The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
@@ -1961,10 +1958,9 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
              None: "<span class=dim>\u2013</span>"}
     told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(
-        f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} <b>{escape(change.item.title)}</b> "
-        f"{escape(item_words(change.item)[0])} <span class=dim>({escape(change.by)})</span></li>"
-        for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
+                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -2041,9 +2037,8 @@ class Covers:
 
     def get(self, item: Item) -> bytes:
         """The picture of an item; b"": none."""
-        identity, picture = self.webhook
-        if identity == item.identity:
-            return picture
+        if (webhook := self.webhook)[0] == item.identity:
+            return webhook[1]
         with self.lock:
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
@@ -2619,8 +2614,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
     path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
-    is_there = os.path.exists(path) and os.path.getsize(path)
-    before = SecretFile("-webhook-secret-file", path).words[:1] if is_there else ()
+    before = read_secrets("-webhook-secret-file", path)[0][:1] if os.path.exists(path) and os.path.getsize(path) else ()
     secret = secrets.token_urlsafe(32)
     try:
         folder, name = os.path.split(os.path.abspath(path))

@@ -442,8 +442,8 @@ def state_line(state, title="Karma Police"):
     return f'<6>state={state} title="{title}" artist=Radiohead album="OK Computer" duration_ms=264000 player="Living Room"'
 
 
-def status_of(player=None, **fields):
-    return sb.Status(player or sb.Status().player, **fields)
+def status_of(player=None, has_server=True, **fields):
+    return sb.Status((player or sb.Status().player)._replace(has_server=has_server), **fields)
 
 
 def known_player(state=PLAYING, item=SONG, **fields):
