@@ -235,9 +235,9 @@ def number(value: object) -> int | None:
     """A foreign value as an int from 0 to 2**53; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
         value = int(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53:
-        return int(value)
-    return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 2**53:
+        return None
+    return int(value)
 
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
@@ -295,13 +295,11 @@ def picture_path(value: object) -> str:
 
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
-    return Item(type=text(attributes.get("type")), rating_key=text(attributes.get("ratingKey")),
-                guid=text(attributes.get("guid")), title=text(attributes.get("title")),
-                parent_title=text(attributes.get("parentTitle")),
-                grandparent_title=text(attributes.get("grandparentTitle")),
-                original_title=text(attributes.get("originalTitle")),
-                parent_index=number(attributes.get("parentIndex")), index=number(attributes.get("index")),
-                duration=number(attributes.get("duration")), thumb=picture_path(attributes.get("thumb")))
+    get = attributes.get
+    return Item(type=text(get("type")), guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
+                rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
+                index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
+                parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
 
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
@@ -325,9 +323,8 @@ def printable(line: str) -> str:
 def quoted(value: object) -> str:
     """A value of the text log: bare if it cannot be misread, else a JSON string.  No title can forge a line."""
     bare = "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-    if re.fullmatch(r"[\w.:/+-]+", bare) and bare.isprintable():
-        return bare
-    return printable(json.dumps(bare, ensure_ascii=False))
+    is_plain = re.fullmatch(r"[\w.:/+-]+", bare) and bare.isprintable()
+    return bare if is_plain else printable(json.dumps(bare, ensure_ascii=False))
 
 def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     """A line of the text log: a sentence (or ""), then logfmt."""
@@ -342,17 +339,14 @@ def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> 
     """A Change as keys and values of the log, in the order that is promised to other programs."""
     # name_machine: with the player's identifier; say_why: with what made us believe it.
     item = change.item
-    fields: dict[str, object] = {"state": change.state, "title": item.title}
-    if item.type == EPISODE:
-        fields |= {"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
-    elif item.type == TRACK:
-        fields |= {"artist": item.artist, "album": item.parent_title}
-    else:
-        fields |= {"artist": "", "album": ""}
-    fields |= {"position_ms": change.position_ms, "duration_ms": item.duration or 0, "player": change.player_title}
+    of = ({"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
+          if item.type == EPISODE else {"artist": item.artist, "album": item.parent_title}
+          if item.type == TRACK else {"artist": "", "album": ""})
     more = (("machine_id", name_machine, change.machine_identifier), ("reason", change.reason, change.reason),
             ("by", say_why, change.by))
-    return fields | {key: value for key, wanted, value in more if wanted}
+    return {"state": change.state, "title": item.title, **of, "position_ms": change.position_ms,
+            "duration_ms": item.duration or 0, "player": change.player_title,
+            **{key: value for key, wanted, value in more if wanted}}
 
 def playing_sentence(state: str, item: Item | None) -> str:
     """What a player does, in words: 'playing "Karma Police" by Radiohead'."""
@@ -508,7 +502,6 @@ class Webhook(NamedTuple):
     scrobble: Scrobble | None = None      # only in a media.scrobble
 
 Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, large
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 def parameter(message: email.message.Message, name: str, header: str) -> str:
     """A parameter of a header; "" if it is missing, or in a form that Plex never uses (RFC 2231)."""
@@ -540,7 +533,7 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
     for (_, start), (stop, _) in itertools.pairwise(delimiters(body, b"--" + boundary.encode("ascii"))):
-        blank = _BLANK_LINE.search(body, start - 2, min(stop, start + MAX_PART_HEADER))
+        blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
         header = email.parser.BytesHeaderParser().parsebytes(bytes(body[start:blank.start()]))
@@ -624,13 +617,6 @@ class Session(NamedTuple):
         """Whether its view_offset should move: it says that it plays, and gives a position."""
         return self.state == PLAYING and self.view_offset is not None and self.product not in STILL_PRODUCTS
 
-class _NoDoctype(ElementTree.TreeBuilder):
-    """Refuses a DOCTYPE before its entities can grow ("billion laughs"): Plex never sends one."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> NoReturn:
-        """Called by the parser at a DOCTYPE."""
-        raise PlexError("nonsense", "The server's answer has a DOCTYPE, which Plex never sends.")
-
 # XML 1.0 forbids these, and Plex puts them into titles all the same: as characters and as references.
 _CONTROLS, _NO_CHARACTERS = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20))), re.compile(b"\xef\xbf[\xbe\xbf]")
 _REFERENCES = re.compile(rb"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
@@ -656,8 +642,10 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
     try:
         # As bytes: one emoji makes each character of a str four bytes.
         plain = _NO_CHARACTERS.sub(b"", xml.decode("utf-8", "replace").encode().translate(None, _CONTROLS))
-        parser = ElementTree.XMLParser(target=_NoDoctype(), encoding="utf-8")
-        root = ElementTree.fromstring(_REFERENCES.sub(b"", plain), parser)
+        # Refused before its entities can grow ("billion laughs").  No title has it: in those, "<" is a reference.
+        if b"<!DOCTYPE" in (plain := _REFERENCES.sub(b"", plain)):
+            raise PlexError("nonsense", "The server's answer has a DOCTYPE, which Plex never sends.")
+        root = ElementTree.fromstring(plain, ElementTree.XMLParser(encoding="utf-8"))
     except (ElementTree.ParseError, MemoryError) as error:
         raise PlexError("nonsense", f"The server's answer is not XML, or is cut short. {IS_PLEX}") from error
     if root.tag != "MediaContainer":
@@ -1227,9 +1215,8 @@ EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "lib
 
 class Status(NamedTuple):
     """What the Watcher knows.  Each change of it makes a new one, which any thread may read."""
-    player: PlayerState | None = None     # the one that changed last
+    player: PlayerState = PlayerState("", has_server=False)     # the one that changed last; without a name: none yet
     changes: tuple[tuple[float, Change], ...] = ()      # the last, newest first, with their Unix times
-    has_server: bool = False
     stream_open: bool = False     # the event stream
     stream_missing: bool = False  # the server has none, or we were told not to open it
     webhook_at: float | None = None   # monotonic s of the last webhook; None: none yet
@@ -1617,7 +1604,7 @@ class Watcher:
         if plex:
             self.players[self.latest] = PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
                                                     poll_interval_s=config.poll_interval_s)
-        self.status = Status(has_server=bool(plex), stream_missing=not config.plex_events)
+        self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
@@ -1638,7 +1625,8 @@ class Watcher:
 
     def publish(self, busy_since: float | None) -> None:
         """Tell what is known now.  busy_since: None before a wait."""
-        self.status = self.status._replace(player=self.players.get(self.latest), busy_since=busy_since)
+        player = self.players.get(self.latest, self.status.player)
+        self.status = self.status._replace(player=player, busy_since=busy_since)
         news, self.news = self.news, []
         self.tell(self.status, news)
 
@@ -1755,7 +1743,7 @@ class Watcher:
 # Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
 # Needs: Ground
-# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Proof, Status, missing_sentence, position_ms
+# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
 # How long the main loop may be busy (a look takes PLEX_S, with the lookup of a name); and how long an outage may last,
@@ -1773,9 +1761,9 @@ class Glance(NamedTuple):
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
     player, doing = status.player, "no player yet"
-    if player and player.outage:
+    if player.outage:
         doing = player.outage.sentence.rstrip(".")
-    elif player:
+    elif player.machine_identifier:
         where = f" on {player.player_title}" if player.player_title and player.item else ""
         doing = playing_sentence(player.state, player.item) + where
     heard = "no webhook yet" if status.webhook_at is None else f"last webhook {at - status.webhook_at:.0f} s ago"
@@ -1783,7 +1771,7 @@ def status_sentence(status: Status, at: float) -> str:
 
 def proof_sentence(status: Status, at: float) -> str:
     """Whether webhooks arrive, in words."""
-    proof = status.player.proof if status.player else Proof()
+    proof = status.player.proof
     heard = "none so far" if status.webhook_at is None else f"the last one {at - status.webhook_at:.0f} s ago"
     if proof.in_a_row >= PROOF_MISSES:
         return f"{missing_sentence(proof.in_a_row)} Else: `streamerbrainz.py doctor` finds out why ({heard})."
@@ -1793,21 +1781,19 @@ def proof_sentence(status: Status, at: float) -> str:
 
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
-    outage = status.player.outage if status.player else None
-    sessions = "no server is configured" if not status.has_server else \
+    outage, proof = status.player.outage, status.player.proof
+    sessions = "no server is configured" if not status.player.has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
-    proof = status.player.proof if status.player else Proof()
     arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
-    unknown = status.stream_missing or not status.has_server
+    unknown = status.stream_missing or not status.player.has_server
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
-            "sessions": {"up": None if not status.has_server else not outage, "words": sessions},
+            "sessions": {"up": None if not status.player.has_server else not outage, "words": sessions},
             "events": {"up": True if status.stream_open else None if unknown else False,
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
 def now_fields(status: Status, at: float) -> dict[str, object]:
     """What plays, as /now tells it: first the log's keys, then how that is known."""
-    player = status.player or PlayerState("", has_server=False)
-    item, proof = player.item, player.proof
+    player, item, proof = status.player, status.player.item, status.player.proof
     fields = change_fields(Change(player.state, "", item or Item(), position_ms(player, at), player.player_title,
                                   player.machine_identifier, ""), name_machine=False)
     return {**fields, "type": item.type if item else "", "machine_id": player.machine_identifier,
@@ -1827,38 +1813,37 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
-    if player and player.outage:
+    if player.outage:
         # Strangers may read this: the sentence with the server's URL is in the log and on the page.
         lasts_s, fault = at - player.outage_at, player.outage.fault
         (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player and player.proof.in_a_row >= PROOF_MISSES:
+    if player.proof.in_a_row >= PROOF_MISSES:
         degraded.append(proof_sentence(status, at))
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
-# A metric of Prometheus: name, kind, help, the names of its labels, and its samples by the labels' values.
-Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float]]
+# A metric of Prometheus: name, kind, help, the names of its labels, and its samples by the labels' values (or its one).
+Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
 
 def metric_families(status: Status, entries: Mapping[str, int], at: float) -> Iterator[Family]:
     """The figures of the program.  No title, user or session is in a label.  entries: of the journal, by status."""
-    player, us = status.player or PlayerState("", has_server=False), "streamerbrainz"
-    if status.has_server:
+    player, us = status.player, "streamerbrainz"
+    if status.player.has_server:
         up = bool(status.looks) and not player.outage
-        yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), {(): up}
+        yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
     yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
     states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
     yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
     position_s = position_ms(player, at) / 1000
-    yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), {(): position_s}
+    yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s
     yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
            ("event", "result"), status.webhooks)
     last = status.webhook_time
-    yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), {(): last}
-    missed = player.proof.missed
-    yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), {(): missed}
+    yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last
+    yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed
     yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
     yield (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
            ("state", "by"), status.reported)
@@ -1868,8 +1853,8 @@ def metric_lines(families: Iterable[Family]) -> str:
     """Metrics in Prometheus' text format."""
     lines = []
     for name, kind, words, labels, samples in families:
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"] if samples else []
-        for key, value in samples.items():
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"] if samples != {} else []
+        for key, value in samples.items() if isinstance(samples, Mapping) else [((), samples)]:
             pairs = zip(labels, key if isinstance(key, tuple) else (key,), strict=True)
             each = ",".join(f'{label}="{word}"' for label, word in pairs)
             lines.append(f"{name}{f'{{{each}}}' if labels else ''} {float(value):.10g}")
@@ -1882,11 +1867,10 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; 
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
-p, li { margin: .2rem 0; overflow-wrap: anywhere } ul { padding: 0; margin: 0; list-style: none }
+p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
-code { overflow-wrap: anywhere; background: var(--line); padding: .1rem .3rem; border-radius: .2rem }
-footer { margin-top: 2rem; font-size: .85rem }
+code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
 """
 
 # The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
@@ -1941,9 +1925,9 @@ def item_words(item: Item) -> tuple[str, str]:
         return item.grandparent_title, season
     return (item.artist, item.parent_title) if item.type == TRACK else ("", "")
 
-def player_html(player: PlayerState | None, at: float, has_secret: bool, has_picture: bool) -> str:
+def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool) -> str:
     """What plays, with its picture and its position."""
-    if player is None or player.item is None:
+    if player.item is None:
         return "<h1>Nothing has played yet</h1>"
     escape, item, position = html.escape, player.item, position_ms(player, at)
     whose, of = item_words(item)
@@ -1977,10 +1961,9 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
              None: "<span class=dim>\u2013</span>"}
     told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(
-        f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} <b>{escape(change.item.title)}</b> "
-        f"{escape(item_words(change.item)[0])} <span class=dim>({escape(change.by)})</span></li>"
-        for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
+                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -2057,9 +2040,8 @@ class Covers:
 
     def get(self, item: Item) -> bytes:
         """The picture of an item; b"": none."""
-        identity, picture = self.webhook
-        if identity == item.identity:
-            return picture
+        if (webhook := self.webhook)[0] == item.identity:
+            return webhook[1]
         with self.lock:
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
@@ -2076,7 +2058,7 @@ def process_families(started_at: float) -> Iterator[Family]:
         figures["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         figures["process_open_fds"] = len(os.listdir("/proc/self/fd"))
     for name, value in figures.items():
-        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), {(): value}
+        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), value
 
 class Answer(NamedTuple):
     """What a request is answered."""
@@ -2100,8 +2082,7 @@ class Pages:
     def page(self, query: str, host: str) -> Answer:
         """The status page.  It may load nothing but its own style, script and picture."""
         status, nonce = self.board.status, secrets.token_urlsafe(16)
-        item = status.player.item if status.player else None
-        has_picture = item is not None and self.covers.can_have(item)
+        has_picture = status.player.item is not None and self.covers.can_have(status.player.item)
         content = status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce, has_picture,
                               self.glance and self.glance(), local_time)
         policy = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -2120,8 +2101,7 @@ class Pages:
 
     def cover(self, query: str, host: str) -> Answer:
         """The picture of what plays.  key: of the item that the asking page shows."""
-        status, key = self.board.status, urllib.parse.parse_qs(query).get("key", [""])[0]
-        item = status.player.item if status.player else None
+        item, key = self.board.status.player.item, urllib.parse.parse_qs(query).get("key", [""])[0]
         picture = self.covers.get(item) if item and key in ("", item.identity) else b""
         media_type = next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")
         if not media_type:
@@ -2136,8 +2116,7 @@ class Pages:
     def metrics(self, query: str, host: str) -> Answer:
         """All figures, for Prometheus."""
         entries = self.glance().entries if self.glance else {}
-        families = itertools.chain(metric_families(self.board.status, entries, time.monotonic()),
-                                   process_families(self.started_at))
+        families = [*metric_families(self.board.status, entries, time.monotonic()), *process_families(self.started_at)]
         return Answer(200, metric_lines(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -2385,9 +2364,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, pages = self.target(), self.server.pages.paths
         if path != WEBHOOK_PATH and path not in pages:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
-        methods = ("POST",) if path == WEBHOOK_PATH else ("GET", "HEAD")
-        if self.command not in methods:
-            allowed = ", ".join(methods)
+        allowed = "POST" if path == WEBHOOK_PATH else "GET, HEAD"
+        if self.command not in allowed.split(", "):
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
         if path in pages:
             self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
@@ -2464,11 +2442,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise WebhookError(400, "A chunk of the body is cut short.")
             if self.rfile.readline(3).strip():
                 raise WebhookError(400, "A chunk of the body is longer than its size.")
-        for _ in range(MAX_TRAILERS):
-            if not self.rfile.readline(65537).strip():
-                body.resize(total or 1)
-                return body
-        raise WebhookError(400, "The chunked body has too many trailers.")
+        if all(self.rfile.readline(65537).strip() for _ in range(MAX_TRAILERS)):
+            raise WebhookError(400, "The chunked body has too many trailers.")
+        body.resize(total or 1)
+        return body
 
     def handle_expect_100(self) -> bool:
         """Ask for the body, unless its size alone is refused."""
@@ -2499,12 +2476,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.connection.settimeout(PLEX_S)
-            self.wfile.write(content)
-            self.wfile.flush()
-            with contextlib.suppress(OSError):        # the subscriber has gone
-                for event in events or ():
-                    self.wfile.write(event)
-                    self.wfile.flush()
+            for piece in itertools.chain((content,), events or ()):
+                self.wfile.write(piece)
+                self.wfile.flush()                    # raises OSError when the subscriber has gone
 
     def finish(self) -> None:
         """Close so that a refusal arrives: closing while bytes are unread would reset the connection, and lose it."""
@@ -2643,8 +2617,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
     path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
-    is_there = os.path.exists(path) and os.path.getsize(path)
-    before = SecretFile("-webhook-secret-file", path).words[:1] if is_there else ()
+    before = read_secrets("-webhook-secret-file", path)[0][:1] if os.path.exists(path) and os.path.getsize(path) else ()
     secret = secrets.token_urlsafe(32)
     try:
         folder, name = os.path.split(os.path.abspath(path))

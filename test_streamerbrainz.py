@@ -442,8 +442,8 @@ def state_line(state, title="Karma Police"):
     return f'<6>state={state} title="{title}" artist=Radiohead album="OK Computer" duration_ms=264000 player="Living Room"'
 
 
-def status_of(player=None, **fields):
-    return sb.Status(player, **fields)
+def status_of(player=None, has_server=True, **fields):
+    return sb.Status((player or sb.Status().player)._replace(has_server=has_server), **fields)
 
 
 def known_player(state=PLAYING, item=SONG, **fields):
@@ -914,7 +914,7 @@ BOMB = '<!DOCTYPE M [<!ENTITY a "lol">' + "".join(
     (b"", NOT_XML), (b"<html><h1>401 Unauthorized</h1></html>", NO_LIST), (b"<html><br></html>", NOT_XML), (b"\x00\xff<<<", NOT_XML),
     (b'<Response code="503" title="Maintenance"/>', NO_LIST), (sessions_xml(session_xml())[:200], NOT_XML),
     (b"<!DOCTYPE html><html/>", DOCTYPE), (BOMB.encode(), DOCTYPE), (b"<MediaContainer>&boom;</MediaContainer>", NOT_XML),
-    ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a><MediaContainer/>'.encode("utf-16"), NOT_XML)])
+    ('<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a><MediaContainer/>'.encode("utf-16"), DOCTYPE)])
 def test_an_answer_that_is_no_list_of_sessions_is_a_plex_error(xml, sentence):
     with pytest.raises(sb.PlexError) as error:
         sb.parse_sessions(xml)
