@@ -360,7 +360,6 @@ def iso_time(at: float | None) -> str | None:
     """A Unix time as it stands in JSON: 2026-11-21T20:15:00Z; None for None."""
     return None if at is None else f"{datetime.datetime.fromtimestamp(time_of(at), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
-
 # --- the world
 
 log = logging.getLogger("streamerbrainz")
@@ -744,8 +743,8 @@ BUFFERING_S = 2.0
 # When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s, seldom longer.
 # Steps of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
 RELOOK_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5)
-# How many claims may wait at once; a skip makes three.
-MAX_CLAIMS = 8
+# How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
+MAX_CLAIMS, MAX_SESSIONS = 8, 16
 # The same after a notification that does not say whose it is, until a look shows its session.
 WHOSE_S = (FOREIGN_S, 2.5)
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
@@ -1111,8 +1110,8 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     changes: tuple[Report, ...] = ()
     player = player._replace(outage=None, retries=0)
-    traces = [follow(player, session, at)
-              for session in look.sessions if session.machine_identifier == player.machine_identifier]
+    ours = [session for session in look.sessions if session.machine_identifier == player.machine_identifier]
+    traces = [follow(player, session, at) for session in ours[-MAX_SESSIONS:]]
     traces = [outlast(trace, traces) for trace in traces]
     live = {trace.session: trace for trace in traces if may_live(player, trace, at)}
     session = find_session([*live])
@@ -1230,7 +1229,6 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
     """Counts with one more of a key."""
     return {**counts, key: counts.get(key, 0) + 1}
 
-
 # --- the world
 
 # -- HTTP: one way to ask a server (exchange)
@@ -1277,8 +1275,8 @@ class BoundedReader(io.RawIOBase):
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
 # getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
 # thread, MAX_LOOKUPS at once.  If it takes over NAME_S (the C library asks again after 5 s), we go on with the last
-# good addresses; those of MAX_NAMES are kept.
-MAX_LOOKUPS, MAX_NAMES, NAME_S = 4, 50, 1.0
+# good addresses.  The names are few: they come from the flags, and doctor's from the account.
+MAX_LOOKUPS, NAME_S = 4, 1.0
 KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
 _LOOKUPS = threading.Lock()                   # for who starts one
 
@@ -1289,8 +1287,6 @@ def look_up(host: str) -> None:
     except (OSError, ValueError) as error:
         if not isinstance(KNOWN.get(host), list):
             KNOWN[host] = why(error) if isinstance(error, OSError) else "that cannot be a host's name"
-    for name in list(KNOWN)[:-MAX_NAMES]:
-        KNOWN.pop(name, None)
 
 def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
     """The addresses of a host, as getaddrinfo() gives them; raises OSError.  deadline: monotonic s; 0: no lookup."""
@@ -1609,7 +1605,7 @@ class Watcher:
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
-            signal.Signals: lambda _: self.look() if plex else None}            # SIGHUP
+            signal.Signals: self.hurry}
 
     def run(self) -> None:
         """Work until Stop comes; raises what another thread crashed with."""
@@ -1694,6 +1690,11 @@ class Watcher:
             say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
                 f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
         self.players[webhook.player_uuid] = player
+
+    def hurry(self, _: signal.Signals) -> None:
+        """SIGHUP: look at once."""
+        self.players = {key: look_no_later(each, time.monotonic()) if each.has_server else each
+                        for key, each in self.players.items()}
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1979,7 +1980,6 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 <script nonce="{nonce}">{SCRIPT}</script></body></html>
 """
 
-
 # --- the world
 
 # -- Board: what the watcher tells the request threads
@@ -2160,7 +2160,6 @@ def given_secrets(query: str) -> list[bytes]:
 def webhook_url(host: str, port: int) -> str:
     """The URL of our webhooks."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{WEBHOOK_PATH}"
-
 
 # --- the world
 
@@ -2677,7 +2676,6 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
         return changes if len(changes) < len(waiting) else [*waiting, (event, environment)]
     return [*(each for each in waiting if each[0] in SWITCHES), (event, environment)]
 
-
 # --- the world
 
 # A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
@@ -3162,7 +3160,6 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
-
 # --- the world
 
 # -- The database: Tracker
@@ -3234,10 +3231,11 @@ class Tracker:
         """
         import sqlite3  # here: the daemon without -tracker-db does not pay for it
 
-        self.path, self.may_write, self.lock, self.sqlite3 = path, write, threading.RLock(), sqlite3
+        self.path, self.may_write, self.patient = os.path.realpath(path), write, patient
+        self.lock, self.sqlite3, self.starts = threading.RLock(), sqlite3, True
         self.connection: Any = None
         self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
-        self.index_size = 0                           # bytes of the -shm that SQLite may have mapped
+        self.sizes = [0, 0, 0]                        # their bytes, at most; SQLite may have mapped the -shm
         self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not); monotonic s
         try:
             # O_EXCL and O_PATH: to open the file for reading and close it would drop the locks that SQLite has on it.
@@ -3250,21 +3248,25 @@ class Tracker:
             raise ConfigError(f"-tracker-db: {path} is not a regular file; name one.")
         with contextlib.suppress(*(TrackerError,) if patient else ()), self.faults():
             self.open()
+        self.starts = False
 
     def inodes(self) -> tuple[int, ...]:
-        """The inodes of the database, its log (-wal) and the log's index (-shm); 0: the file is missing."""
+        """The inodes of the database, its log (-wal) and the log's index (-shm); 0: it is missing, or was cut short."""
         found = [file_version(self.path + end) or (0, 0) for end in ("", "-wal", "-shm")]
         with contextlib.suppress(OSError):
             # A mapped page behind the end of its file ends the process (SIGBUS).  SQLite makes an empty index anew.
-            for size in (0, self.index_size) if found[2][1] < self.index_size else ():
+            for size in (0, self.sizes[2]) if found[2][1] < self.sizes[2] else ():
                 os.truncate(self.path + "-shm", size)
-        self.index_size = max(self.index_size, found[2][1])
-        return tuple(each[0] for each in found)
+        known = [inode if size >= most else 0 for (inode, size, *_), most in zip(found, self.sizes, strict=True)]
+        self.sizes = [max(size, most) for (_, size, *_), most in zip(found, self.sizes, strict=True)]
+        return (*known[:2], found[2][0])
 
     def open(self) -> None:
         """Open the file, anew if it was open; raises ConfigError if it is not one of our trackers."""
         # mode=rw: SQLite must not make a file anew that was deleted.
         self.leave()
+        if not os.path.getsize(self.path) and (file_version(self.path + "-wal") or (0, 0))[1]:
+            raise self.sqlite3.DatabaseError("it is empty, but its -wal is not")      # SQLite would delete the log
         connection = self.connection = self.sqlite3.connect(
             f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw", uri=True, isolation_level=None,
             check_same_thread=False, timeout=DATABASE_S)
@@ -3287,8 +3289,9 @@ class Tracker:
                               f"(form {version}; this one knows form {SCHEMA_VERSION}); update streamerbrainz.py.")
         connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
-        last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()
-        self.since, self.ahead_s = last, clock_ahead_s()     # entries after this one were received by this clock
+        last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()       # this makes the log
+        if not self.files:                            # entries after this one were received by this clock
+            self.since, self.ahead_s = last, clock_ahead_s()
         self.files, self.fault = self.inodes(), ""
 
     def leave(self) -> None:
@@ -3305,14 +3308,15 @@ class Tracker:
             say(logging.WARNING, f"{self.path} or its -wal was deleted or replaced; it is opened again")
             self.files = now
         self.close()
-        self.index_size = 0
+        self.sizes = [0, 0, 0]
         if self.files and not now[0]:
             raise TrackerError(f"{self.path} was deleted; put it back, or restart StreamerBrainz.")
 
     def was_ours(self) -> bool:
-        """Whether a file that is no database now was one of our trackers."""
-        with open(self.path, "rb") as file:
-            return re.search(rb"webhook_log|media\.[ps]|plex://", file.read(2**20)) is not None
+        """Whether a file that is no database now was one of our trackers; zeros are what a power cut leaves."""
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            return re.search(rb"webhook_log|media\.[ps]|plex://|\A\0+\Z", file.read(2**20)) is not None
+        return True
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -3321,11 +3325,12 @@ class Tracker:
             yield
         except (self.sqlite3.Error, *DAMAGE) as error:
             name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
-            if name == "SQLITE_NOTADB" and not (self.files or self.was_ours() or self.inodes()[1]):
+            if self.starts and name == "SQLITE_NOTADB" and not (self.was_ours() or self.inodes()[1]):
                 raise ConfigError(f"-tracker-db: {self.path} is not a database; name another file.") from error
             damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
-            sentence = f"{self.path} is damaged ({why(error)}): put a backup in its place, and delete -wal and -shm." \
-                if damaged else f"{self.path}: {error}; check that it can be written, and that the disk has space."
+            advice = " is damaged ({}): stop StreamerBrainz, move a backup there, and delete -wal and -shm." if damaged \
+                else ": {}; check that it can be written, and that the disk has space."
+            sentence = f"{self.path}{advice.format(why(error))}"
             self.fault = self.fault if self.files and name.startswith(("SQLITE_BUSY", "SQLITE_FULL")) else sentence
             raise TrackerError(sentence) from error
 
@@ -3376,7 +3381,8 @@ class Tracker:
         # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.  Then
         # a play has two times, its webhook's and the history's, and would count twice.  The history's times are right.
         ahead_s = clock_ahead_s()
-        if abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
+        # Only the daemon does so: another process does not know which entries are older than a jump.
+        if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
             self.write("UPDATE episode SET watched_at = watched_at + ? WHERE (show_id, season, episode, watched_at) IN "
                        "(SELECT show_id, season, episode, CAST(received_at AS INTEGER) FROM webhook_log WHERE id > ? "
                        "AND event <> 'history' AND status = 'success')", jump_s, self.since)
@@ -3687,6 +3693,8 @@ class Worker:
             if self.tracker.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL "
                                 "AND action NOT IN ('conflict_created', 'episode_not_found')", entry.id):
                 return
+            for row in self.tracker.all("SELECT received_at FROM webhook_log WHERE id = ?", entry.id):
+                entry = entry._replace(received_at=row[0])           # the clock may have been set meanwhile
             verdict = verdict or self.decide(entry, asked)
             outcome = self.conclude(entry, asked, verdict)
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
@@ -3973,7 +3981,10 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
-        import_library(tracker, plex)
+        try:
+            import_library(tracker, plex)
+        except KeyboardInterrupt:
+            raise TrackerError("the import was stopped; run it again to continue.") from None
     catch_up(tracker, Worker(config, tracker, plex))
     shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
     episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
@@ -4168,7 +4179,6 @@ def session_lines(session: Session, configured: bool) -> str:
              f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")
     return "\n".join(map(printable, lines))
 
-
 # --- the world
 
 # -- The log
@@ -4265,6 +4275,7 @@ class Systemd:
     def notify(self, *assignments: str) -> None:
         """Send READY=1 and the like; a manager that has gone, or was never there, is no error."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.settimeout(STOP_S)               # a manager that does not read must not stop us
             notifier.sendto("\n".join(assignments).encode(), self.address)
 
     def tell(self, status: Status) -> None:
@@ -4278,9 +4289,9 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# How long the watcher may take to end (but for a server, milliseconds), and two signals are one (`timeout` and some
-# terminals send each twice); and from one question for our address to the next.
-STOP_S, TWICE_S, ADDRESS_S = 0.3, 0.15, 10.0
+# How long the watcher may take to end (milliseconds, unless it waits for a server).  From one question for our address
+# to the next; and the longest sleep, after which it is asked for, too.
+STOP_S, ADDRESS_S, WAKE_S = 0.3, 10.0, 60.0
 
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
@@ -4293,14 +4304,11 @@ def block_signals() -> set[signal.Signals]:
 def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
     """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals."""
     # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
-    # STOP_S, this thread ends the process; a second signal ends it at once.
+    # STOP_S, this thread ends the process.
     while signal.sigwait(signals) == signal.SIGHUP:
         inbox.put(signal.SIGHUP)
     inbox.put(Stop())
-    begun = time.monotonic()
-    while (left := begun + STOP_S - time.monotonic()) > 0:
-        if signal.sigtimedwait(signals - {signal.SIGHUP}, left) and time.monotonic() > begun + TWICE_S:
-            os._exit(1)
+    time.sleep(STOP_S)
     end()
     os._exit(0)
 
@@ -4386,7 +4394,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
 
     def watch() -> None:
         try:
-            Watcher(config, inbox, plex, tell, systemd.wake_s).run()
+            Watcher(config, inbox, plex, tell, min(systemd.wake_s, WAKE_S)).run()
         finally:
             end()
     systemd.notify("READY=1")
@@ -4466,11 +4474,12 @@ def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
     inbox: Inbox = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file) if config.webhook_secret_file else None
+    hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
+    plex = server_of(config)
     if (listener := open_listener(config)) is None:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
         return 0
-    hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
-    outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), server_of(config), hooks, inbox))
+    outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, inbox))
     return 0
 
 def players(config: Config) -> int:
@@ -4591,7 +4600,6 @@ def wrapped(words: str, begin: str, margin: int) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
     return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * margin,
                          break_on_hyphens=False, break_long_words=False)
-
 
 # --- the world
 
@@ -4904,7 +4912,6 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (105, "You have seen enough.", STOPPED, _PILOT, "media.stop", 1),
     (115, "That was the evening.", STOPPED, _PILOT, "", 0))
 
-
 # --- the world
 
 class _StandInHandler(http.server.BaseHTTPRequestHandler):
@@ -5099,13 +5106,12 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
                 if sign and not flags[name]:
                     raise ValueError("it takes no value")
                 if flags[name] and not sign and (value := next(ahead, "-")).startswith("-"):
-                    raise ValueError("expected one argument")
+                    raise ValueError("it needs a value")
                 read, *limits = READERS.get(field, (str,))
                 found[field] = read(*limits, value) if flags[name] else not name.startswith("-no-")
             except ValueError as error:
                 raise ConfigError(f"{name}: {error} (see: streamerbrainz.py -h)") from error
     return found, others
-
 
 # --- the world
 
