@@ -45,7 +45,7 @@ hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
 names (0 to 4)      the lookup of one name             holds who asks longer than that one wants to wait
 log (0 or 1)        waiting until stderr has room      lives while it has
-signals             waiting for a signal, which all    decides (it puts SIGHUP or Stop into the inbox, and
+signals             waiting for a signal, which all    decides (it puts them into the inbox, and
                     other threads block                ends the process if the watcher hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
 (Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
@@ -116,7 +116,6 @@ from xml.etree import ElementTree
 if sys.version_info < (3, 11):      # noqa: UP036  # older Pythons can read this file, but not run it
     sys.stderr.write("streamerbrainz: needs Python 3.11 or newer; this is {}.{}\n".format(*sys.version_info))
     sys.exit(2)
-
 
 # === Ground: what every chapter uses (Config, errors, Item, Change, the log's words, secrets) ===
 # What for: the values that travel through the whole program, and the few words in which it speaks.
@@ -344,9 +343,8 @@ def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> 
           if item.type == TRACK else {"artist": "", "album": ""})
     more = (("machine_id", name_machine, change.machine_identifier), ("reason", change.reason, change.reason),
             ("by", say_why, change.by))
-    return {"state": change.state, "title": item.title, **of, "position_ms": change.position_ms,
-            "duration_ms": item.duration or 0, "player": change.player_title,
-            **{key: value for key, wanted, value in more if wanted}}
+    return {"state": change.state, "title": item.title, **of, "position_ms": change.position_ms, "duration_ms":
+            item.duration or 0, "player": change.player_title, **{key: each for key, wanted, each in more if wanted}}
 
 def playing_sentence(state: str, item: Item | None) -> str:
     """What a player does, in words: 'playing "Karma Police" by Radiohead'."""
@@ -361,7 +359,6 @@ def iso_time(at: float | None) -> str | None:
     return None if at is None else f"{datetime.datetime.fromtimestamp(time_of(at), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 # --- the world
-
 log = logging.getLogger("streamerbrainz")
 
 def say(level: int, sentence: str, **fields: object) -> None:
@@ -453,7 +450,6 @@ class SecretFile:
     def first(self) -> str:
         """The first of them that are valid now."""
         return self.renewed()[0]
-
 
 # === Player: what Plex says -> what is true (parse_webhook, parse_sessions, advance, PlexServer, Watcher) ===
 # What for: to know what the chosen player does, and to report each change of it once, in order and never falsely.
@@ -628,11 +624,10 @@ def parse_session(element: ElementTree.Element) -> Session | None:
     state, item = player.get("state"), parse_item(element.attrib)
     if (audio := element.find("Media/Part/Stream[@streamType='2']")) is not None:
         item = item._replace(sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
-    return Session(session_key=text(element.get("sessionKey")), item=item, product=text(player.get("product")),
-                   machine_identifier=text(player.get("machineIdentifier")), player_title=text(player.get("title")),
-                   state=state if state in (PLAYING, PAUSED) else BUFFERING, platform=text(player.get("platform")),
-                   view_offset=number(element.get("viewOffset")),
-                   user=text(user.get("title")) if user is not None else "")
+    return Session(text(element.get("sessionKey")), text(player.get("machineIdentifier")),
+                   state if state in (PLAYING, PAUSED) else BUFFERING, item, number(element.get("viewOffset")),
+                   text(player.get("title")), text(player.get("product")), text(player.get("platform")),
+                   text(user.get("title")) if user is not None else "")
 
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
@@ -705,9 +700,8 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
     fields = json_object(json_value(data))
     found = json_object(fields.get("NotificationContainer", fields)).get("PlaySessionStateNotification")
     each = [json_object(one) for one in (found if isinstance(found, list) else [found])]
-    return tuple(Notification(state=one["state"], session_key=text(one.get("sessionKey")),
-                              client_identifier=text(one.get("clientIdentifier")),
-                              rating_key=text(one.get("ratingKey")), view_offset=number(one.get("viewOffset")))
+    return tuple(Notification(one["state"], text(one.get("sessionKey")), text(one.get("clientIdentifier")),
+                              text(one.get("ratingKey")), number(one.get("viewOffset")))
                  for one in each if one.get("state") in (PLAYING, PAUSED, STOPPED, BUFFERING))
 
 # -- The judge: an observation -> PlayerState and reports (advance)
@@ -748,8 +742,7 @@ MAX_CLAIMS, MAX_SESSIONS = 8, 16
 # The same after a notification that does not say whose it is, until a look shows its session.
 WHOSE_S = (FOREIGN_S, 2.5)
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
-# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.  (10 s and
-# a bit: a look counts from its end.)
+# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
@@ -797,11 +790,6 @@ class Claim(NamedTuple):
     at: float                     # when it was said
     view_offset: int | None = None    # ms; None: not given, or perhaps late (webhooks)
     ours: bool = True             # False: perhaps of another player
-
-    @property
-    def waits_s(self) -> tuple[float, ...]:
-        """When to look again, in seconds after it was said."""
-        return RELOOK_S if self.ours else WHOSE_S
 
     def about(self, session: Session) -> bool:
         """Whether it speaks of a session.  A notification of live TV may have a rating key that the session lacks."""
@@ -941,10 +929,10 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
         return player, ()
     same = player.plays(item.identity)
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
-    player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
-                             changed_at=at if changed else player.changed_at,
-                             previous=player.previous if same or not player.item else player.item.identity,
-                             player_title=player_title or player.player_title)
+    player = player._replace(
+        state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+        changed_at=at if changed else player.changed_at, player_title=player_title or player.player_title,
+        previous=player.previous if same or not player.item else player.item.identity)
     change = Change(state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by,
                     reason)
     return player, (change,) if changed else ()
@@ -1011,7 +999,7 @@ def repeats(player: PlayerState, session: Session, said: str) -> bool:
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
-    return (player if stream.event == "failed" else look_soon(player, at)), ()
+    return (player if stream.event == "failed" or not player.has_server else look_soon(player, at)), ()
 
 def follow(player: PlayerState, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
@@ -1065,11 +1053,12 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     keys = {trace.session.session_key for trace in traces}
     met = [each for each in player.claims if each.session_key in player.foreign_keys or
            ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
-    claims = tuple(each for each in player.claims if each not in met and begun < each.at + each.waits_s[-1])
+    waits_s = {True: RELOOK_S, False: WHOSE_S}
+    claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1])
     slow = at + player.poll_interval_s if player.poll_interval_s else None
     player = player._replace(claims=claims, look_at=slow, look_why="poll")
-    for claim in {each.waits_s: each for each in claims[::-1]}.values():    # the newest of each kind serves all others
-        marks = (claim.at + wait_s for wait_s in claim.waits_s)
+    for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
+        marks = (claim.at + wait_s for wait_s in waits_s[claim.ours])
         player = look_no_later(player, next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):
         player = look_no_later(player, at + CONFIRM_S)
@@ -1230,7 +1219,6 @@ def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
     return {**counts, key: counts.get(key, 0) + 1}
 
 # --- the world
-
 # -- HTTP: one way to ask a server (exchange)
 MAX_HEAD = 8 * 1024           # bytes of a head, as in nginx; Plex's have under 500.  email.parser is quadratic
 MAX_ANSWER = 2**20            # bytes of an answer; a session takes 3 to 30 kB
@@ -1550,11 +1538,8 @@ class Refused(NamedTuple):
     address: str                  # of the sender
     is_webhook: bool              # it was meant to be one: by its path, or its User-Agent is Plex's
 
-class Stop(NamedTuple):
-    """A signal to end."""
-
 # An exception is a bug of ours in another thread: the watcher raises it, and so ends the process.
-Message = Webhook | Notification | Stream | Refused | signal.Signals | Stop | BaseException
+Message = Webhook | Notification | Stream | Refused | signal.Signals | BaseException
 Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
@@ -1605,13 +1590,13 @@ class Watcher:
         self.warned_at: dict[int, float] = {}        # by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
-            signal.Signals: self.hurry}
+            signal.Signals: lambda _: self.judge(Stream("opened"))}        # SIGHUP: a look, as when that opens
 
     def run(self) -> None:
-        """Work until Stop comes; raises what another thread crashed with."""
+        """Work until SIGTERM comes; raises what another thread crashed with."""
         while True:
             for message in self.receive():
-                if isinstance(message, Stop):
+                if message == signal.SIGTERM:
                     return self.publish(None)
                 if isinstance(message, BaseException):
                     raise message
@@ -1684,17 +1669,11 @@ class Watcher:
         if player is None:
             crowded = len(self.players) >= MAX_PLAYERS
             if crowded:                              # forget the one silent longest, preferably one that has stopped
-                stopped = (key for key, each in self.players.items() if each.state == STOPPED)
-                del self.players[next(stopped, next(iter(self.players)))]
+                del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
             player = PlayerState(webhook.player_uuid, has_server=False)
             say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
                 f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
         self.players[webhook.player_uuid] = player
-
-    def hurry(self, _: signal.Signals) -> None:
-        """SIGHUP: look at once."""
-        self.players = {key: look_no_later(each, time.monotonic()) if each.has_server else each
-                        for key, each in self.players.items()}
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1737,7 +1716,6 @@ class Watcher:
         else:
             say(logging.WARNING, f"{missing_sentence(report.in_a_row)} Else the Plex server cannot reach the URL, "
                 "or it is missing in the account's webhooks. To find out: streamerbrainz.py doctor")
-
 
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
@@ -1981,7 +1959,6 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 """
 
 # --- the world
-
 # -- Board: what the watcher tells the request threads
 # How many may listen to /events at once (each holds a thread), and how many events each may leave unread before it is
 # dropped.  A comment keeps a silent connection open.
@@ -2034,10 +2011,6 @@ class Covers:
         self.webhook = self.fetched = ("", b"")       # Item.identity and picture; replaced as one
         self.retry_at = 0.0                           # monotonic s; not before that the server is asked again
 
-    def can_have(self, item: Item) -> bool:
-        """Whether there may be a picture of an item."""
-        return self.webhook[0] == item.identity or bool(item.thumb and self.plex)
-
     def get(self, item: Item) -> bytes:
         """The picture of an item; b"": none."""
         if (webhook := self.webhook)[0] == item.identity:
@@ -2082,7 +2055,8 @@ class Pages:
     def page(self, query: str, host: str) -> Answer:
         """The status page.  It may load nothing but its own style, script and picture."""
         status, nonce = self.board.status, secrets.token_urlsafe(16)
-        has_picture = status.player.item is not None and self.covers.can_have(status.player.item)
+        item, known = status.player.item, self.covers.webhook[0]
+        has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
         content = status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce, has_picture,
                               self.glance and self.glance(), local_time)
         policy = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -2119,7 +2093,6 @@ class Pages:
         families = [*metric_families(self.board.status, entries, time.monotonic()), *process_families(self.started_at)]
         return Answer(200, metric_lines(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
 # What for: to answer every request at once and with a true status, whoever sends it and whatever it is.
 # Way: connection -> Gate (secret, rate) -> body -> parse_webhook -> keep(webhook, thumb), the Daemon's -> 200
@@ -2131,7 +2104,7 @@ class Pages:
 # Needs of Page: Answer, Pages
 
 # -- Who may send, and how often
-MAX_PAIRS = 16                # of a URL's query that are read
+MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
 WEBHOOK_PATH = "/webhooks/plex"
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
 
@@ -2162,11 +2135,9 @@ def webhook_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{WEBHOOK_PATH}"
 
 # --- the world
-
 MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
-MAX_PATH = 200                # characters of a path that are logged
 # Requests a minute of one sender that lack the secret; and how late the secrets of a sender are compared that has sent
-# more: with its 16 threads, it can try 16 a second.
+# more: with its 16 threads it can send 16 URLs a second.
 MAX_GUESSES, GUESS_S = 30, 1.0
 
 def sender(address: str) -> str:
@@ -2200,7 +2171,7 @@ class Gate:
     def plain(self, path: str, ours: Iterable[str] = ()) -> str:
         """A path as it may be logged.  With a secret only our own: somebody may have put it into another one."""
         if self.secret is None:
-            return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_PATH]  # type: ignore[index]
+            return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_TEXT]  # type: ignore[index]
         begin = WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else "/"
         return path if path in (WEBHOOK_PATH, *ours) else f"{begin}..."
 
@@ -2252,8 +2223,9 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
 MAX_BODY = 8 * 2**20
 # Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
-# Lines after a chunked body; http.server takes as many headers.
+# Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
 MAX_TRAILERS = 100
+DEFECTS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
 # How long an idle connection may hold its thread, as in Apache and Node; and at most, and to be closed after an answer,
 # while the threads are scarce, or others of its sender wait for one (on each connection some webhooks, not one).
 KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
@@ -2388,11 +2360,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                  self.client_address[0], is_webhook))
 
     # -- the body
-
     def length(self) -> int | None:
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
-        if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
+        if any(isinstance(defect, DEFECTS) for defect in self.headers.defects) or self.headers.get_unixfrom():
             raise WebhookError(400, "A line of the request's head is not a header.")
         if codings:
             if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
@@ -2413,8 +2384,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start < LARGE_BODY < stop:
             return self.fill(body, start, LARGE_BODY, held) and self.fill(body, LARGE_BODY, stop, held)
         if start == LARGE_BODY:                       # wait for a place among the large bodies, until `held` is closed
+            who = hash(sender(self.client_address[0]))
+            held.enter_context(self.server.turns[who % len(self.server.turns)])        # it keeps no other sender out
             held.enter_context(self.server.large_bodies)
-            self.reader.deadline = min(self.reader.deadline, time.monotonic() + LARGE_S)
+            self.reader.deadline = time.monotonic() + LARGE_S
         return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
 
     def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
@@ -2437,10 +2410,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 break
             if total > MAX_BODY:
                 raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
-            if not self.fill(body, start, total, held):
-                raise WebhookError(400, "A chunk of the body is cut short.")
-            if self.rfile.readline(3).strip():
-                raise WebhookError(400, "A chunk of the body is longer than its size.")
+            if not self.fill(body, start, total, held) or self.rfile.readline(3).strip():
+                raise WebhookError(400, "A chunk of the body is cut short, or longer than its size.")
         if all(self.rfile.readline(65537).strip() for _ in range(MAX_TRAILERS)):
             raise WebhookError(400, "The chunked body has too many trailers.")
         body.resize(total or 1)
@@ -2455,7 +2426,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     # -- the answer
-
     def send(self, answer: Answer) -> None:
         """Send an answer; all go through here, except for "100 Continue".  Events are sent until one side ends them."""
         events, content = answer.events, answer.body
@@ -2517,6 +2487,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.parked: dict[Any, tuple[str, Any]] = {}
         self.lock = threading.Lock()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
         self.closing = threading.Event()
         self.address_family, address = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET, (host, port)
         if host:
@@ -2629,11 +2600,9 @@ def make_secret(config: Config) -> int:
         raise ConfigError(f"secret: {shown_path(path)} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
     print(f"{configured_url(config, config.webhooks_port)}?token={secret}")
-    print(f"Paste this URL into Plex: Settings > Webhooks.{' The old URL still works.' if before else ''}\n"
-          f"The secret is in {path}.\nGive the daemon this flag: -webhook-secret-file {shlex.quote(path)}",
-          file=sys.stderr)
+    print(f"Paste this URL into Plex: Settings > Webhooks.{' The old URL still works.' if before else ''}\nThe secret "
+          f"is in {path}.\nGive the daemon this flag: -webhook-secret-file {shlex.quote(path)}", file=sys.stderr)
     return 0
-
 
 # === Hooks: a Change -> a command (hook_environment, after_change, enqueue, run_hook, Hooks, hook) ===
 # What for: to run the user's command (-on-event) for each change, for example to switch an amplifier on and off.
@@ -2677,7 +2646,6 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
     return [*(each for each in waiting if each[0] in SWITCHES), (event, environment)]
 
 # --- the world
-
 # A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
 HOOK_S, HOOK_GRACE_S, HOOK_STOP_S = 30.0, 2.0, 0.3
 # Bytes of a hook's output that are read.
@@ -2703,10 +2671,10 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -
     # child would inherit.  Raises OSError.
     ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
     given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
-    return os.posix_spawn(command[0], list(command), {**ours, **given}, setpgroup=0, setsigmask=(),
-                          setsigdef=(signal.SIGPIPE,), file_actions=[
-                              (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                              (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
+    return os.posix_spawn(
+        command[0], list(command), {**ours, **given}, setpgroup=0, setsigmask=(), setsigdef=(signal.SIGPIPE,),
+        file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, output, 1),
+                      (os.POSIX_SPAWN_DUP2, output, 2)])
 
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
     """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
@@ -2829,7 +2797,6 @@ def hook(config: Config) -> int:
     print(output.decode("utf-8", "replace"), end="" if output.endswith(b"\n") or not output else "\n")
     print(f"exit status {status}" if status is not None else f"it took more than {HOOK_S:g} s, and was ended")
     return int(status != 0)
-
 
 # === Tracker: a finished episode -> its show, marked as watched (choose_show, Tracker, Journal, Worker) ===
 # What for: with -tracker-db, each media.scrobble of an episode or a movie is marked as watched, once and for the right
@@ -3161,7 +3128,6 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
 # --- the world
-
 # -- The database: Tracker
 # These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.
 APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 1
@@ -3230,7 +3196,6 @@ class Tracker:
         no error now; each use tries to open it.
         """
         import sqlite3  # here: the daemon without -tracker-db does not pay for it
-
         self.path, self.may_write, self.patient = os.path.realpath(path), write, patient
         self.lock, self.sqlite3, self.starts = threading.RLock(), sqlite3, True
         self.connection: Any = None
@@ -3328,7 +3293,7 @@ class Tracker:
             if self.starts and name == "SQLITE_NOTADB" and not (self.was_ours() or self.inodes()[1]):
                 raise ConfigError(f"-tracker-db: {self.path} is not a database; name another file.") from error
             damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
-            advice = " is damaged ({}): stop StreamerBrainz, move a backup there, and delete -wal and -shm." if damaged \
+            advice = " is damaged ({}): stop StreamerBrainz, move a backup there, delete -wal and -shm." if damaged \
                 else ": {}; check that it can be written, and that the disk has space."
             sentence = f"{self.path}{advice.format(why(error))}"
             self.fault = self.fault if self.files and name.startswith(("SQLITE_BUSY", "SQLITE_FULL")) else sentence
@@ -3505,9 +3470,8 @@ class Tracker:
         # What was watched stays watched, at its earliest date.
         self.connection.executemany(
             "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), "
-            "watched_at = min(coalesce(watched_at, excluded.watched_at), coalesce(excluded.watched_at, watched_at))",
-            episodes)
+            "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), watched_at = "
+            "min(coalesce(watched_at, excluded.watched_at), coalesce(excluded.watched_at, watched_at))", episodes)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
         """The row of a show's episode; None: the show does not have it."""
@@ -3520,10 +3484,10 @@ class Tracker:
                              "resolution IS NULL", entry.server, entry.type, entry.subject):
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
-        return self.insert("conflict", created_at=time.time(), kind=conflict.kind, server=entry.server,
-                           type=entry.type, subject=entry.subject, guid=entry.guid_of_show, title=show.title,
-                           year=show.year if show.own_year else None, candidates=candidates,
-                           **show.ids._asdict()), True
+        return self.insert(
+            "conflict", created_at=time.time(), kind=conflict.kind, server=entry.server, type=entry.type,
+            subject=entry.subject, guid=entry.guid_of_show, title=show.title,
+            year=show.year if show.own_year else None, candidates=candidates, **show.ids._asdict()), True
 
     def resolve(self, conflict_id: int, show_id: int) -> None:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
@@ -3689,22 +3653,21 @@ class Worker:
         except PlexError as error:
             verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
         with self.tracker.transaction(lasting=False):
-            # Another process (`tracker resolve`, `tracker import`) may have finished it meanwhile.
-            if self.tracker.one("SELECT 1 FROM webhook_log WHERE id = ? AND status IS NOT NULL AND retry_at IS NULL "
-                                "AND action NOT IN ('conflict_created', 'episode_not_found')", entry.id):
+            # Another process (`tracker resolve`, `tracker import`) may have finished it, and the clock been set.
+            row = self.tracker.one("SELECT received_at, status NOT NULL AND retry_at IS NULL AND action NOT IN "
+                                   "('conflict_created', 'episode_not_found') FROM webhook_log WHERE id = ?", entry.id)
+            if row is None or row[1]:
                 return
-            for row in self.tracker.all("SELECT received_at FROM webhook_log WHERE id = ?", entry.id):
-                entry = entry._replace(received_at=row[0])           # the clock may have been set meanwhile
+            entry = entry._replace(received_at=row[0])
             verdict = verdict or self.decide(entry, asked)
             outcome = self.conclude(entry, asked, verdict)
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
                 conflict_id, new = self.tracker.add_conflict(entry, asked.show, verdict)
             wait_s = retry_after_s(entry.attempts) if outcome.retry else None
             self.tracker.write(
-                "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = ?, conflict_id = ?, "
-                "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3],
-                (outcome.match.show_id or None) if outcome.match else None, conflict_id,
-                None if wait_s is None else time.time() + wait_s, entry.id)
+                "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = nullif(?, 0), conflict_id = ?, "
+                "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], outcome.match and
+                outcome.match.show_id, conflict_id, None if wait_s is None else time.time() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
 
     def ask(self, entry: Entry) -> Asked:
@@ -4022,8 +3985,8 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     rows = [dict(row) for row in tracker.all(
         "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(watched_at) AS watched, "
         "count(episode) AS episodes, max(watched_at) AS last_watched_at FROM show LEFT JOIN episode ON "
-        f"show_id = show.id WHERE 1{condition} "
-        "GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal", *(f"%{word}%" for word in words))]
+        f"show_id = show.id WHERE 1{condition} GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal",
+        *(f"%{word}%" for word in words))]
     lines = ["   ID  WATCHED     LAST        TITLE"]
     for row in rows:
         movie = f"movie: {'yes' if row['watched'] else 'no'}"
@@ -4136,14 +4099,13 @@ def tracker_command(config: Config) -> int:
             tracker.guarded():
         return command(config, tracker)
 
-
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
-# Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until Stop
-# Threads: "signals" waits for signals, which all other threads block, and puts SIGHUP or Stop into the inbox.  The
+# Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
+# Threads: "signals" waits for signals, which all other threads block, and puts them into the inbox.  The
 #   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
 # Needs: Ground
-# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Stop, Watcher, Webhook, exchange, put_message,
+# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
@@ -4180,7 +4142,6 @@ def session_lines(session: Session, configured: bool) -> str:
     return "\n".join(map(printable, lines))
 
 # --- the world
-
 # -- The log
 LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and the journal's priorities
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
@@ -4302,12 +4263,12 @@ def block_signals() -> set[signal.Signals]:
     return signals
 
 def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
-    """SIGHUP is a look, any other signal Stop; a thread of its own, while all others block signals."""
+    """SIGHUP is a look, any other signal the end; a thread of its own, while all others block signals."""
     # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
     # STOP_S, this thread ends the process.
     while signal.sigwait(signals) == signal.SIGHUP:
         inbox.put(signal.SIGHUP)
-    inbox.put(Stop())
+    inbox.put(signal.SIGTERM)
     time.sleep(STOP_S)
     end()
     os._exit(0)
@@ -4362,7 +4323,7 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
 
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
-    """Start all threads; -> what is left to do: to watch the player, until Stop is in the inbox."""
+    """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
     systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
     end = functools.partial(say_goodbye, listener, systemd, hooks, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
@@ -4383,7 +4344,6 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("hooks", inbox, hooks.run)
     if journal and worker:
         start("worker", inbox, worker.run, journal.written)
-
     def tell(status: Status, changes: Sequence[Change]) -> None:
         if hooks:
             for change in changes:
@@ -4391,7 +4351,6 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         board.publish(status, changes)
         systemd.tell(status)
         next(address)
-
     def watch() -> None:
         try:
             Watcher(config, inbox, plex, tell, min(systemd.wake_s, WAKE_S)).run()
@@ -4408,7 +4367,6 @@ def outlive_main(work: Callable[[], None]) -> None:
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
         work()
         return
-
     def go_on() -> None:
         try:
             threading.main_thread().join()
@@ -4496,11 +4454,9 @@ def players(config: Config) -> int:
         raise ConfigError("players: a token is one word of plain characters.")
     sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
     rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
-    nothing = (f"Nothing plays on {origin(url)} now. "
-               "A player shows up only while it plays: press play on it, then try again.")
+    nothing = f"Nothing plays on {origin(url)}. A player shows up only while it plays: press play, then try again."
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
-
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
@@ -4602,7 +4558,6 @@ def wrapped(words: str, begin: str, margin: int) -> str:
                          break_on_hyphens=False, break_long_words=False)
 
 # --- the world
-
 def is_here(host: str) -> bool | None:
     """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
     try:
@@ -4880,13 +4835,12 @@ def doctor(config: Config) -> int:
         print("\n".join(wrapped(f"{each.check}: {each.evidence}", f"{i}. ", 3) for i, each in enumerate(causes, 1)))
     return int(any(each.status == FAIL for each in findings))
 
-
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
 # Way: EVENING -> StandIn (its sessions, its webhooks) -> the real listener and the real daemon -> log lines
 # Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
 # Needs: Ground
-# Needs of Player: PlexServer, encode_webhook, exchange, Inbox, Stop
+# Needs of Player: PlexServer, encode_webhook, exchange, Inbox
 # Needs of Listener: Gate, Listener, WEBHOOK_PATH
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
@@ -4913,7 +4867,6 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (115, "That was the evening.", STOPPED, _PILOT, "", 0))
 
 # --- the world
-
 class _StandInHandler(http.server.BaseHTTPRequestHandler):
     """GET /status/sessions, with the token in its header.  Like an old server, it knows no other path."""
     server: StandIn
@@ -4974,7 +4927,7 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
                         body).status
 
 def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
-    """Play the script against the listener on a port, then put Stop into the inbox."""
+    """Play the script against the listener on a port, then put SIGTERM into the inbox."""
     start = time.monotonic() + 0.5                    # when the first events come, the daemon listens
     for second, words, state, item, event, count in EVENING:
         time.sleep(max(0.0, start + second / plex.speed - time.monotonic()))
@@ -4982,7 +4935,7 @@ def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
         plex.turn(state, item)
         for _ in range(count):
             plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
-    inbox.put(Stop())
+    inbox.put(signal.SIGTERM)
 
 def demo(config: Config) -> int:
     """Play an evening: the stand-in sends real webhooks to the real daemon, which looks at the stand-in's sessions."""
@@ -5001,7 +4954,6 @@ def demo(config: Config) -> int:
         serve(config, listener, Gate(), PlexServer(plex.url, lambda: plex.token), hooks, inbox)()
         plex.shutdown()
     return 0
-
 
 # === main: flags and commands (parse_config, main) ===
 # What for: the words of the command line become a Config, or one sentence that says what is wrong with them.
@@ -5114,7 +5066,6 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     return found, others
 
 # --- the world
-
 def read_flags(path: str) -> list[str]:
     """The words in an @FILE; raises ConfigError."""
     # In it, a word that begins with @ is a value: no file names another one, or itself.
@@ -5193,7 +5144,6 @@ def main(words: Sequence[str]) -> int:
     except BrokenPipeError:                           # streamerbrainz.py players | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail to flush stdout at its end
         return 1
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

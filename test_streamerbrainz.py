@@ -356,7 +356,7 @@ class Site:
         return self
 
     def __exit__(self, *_):
-        self.inbox.put(sb.Stop())
+        self.inbox.put(signal.SIGTERM)
         self.server.close()
         for thread in self.threads:
             thread.join(20)
@@ -2895,7 +2895,7 @@ def test_this_machines_address_is_known_without_any_name_server(names, url):
 def test_without_a_server_nothing_can_be_looked_at():
     watcher = watcher_alone()
     watcher.hear(sb.parse_payload(payload()))
-    for message in (signal.SIGHUP, sb.Stop()):
+    for message in (signal.SIGHUP, signal.SIGTERM):
         watcher.inbox.put(message)
     watcher.run()
     assert watcher.players and watcher.due() == math.inf
@@ -3225,8 +3225,8 @@ def test_only_the_latest_picture_of_our_player_is_kept(listener):
     pytest.param(post(head="Content-Length: 7\r\n"), 400, b"The Content-Length is not a number.\n", id="two lengths"),
     pytest.param(post(head=CHUNKED), 400, b"A body is either chunked or has a Content-Length.\n", id="smuggling"),
     pytest.param(raw(POST + "Transfer-Encoding: gzip\n"), 400, b"A body is either chunked or has a Content-Length.\n", id="a coding"),
-    pytest.param(raw(POST + CHUNKED, b"5\r\nab"), 400, b"A chunk of the body is cut short.\n", id="a chunk cut short"),
-    pytest.param(raw(POST + CHUNKED, b"2\r\nabc\r\n"), 400, b"A chunk of the body is longer than its size.\n", id="a chunk too long"),
+    pytest.param(raw(POST + CHUNKED, b"5\r\nab"), 400, b"A chunk of the body is cut short, or longer than its size.\n", id="a chunk cut short"),
+    pytest.param(raw(POST + CHUNKED, b"2\r\nabc\r\n"), 400, b"A chunk of the body is cut short, or longer than its size.\n", id="a chunk too long"),
     pytest.param(raw(POST + CHUNKED, b"-1\r\n"), 400, b"A chunk of the body has no size.\n", id="a chunk without size"),
     pytest.param(raw(POST + CHUNKED, b"0\r\n" + b"A: b\r\n" * 101), 400, b"The chunked body has too many trailers.\n", id="trailers"),
     pytest.param(raw(POST + CHUNKED, b"fffffff\r\n"), 413, b"The body is larger than 8388608 bytes.\n", id="chunks too large"),
@@ -5464,7 +5464,7 @@ def test_players_shows_each_with_its_flag_and_marks_the_configured_one(token_fil
 def test_players_helps_when_nothing_plays_and_when_the_server_does_not_answer(plex, token_file):
     words = ("players", plex.url, "-plex-token-file", token_file)
     assert call(*words) == (
-        0, f"Nothing plays on {plex.url} now. A player shows up only while it plays: press play on it, then try again.\n", "")
+        0, f"Nothing plays on {plex.url}. A player shows up only while it plays: press play, then try again.\n", "")
     assert call(*words, "-json") == (0, "[]\n", "")
     token_file.write_text("wrong")
     assert call(*words) == (
