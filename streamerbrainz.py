@@ -43,14 +43,14 @@ request (0 to 64)   one connection and its bytes       queries Plex (except for 
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
-names (0 to 4)      the lookup of one name             holds who asks longer than that one wants to wait
-log (0 or 1)        waiting until stderr has room      lives while it has
+names (0 to 4)      the lookup of one name             makes anybody wait past their deadline
+log (0 or 1)        waiting until stderr has room      writes before
 signals             waiting for a signal, which all    decides (it puts them into the inbox, and
                     other threads block                ends the process if the watcher hangs)
 Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Four objects are shared under a lock of their own: the Gate (who may send), the Listener (its
-connections), the Tracker and the Covers (pictures).  Board.streams is a list of queues.  All use the PlexServer; only
-the watcher changes its token.
+(Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its connections), the
+Tracker, the Covers (pictures) and KNOWN (addresses of names).  Board.streams is a list of queues.  All use the
+PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -816,8 +816,9 @@ class Expected(NamedTuple):
     state: str                    # PLAYING, PAUSED or STOPPED
     identity: str                 # Item.identity; "": not given
     at: float                     # when it was seen
+    documented: bool = True       # Plex documents a webhook for it: if none comes, one is missing
 
-    def matches(self, other: Expected) -> bool:
+    def matches(self, other: Expected | Claim) -> bool:
         """Whether both can belong to the same change of the player."""
         return self.state == other.state and (self.identity == other.identity or "" in (self.identity, other.identity))
 
@@ -963,7 +964,11 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not ours or state is None:
         return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    return claimed(revived(player, claim, at) if state == PLAYING else player, claim, at), ()
+    player = revived(player, claim, at) if state == PLAYING else player
+    # It may tell what was reported before it came, and is over since: no reason to look again and again.
+    known = player.state == state and player.plays(claim.identity)
+    late = not known and any(each.matches(claim) for each in player.proof.changes)
+    return look_soon(player, at) if late else claimed(player, claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -1147,7 +1152,7 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     changes = [each for each in proof.changes if at - each.at < PROOF_S]
     webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
     ours = isinstance(observation, Webhook) and observation.player_uuid == player.machine_identifier
-    missed = proof.changes[:len(proof.changes) - len(changes)]
+    missed = [each for each in proof.changes[:len(proof.changes) - len(changes)] if each.documented]
     if isinstance(observation, Webhook) and observation.event in CLAIMS:
         webhook = Expected(CLAIMS[observation.event], observation.item.identity if observation.item else "", at)
         if met := next((each for each in changes if each.matches(webhook)), None):
@@ -1157,8 +1162,8 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
             webhooks.append(webhook)
     just_back = not proof.armed or any(isinstance(report, Recovery) for report in reports)
     for change in reports:
-        if isinstance(change, Change) and not just_back and documented(change, before):
-            seen = Expected(change.state, change.item.identity, at)
+        if isinstance(change, Change) and not just_back:
+            seen = Expected(change.state, change.item.identity, at, documented(change, before))
             if any(each.matches(seen) for each in webhooks):
                 webhooks = [each for each in webhooks if not each.matches(seen)]
                 delays_s.append(0.0)
@@ -2109,10 +2114,8 @@ WEBHOOK_PATH = "/webhooks/plex"
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
-    """A token bucket: what an address has left after one webhook, and how many seconds it must wait (0: it may pass).
-
-    tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
-    """
+    """A token bucket: what an address has left after one webhook, and how long it must wait in s (0: it may pass)."""
+    # tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
@@ -2503,11 +2506,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def serve(self, gate: Gate, pages: Pages, keep: Callable[[Webhook, memoryview], object],
               tell: Callable[[Refused | BaseException], object]) -> None:
-        """Answer requests until close(); then free the port.  For a thread of its own, which wakes for requests only.
-
-        keep: makes a webhook and its thumb safe, or raises WebhookError; tell: hears of refusals and of our bugs.
-        Both are called in request threads.
-        """
+        """Answer requests until close(); then free the port.  For a thread of its own, it wakes for requests only."""
+        # In request threads are called keep, which makes a webhook and its thumb safe, or raises WebhookError; and
+        # tell, which hears of refusals and of our bugs.
         self.gate, self.pages, self.keep, self.tell = gate, pages, keep, tell
         while not self.closing.is_set():
             self.handle_request()
@@ -3870,7 +3871,8 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
                     for item in page.items:
                         import_item(tracker, server, show_type, item)
                     tracker.take_note(note, page.end)
-                print(f"{title}: {name}: {page.end} of {max(page.total, page.end)}", file=sys.stderr, flush=True)
+                print(f"{title}: {name}: {page.end} of {max(page.total, page.end)}", file=sys.stderr, flush=True,
+                      end="\r" if sys.stderr.isatty() and page.end < page.total else "\n")
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
@@ -4174,10 +4176,8 @@ def in_journal(environ: Mapping[str, str]) -> bool:
     return False
 
 class LogHandler(logging.Handler):
-    """Writes the log to a stream, and waits for no reader: not of a pipe or the journal, nor for Ctrl-Q on a terminal.
-
-    Lines for which there is no room are dropped and counted; a thread waits for room then, and tells of them.
-    """
+    """Writes the log to a stream, and never blocks: on a pipe, the journal or a terminal that is held."""
+    # Lines without room are dropped and counted; a thread waits for room then, and tells of them.
 
     def __init__(self, stream: Any):
         """Raises OSError if the stream has no descriptor."""

@@ -1949,6 +1949,22 @@ def test_a_claim_outlives_a_slow_look_that_began_before_the_sessions_knew():
     assert judge.said() == [(PAUSED, A)]
 
 
+def test_a_webhook_of_a_change_that_was_reported_and_is_over_costs_one_look():
+    judge = playing(poll_interval_s=0.0)
+    for item in (OTHER, SONG, OTHER):                      # skips, which the stream tells at once
+        judge.show(session_xml(item=item))
+        judge.note(PLAYING, item["ratingKey"])
+        judge.wait(1)
+    judge.wait(5)
+    looks = judge.looks
+    judge.hear("media.play", SONG)                         # its webhook comes late
+    judge.wait(10)
+    assert judge.looks == looks + 1 and judge.said() == [(PLAYING, B), (PLAYING, A), (PLAYING, B)]
+    judge.hear("media.play", SONG)                         # a second one is news
+    judge.wait(10)
+    assert judge.looks == looks + 2 + len(sb.RELOOK_S)
+
+
 def test_claims_that_wait_are_few():
     judge = playing(poll_interval_s=0.0)
     for number in range(200):
