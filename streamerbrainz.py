@@ -505,6 +505,10 @@ def parameter(message: email.message.Message, name: str, header: str) -> str:
             return value
     return ""
 
+# The name in a part's header; "": it has none.  Plex sends the same two headers each time.
+part_name = functools.lru_cache(maxsize=16)(lambda header: parameter(
+    email.parser.BytesHeaderParser().parsebytes(header), "name", "Content-Disposition"))
+
 def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
     end = 0
@@ -531,8 +535,7 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
         blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))
         if blank is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        header = email.parser.BytesHeaderParser().parsebytes(bytes(body[start:blank.start()]))
-        name = parameter(header, "name", "Content-Disposition")
+        name = part_name(bytes(body[start:blank.start()]))
         if name in ("payload", "thumb"):
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
@@ -720,8 +723,7 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 TRANSITIONS = {
     (STOPPED, STOPPED): STOPPED, (STOPPED, PLAYING): PLAYING, (STOPPED, PAUSED): PAUSED, (STOPPED, BUFFERING): PLAYING,
     (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
-    (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None,
-}
+    (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None}
 # What a webhook's event claims about its player; all other events claim nothing.
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
@@ -852,7 +854,7 @@ class PlayerState(NamedTuple):
     moved_at: float = 0.0         # when view_offset was first seen
     changed_at: float = -math.inf  # when state or item changed last
     claims: tuple[Claim, ...] = ()    # what webhooks and notifications say, and the sessions do not yet; newest first
-    looked: tuple[float, ...] = ()    # when the last MAX_LOOKS looks were
+    looked: tuple[tuple[float, bool], ...] = ()   # when the last MAX_LOOKS looks were, and whether each found a change
     look_at: float | None = None  # when to look next; None: not before something is heard
     look_why: str = "sessions"    # "poll": the next look is a slow look; "sessions": there is a reason for it
     proof: Proof = Proof()
@@ -890,14 +892,14 @@ def look_no_later(player: PlayerState, at: float) -> PlayerState:
     return player._replace(look_at=at, look_why="sessions")
 
 def within_budget(player: PlayerState) -> PlayerState:
-    """The player, with its next look put off until the budget allows it."""
+    """The player, with its next look put off until the budget allows it; not if nearly each look finds a change."""
     if player.look_at is None or 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS:     # so short only in a quick demo
         return player
-    recent = [at for at in player.looked if at > player.look_at - BUDGET_S]
-    if len(recent) < FREE_LOOKS:
+    recent = [each for each in player.looked if each[0] > player.look_at - BUDGET_S]
+    if len(recent) < FREE_LOOKS or sum(found for _, found in recent) > 0.7 * len(recent):
         return player
-    gap_s = (recent[0] + BUDGET_S - recent[-1]) / (MAX_LOOKS + 1 - len(recent))
-    return player._replace(look_at=max(player.look_at, recent[-1] + gap_s))
+    gap_s = (recent[0][0] + BUDGET_S - recent[-1][0]) / (MAX_LOOKS + 1 - len(recent))
+    return player._replace(look_at=max(player.look_at, recent[-1][0] + gap_s))
 
 def look_soon(player: PlayerState, at: float, wait_s: float = 0.0) -> PlayerState:
     """The player, with its next look after wait_s at the latest; in an outage Plex gets a rest."""
@@ -1056,10 +1058,13 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     """
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
-    met = [each for each in player.claims if each.session_key in player.foreign_keys or
+    met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
            ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
     waits_s = {True: RELOOK_S, False: WHOSE_S}
-    claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1])
+    # A webhook that the sessions bear out replaces those before it about its item: a burst of them is soon over.
+    over = {each.identity: each.at for each in met if each.by == "webhook"}
+    claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1]
+                   and (each.by != "webhook" or each.at > over.get(each.identity, -math.inf)))
     slow = at + player.poll_interval_s if player.poll_interval_s else None
     player = player._replace(claims=claims, look_at=slow, look_why="poll")
     for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
@@ -1071,9 +1076,8 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
         player = look_no_later(player, max(chosen.since, chosen.alive_at) + FROZEN_S)
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
-    for trace in traces:
-        if trace.stale:                               # by then it has shown life, or is dead
-            player = look_no_later(player, trace.alive_at + LIFE_S)
+    for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead
+        player = look_no_later(player, trace.alive_at + LIFE_S)
     return player
 
 def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
@@ -1193,9 +1197,10 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
 
     at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
     """
-    if isinstance(observation, (Look, Outage)):
-        before = before._replace(looked=(*before.looked, at)[-MAX_LOOKS:])
     player, reports = AFTER[type(observation)](before, observation, at)
+    if isinstance(observation, (Look, Outage)):
+        found = any(isinstance(report, Change) for report in reports)
+        player = player._replace(looked=(*player.looked, (at, found))[-MAX_LOOKS:])
     if not player.has_server:
         return player, reports                        # the webhooks are the only witness: nothing proves them
     player, news = prove(before, within_budget(player), observation, reports, at)
@@ -1870,8 +1875,7 @@ const dress = () => {
   if (shown) by("url").textContent = full(by("url"));
 };
 const refresh = async () => {
-  const answer = await fetch(location.href), parser = new DOMParser();
-  if (!answer.ok) return;
+  const answer = await fetch(location.href), parser = new DOMParser(); if (!answer.ok) return;
   all("main")[0].replaceWith(parser.parseFromString(await answer.text(), "text/html").querySelector("main"));
   since = performance.now(); dress();
 };
@@ -1890,8 +1894,7 @@ const move = p => {
 };
 setInterval(() => { for (const p of all("progress")) if (p.dataset.playing) move(p); }, 1000);
 const listen = again => {
-  const stream = new EventSource("events" + query);
-  stream.addEventListener("change", refresh);
+  const stream = new EventSource("events" + query); stream.addEventListener("change", refresh);
   stream.onopen = () => { if (again) refresh(); again = true; };
   stream.onerror = () => { if (stream.readyState === 2) setTimeout(listen, 5000, true); };
 };
@@ -2175,8 +2178,7 @@ class Gate:
         """A path as it may be logged.  With a secret only our own: somebody may have put it into another one."""
         if self.secret is None:
             return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_TEXT]  # type: ignore[index]
-        begin = WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else "/"
-        return path if path in (WEBHOOK_PATH, *ours) else f"{begin}..."
+        return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
     def check(self, query: str, address: str) -> None:
         """Check the secret in a URL's query; raises WebhookError 401, or 429 after many wrong ones."""
@@ -2387,8 +2389,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start < LARGE_BODY < stop:
             return self.fill(body, start, LARGE_BODY, held) and self.fill(body, LARGE_BODY, stop, held)
         if start == LARGE_BODY:                       # wait for a place among the large bodies, until `held` is closed
-            who = hash(sender(self.client_address[0]))
-            held.enter_context(self.server.turns[who % len(self.server.turns)])        # it keeps no other sender out
+            held.enter_context(self.server.turns[hash(sender(self.client_address[0])) % len(self.server.turns)])
             held.enter_context(self.server.large_bodies)
             self.reader.deadline = time.monotonic() + LARGE_S
         return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
@@ -2507,8 +2508,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def serve(self, gate: Gate, pages: Pages, keep: Callable[[Webhook, memoryview], object],
               tell: Callable[[Refused | BaseException], object]) -> None:
         """Answer requests until close(); then free the port.  For a thread of its own, it wakes for requests only."""
-        # In request threads are called keep, which makes a webhook and its thumb safe, or raises WebhookError; and
-        # tell, which hears of refusals and of our bugs.
+        # keep: makes a webhook and its thumb safe, or raises WebhookError; tell: hears of refusals and of our bugs.
         self.gate, self.pages, self.keep, self.tell = gate, pages, keep, tell
         while not self.closing.is_set():
             self.handle_request()

@@ -1861,7 +1861,7 @@ def test_no_more_than_twenty_looks_in_ten_seconds_whatever_comes():
                     lambda: judge.hear("media.play", uuid="m2"), lambda: judge.observe(sb.Stream("opened")),
                     lambda: judge.note(PLAYING, player="", key="9")])()
         judge.wait(rng.choice([0.0, 0.01, 0.3]))
-        looked += [at for at in judge.player.looked if not looked or at > looked[-1]]
+        looked += [at for at, _ in judge.player.looked if not looked or at > looked[-1]]
     assert len(looked) > 1000 and all(later - at > 10 for at, later in zip(looked, looked[20:], strict=False))
     assert max(later - at for at, later in itertools.pairwise(looked)) < 2      # and never blind for long
 
