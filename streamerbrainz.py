@@ -907,9 +907,7 @@ def look_soon(player: PlayerState, at: float, wait_s: float = 0.0) -> PlayerStat
 
 def claimed(player: PlayerState, claim: Claim, at: float, wait_s: float = 0.0) -> PlayerState:
     """The player with one more claim, and a look soon."""
-    # A webhook replaces those before it about its item, so that a burst of them is soon over.
-    same = [each for each in player.claims
-            if each[1:4] == claim[1:4] and (each.state == claim.state or claim.by == "webhook")]
+    same = [each for each in player.claims if each[:4] == claim[:4]]
     if claim.ours or not same:                        # who repeats that somebody plays does not put off the looks
         claims = (claim, *(each for each in player.claims if each not in same))
         player = player._replace(claims=claims[:MAX_CLAIMS])
@@ -1063,7 +1061,9 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
            ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
     waits_s = {True: RELOOK_S, False: WHOSE_S}
-    claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1])
+    over = max((each.at for each in met if each.by == "webhook"), default=-math.inf)     # with it, those before it are
+    claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1]
+                   and (each.by != "webhook" or each.at > over))
     slow = at + player.poll_interval_s if player.poll_interval_s else None
     player = player._replace(claims=claims, look_at=slow, look_why="poll")
     for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
@@ -2243,7 +2243,8 @@ class LineReader(io.BufferedReader):
 
     def readline(self, size: int | None = -1, /) -> bytes:
         """The next line, or so much of it."""
-        if re.search(rb"\r(?!\n)", line := super().readline(size)):
+        line = super().readline(size)
+        if line.count(b"\r") != line.endswith(b"\r\n"):
             raise WebhookError(400, "A line of the request has a CR without an LF.")
         return line
 

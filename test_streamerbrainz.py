@@ -2276,7 +2276,7 @@ def test_random_evenings():
         changes += 0 if evening.ways.mild else sum(isinstance(report, Change) for _, report in evening.reports)
         found += [(seed, *each) for each in evening.problems()]
     false = [each for each in found if each[1] == "false" and each[0] % 2 == 0]
-    worst = [each for each in found if each not in false] + (false if len(false) > changes / 10_000 else [])
+    worst = [each for each in found if each not in false] + (false if len(false) > 1 + changes / 10_000 else [])      # 1: by chance
     print(f"seeds {first} to {first + count - 1}: {changes} changes in harsh evenings, {len(false)} of them false")
     for seed, kind, *_ in worst[:3]:
         print(f"seed {seed}, {kind}; it needs no more than: {shrunk(seed, kind)}")
