@@ -2321,8 +2321,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
-        gate, headers, address = self.server.gate, self.headers, self.client_address[0]
-        is_webhook = self.target() == WEBHOOK_PATH
+        gate, headers, address, path = self.server.gate, self.headers, self.client_address[0], self.target()
+        is_webhook = path == WEBHOOK_PATH
         # Every browser sends these with what a website lets it post; Plex and curl never do.
         if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
@@ -2330,7 +2330,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        if self.target() != "/healthz":
+        if path != "/healthz":
             gate.check(self.path.partition("?")[2], address)
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             gate.count(gate.tokens, address, gate.a_minute, "webhooks")

@@ -3904,6 +3904,16 @@ def gone(pid):
     return True
 
 
+def hooks_that_run(command, script):
+    """Hooks that have just been told of a change, with a script as their command."""
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    hooks = sb.Hooks(sb.hook_command(str(command)), 10.0)
+    threading.Thread(target=hooks.run, daemon=True).start()
+    hooks.inbox.put(changed())
+    return hooks
+
+
 @pytest.mark.parametrize("script, grace", [
     ("sleep 60", False), ("sleep 60 & echo $! >> {file}; wait", False), ("trap '' TERM; while :; do sleep 1; done", True),
     ("(trap '' TERM; echo $$ >> {file}; exec sleep 60) & echo $! >> {file}; wait", False), ("exec sleep 60 > /dev/null 2>&1", False), ("exec yes", False),
@@ -3911,11 +3921,7 @@ def gone(pid):
     ("trap 'sleep 0.1; echo well >> {file}; exit' TERM; while :; do sleep 0.01; done", False)])
 def test_a_hook_that_runs_when_the_daemon_stops_is_ended_with_all_its_children(tmp_path, lines, script, grace):
     file, command = tmp_path / "pids", tmp_path / "hook"
-    command.write_text(f"#!/bin/sh\necho $$ >> {file}\n{script.format(file=file)}\n")
-    command.chmod(0o755)
-    hooks = sb.Hooks(sb.hook_command(str(command)), 10.0)
-    threading.Thread(target=hooks.run, daemon=True).start()
-    hooks.inbox.put(changed())
+    hooks = hooks_that_run(command, f"echo $$ >> {file}\n{script.format(file=file)}")
     eventually(lambda: len(written(file)) > script.count("echo $!"))
     hooks.inbox.put(changed(PAUSED, PLAYING))              # it waits, and is not run any more
     begun = time.monotonic()
@@ -3934,11 +3940,7 @@ def test_a_hook_that_runs_when_the_daemon_stops_is_ended_with_all_its_children(t
 
 def test_a_hook_that_has_ended_keeps_nobody_and_its_children_stay(tmp_path):
     file, command = tmp_path / "pid", tmp_path / "hook"
-    command.write_text(f"#!/bin/sh\nsleep 60 > /dev/null 2>&1 &\necho $! >> {file}\n")
-    command.chmod(0o755)
-    hooks = sb.Hooks(sb.hook_command(str(command)), 10.0)
-    threading.Thread(target=hooks.run, daemon=True).start()
-    hooks.inbox.put(changed())
+    hooks = hooks_that_run(command, f"sleep 60 > /dev/null 2>&1 &\necho $! >> {file}")
     eventually(lambda: len(written(file)) == 2)            # active, playing
     eventually(lambda: not hooks.running.locked())
     begun = time.monotonic()
