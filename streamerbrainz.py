@@ -251,10 +251,10 @@ def time_of(value: object) -> int:
 # How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
 MAX_VALUES = 100_000
 
-def json_value(content: bytes) -> object:
+def json_value(content: bytes, most: int = MAX_VALUES) -> object:
     """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
     try:
-        return json.loads(content) if sum(map(content.count, b",:[{")) <= MAX_VALUES else None
+        return json.loads(content) if len(content) <= most or sum(map(content.count, b",:[{")) <= most else None
     except (ValueError, RecursionError, MemoryError):
         return None
 
@@ -544,14 +544,9 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
     """The Webhook in a payload's JSON, which is UTF-8 whatever its header says; raises WebhookError."""
     if len(payload) > MAX_PAYLOAD:
         raise WebhookError(413, f"The payload is larger than {MAX_PAYLOAD} bytes.")
-    content = bytes(payload)
-    if sum(map(content.count, b",:[{")) > MAX_PAYLOAD_VALUES:
-        raise WebhookError(413, f"The payload has more than {MAX_PAYLOAD_VALUES} values.")
-    try:
-        fields = json_object(json.loads(content))
-    except (ValueError, RecursionError) as error:
-        raise WebhookError(400, "The payload is not JSON.") from error
-    event = fields.get("event")
+    if (content := json_value(bytes(payload), MAX_PAYLOAD_VALUES)) is None:
+        raise WebhookError(400, f"The payload is no JSON object, or has more than {MAX_PAYLOAD_VALUES} values.")
+    event = (fields := json_object(content)).get("event")
     if not isinstance(event, str) or not event:
         raise WebhookError(400, "The payload is not a Plex webhook: it has no event.")
     player, metadata, account = (json_object(fields.get(name)) for name in ("Player", "Metadata", "Account"))
@@ -732,15 +727,13 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
 # From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
 FOREIGN_S = 1.0
-# How late a webhook may come; 5 s were seen.
-LATE_S = 10.0
-# From one look to the next while a player buffers; for FROZEN_S, no longer.
-BUFFERING_S = 2.0
+LATE_S = 10.0                 # how late a webhook may come; 5 s were seen
+BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
 # When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s, seldom longer.
 # Steps of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
 RELOOK_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5)
 # How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
-MAX_CLAIMS, MAX_SESSIONS = 8, 16
+MAX_CLAIMS, MAX_SESSIONS = 16, 16
 # The same after a notification that does not say whose it is, until a look shows its session.
 WHOSE_S = (FOREIGN_S, 2.5)
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
@@ -749,12 +742,13 @@ MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
 # From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
 # that lag: pause, then an old "resume" again, while the sessions still say playing.
 CONFIRM_S = 2.0
-# A session that plays shows life each RENEWED_S, after LIFE_S at the latest: Plex renews its position, and repeats its
-# notification, each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
-RENEWED_S, LIFE_S = 10.0, 16.0
+# A session that plays shows life after LIFE_S at the latest: Plex renews its position, and repeats its notification,
+# each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
+LIFE_S = 16.0
 # How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  When a
-# look sees it stand still, the next one comes when FROZEN_S are over (see schedule).  By then a track on repeat may be
-# at that position again, if its length divides the wait: 10, 20 and 40 s divide 40.  41 is a prime: only 41 s can.
+# look sees it stand still, the next one comes when FROZEN_S are over, and not before LIFE_S: it may have just begun
+# again, at 0 (see schedule).  By then a track on repeat may be at that position again, if its length divides the wait:
+# 10, 20 and 40 s divide 40.  41 is a prime: only 41 s can.
 FROZEN_S = 41.0
 # A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
 # that are missing in a row make a warning.
@@ -810,6 +804,7 @@ class Trace(NamedTuple):
     since: float                  # when this state at this view_offset was first seen
     alive_at: float               # its last sign of life, as far as known: a change in it, or a witness's word
     born: float                   # when its session_key was first seen
+    seen_at: float                # when the last look was that showed it
     told: bool = False            # a witness told of its state, too: that is no pause that a crash left behind
     stale: bool = False           # a newer session began after its last sign of life; until the next such sign
 
@@ -918,8 +913,8 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     # A webhook names no session: it may mean what plays, but wakes no ghost of the same item, or of the item before.
     key = claim.session_key or (player.session_key if player.state != STOPPED else None)
     return player._replace(traces=tuple(
-        trace._replace(alive_at=at, stale=False) if trace.session.session_key == key and claim.about(trace.session)
-        else trace for trace in player.traces))
+        trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False)
+        if trace.session.session_key == key and claim.about(trace.session) else trace for trace in player.traces))
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
            player_title: str, by: str, reason: str = "") -> Verdict:
@@ -966,11 +961,11 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not ours or state is None:
         return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    player = revived(player, claim, at) if state == PLAYING else player
-    # It may tell what was reported before it came, and is over since: no reason to look again and again.
+    player = revived(player, claim, at) if state != STOPPED else player
+    # It may tell what was reported before it came, and is over since: a claim for one look.
     known = player.state == state and player.plays(claim.identity)
     late = not known and any(each.matches(claim) for each in player.proof.changes)
-    return look_soon(player, at) if late else claimed(player, claim, at), ()
+    return claimed(player, claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -991,7 +986,7 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
         return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
     if not known and state == STOPPED:                # of an item that is over already
         return player, ()
-    alive = revived(player, said, at) if state == PLAYING else player
+    alive = revived(player, said, at) if state != STOPPED else player
     if not known or not all(repeats(player, trace.session, notification.state) for trace in known):
         return claimed(alive, said, at), ()
     if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
@@ -1015,13 +1010,13 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
     told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
         any(trace.told and trace.session.state == session.state for trace in same)
     if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
-        return before._replace(session=session, told=told)
+        return before._replace(session=session, told=told, seen_at=at)
     alive_at = at
-    if before and before.session.must_move and session.must_move:
-        # It played on since the last look, which may be long ago, and may have crashed since then.
+    if before and before.session.state == PLAYING and session.must_move and before.seen_at < before.since + LIFE_S:
+        # It played on, and the last look may be long ago: where it was renewed last tells when, if it did not pause.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
-        alive_at = at if moved_s < 0 else min(at, max(at - RENEWED_S, before.since + moved_s))
-    return Trace(session, at, alive_at, same[0].born if same else at, told)
+        alive_at = at if moved_s < 0 else min(at, max(before.seen_at, before.since + moved_s))
+    return Trace(session, at, alive_at, same[0].born if same else at, at, told)
 
 def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
@@ -1054,7 +1049,7 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
 
     A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A position that has not
-    moved (if there are slow looks): when FROZEN_S are over.  A player that buffers: after BUFFERING_S.
+    moved (if there are slow looks): when FROZEN_S and LIFE_S are over.  A player that buffers: after BUFFERING_S.
     """
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
@@ -1072,7 +1067,7 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     if any(claim.ours for claim in met):
         player = look_no_later(player, at + CONFIRM_S)
     if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(chosen.since, chosen.alive_at) + FROZEN_S)
+        player = look_no_later(player, max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + LIFE_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
     for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead
@@ -1152,8 +1147,8 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     And no alarm while webhooks of our player come at all: one may be of a change too short to be seen.
     """
     proof, delays_s = player.proof, list[float]()
-    changes = [each for each in proof.changes if at - each.at < PROOF_S]
-    webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
+    changes, webhooks = (list(itertools.dropwhile(lambda each: at - each.at >= PROOF_S, waiting))
+                         for waiting in (proof.changes, proof.webhooks))      # oldest first
     ours = isinstance(observation, Webhook) and observation.player_uuid == player.machine_identifier
     missed = [each for each in proof.changes[:len(proof.changes) - len(changes)] if each.documented]
     if isinstance(observation, Webhook) and observation.event in CLAIMS:
@@ -1534,7 +1529,7 @@ def server_of(config: Config) -> PlexServer | None:
 # How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait:
 # if it is left out, it comes again after 10 s.
 MAX_INBOX, MAX_NOTED = 2000, 100
-# After a look: the webhooks of one moment (a stop and a play, or doubles) share the next look.
+# After each wake-up: the webhooks of one moment (a stop and a play, or doubles) share the next one, and its look.
 REST_S = 0.01
 # Players that are remembered where webhooks of all players are the only witness; changes that the page shows.
 MAX_PLAYERS, MAX_RECENT = 50, 10
@@ -1612,6 +1607,7 @@ class Watcher:
                 self.handlers[type(message)](message)
             if self.due() <= time.monotonic():
                 self.look()
+            time.sleep(REST_S)
 
     def publish(self, busy_since: float | None) -> None:
         """Tell what is known now.  busy_since: None before a wait."""
@@ -1695,7 +1691,6 @@ class Watcher:
         result = observation.fault if isinstance(observation, Outage) else "ok"
         self.status = self.status._replace(looks=counted(self.status.looks, result))
         self.publish(time.monotonic())
-        time.sleep(REST_S)
 
     def judge(self, observation: Observation) -> int:
         """Let each player's state advance, and report; -> how many reports there were."""
@@ -1816,8 +1811,9 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
 # A metric of Prometheus: name, kind, help, the names of its labels, and its samples by the labels' values (or its one).
 Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
 
-def metric_families(status: Status, entries: Mapping[str, int], at: float) -> Iterator[Family]:
-    """The figures of the program.  No title, user or session is in a label.  entries: of the journal, by status."""
+def metric_families(status: Status, entries: Mapping[str, int], process: Mapping[str, float], at: float
+                    ) -> Iterator[Family]:
+    """All figures; no title, user or session is in a label.  entries: of the journal, by status."""
     player, us = status.player, "streamerbrainz"
     if status.player.has_server:
         up = bool(status.looks) and not player.outage
@@ -1836,6 +1832,8 @@ def metric_families(status: Status, entries: Mapping[str, int], at: float) -> It
     yield (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
            ("state", "by"), status.reported)
     yield f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), entries
+    for name, value in process.items():
+        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), value
 
 def metric_lines(families: Iterable[Family]) -> str:
     """Metrics in Prometheus' text format."""
@@ -2030,15 +2028,14 @@ class Covers:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
 
-def process_families(started_at: float) -> Iterator[Family]:
+def process_figures(started_at: float) -> dict[str, float]:
     """The figures of this process, by Prometheus' names."""
     figures = {"process_start_time_seconds": started_at, "process_cpu_seconds_total": time.process_time(),
                "process_threads": threading.active_count()}
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
         figures["process_resident_memory_bytes"] = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         figures["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-    for name, value in figures.items():
-        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), value
+    return figures
 
 class Answer(NamedTuple):
     """What a request is answered."""
@@ -2097,7 +2094,7 @@ class Pages:
     def metrics(self, query: str, host: str) -> Answer:
         """All figures, for Prometheus."""
         entries = self.glance().entries if self.glance else {}
-        families = [*metric_families(self.board.status, entries, time.monotonic()), *process_families(self.started_at)]
+        families = metric_families(self.board.status, entries, process_figures(self.started_at), time.monotonic())
         return Answer(200, metric_lines(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
@@ -2222,9 +2219,15 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
+def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it; raises OSError."""
+    if host:
+        family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
+        return family, address
+    return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
+
 # -- Handler: one connection, its requests one after the other
-# Bytes of a webhook; the largest thumb seen is about 1 MB.
-MAX_BODY = 8 * 2**20
+MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 # Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
@@ -2235,8 +2238,7 @@ DEFECTS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeade
 KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
-# How long a refused sender may go on sending; nginx gives 5 s.
-LINGER_S = 2.0
+LINGER_S = 2.0                # how long a refused sender may go on sending; nginx gives 5 s
 
 class LineReader(io.BufferedReader):
     """Reads the lines of requests.  One with a CR alone is refused: others might read two in it (RFC 9112, 2.2)."""
@@ -2317,7 +2319,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def target(self) -> str:
         """The path that is asked for, without its query; proxies put scheme and host before it."""
-        return re.sub(r"^https?://[^/]*", "", self.path).partition("?")[0]
+        return (self.path if self.path[:1] == "/" else re.sub(r"^https?://[^/]*", "", self.path)).partition("?")[0]
 
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
@@ -2440,7 +2442,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         self.send_response(answer.status)
         headers = {} if events else {"Content-Length": str(len(content))}
-        headers |= {"Cross-Origin-Resource-Policy": "same-origin"}        # no website may use it, as an image say
+        headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
         closing = {"Connection": "close"} if self.close_connection else {}
@@ -2479,8 +2481,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
     # One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
     # other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
-    allow_reuse_address = True
-    daemon_threads = True
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
@@ -2493,9 +2494,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
         self.closing = threading.Event()
-        self.address_family, address = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET, (host, port)
-        if host:
-            self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
+        self.address_family, address = listening_address(host, port)
         super().__init__(address, Handler)
         self.port = int(self.server_address[1])
 
@@ -2522,6 +2521,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def patience_s(self, request: Any) -> float:
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
+        if not self.parked and len(self.serving) < min(MAX_CONNECTIONS, MAX_OF_ONE // 2 + 1):      # as nearly always
+            return math.inf
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
             if any(who == each for each, _ in self.parked.values()):
@@ -2649,8 +2650,7 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
 # --- the world
 # A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
 HOOK_S, HOOK_GRACE_S, HOOK_STOP_S = 30.0, 2.0, 0.3
-# Bytes of a hook's output that are read.
-MAX_OUTPUT = 4096
+MAX_OUTPUT = 4096             # bytes of a hook's output that are read
 # What systemd says to us, and to nobody else.
 NOT_FOR_HOOKS = {b"NOTIFY_SOCKET", b"WATCHDOG_PID", b"WATCHDOG_USEC", b"CREDENTIALS_DIRECTORY", b"JOURNAL_STREAM"}
 

@@ -802,6 +802,9 @@ def test_parts_are_chosen_by_name_alone(body, thumb):
     assert sb.parse_webhook('multipart/form-data; boundary="B"', body) == (sb.Webhook("e"), thumb)
 
 
+NO_JSON = "The payload is no JSON object, or has more than 20000 values."
+
+
 @pytest.mark.parametrize("content_type, body, status, sentence", [
     ("multipart/form-data; boundary=B", b"", 400, "The body is cut short: its closing boundary is missing."),
     ("multipart/form-data; boundary=B", b"--B--", 400, "The part named payload is missing; it holds a webhook's JSON."),
@@ -810,14 +813,15 @@ def test_parts_are_chosen_by_name_alone(body, thumb):
     ("multipart/form-data; boundary=\xe9", b"", 400, "The Content-Type has no valid boundary of the parts."),
     ("multipart/form-data; boundary=B", b"--B\r\n--B--", 400, "A part of the body has no end of its header."),
     ("multipart/form-data; boundary=B", part('name="x"', "") * 17 + b"--B--", 400, "The body has more than 16 parts."),
-    ("multipart/form-data; boundary=B", part('name="payload"', "{") + b"--B--", 400, "The payload is not JSON."),
-    ("application/json", b"\xff\xfe", 400, "The payload is not JSON."),
-    ("application/json", b"[" * 20000, 400, "The payload is not JSON."),
-    ("application/json", b"[" * 20001, 413, "The payload has more than 20000 values."),
-    ("application/json", b"9" * 5000, 400, "The payload is not JSON."),
+    ("multipart/form-data; boundary=B", part('name="payload"', "{") + b"--B--", 400, NO_JSON),
+    ("application/json", b"\xff\xfe", 400, NO_JSON),
+    ("application/json", b"[" * 20000, 400, NO_JSON),
+    ("application/json", b"[" * 20001, 400, NO_JSON),
+    ("application/json", b"9" * 5000, 400, NO_JSON),
+    ("application/json", b"null", 400, NO_JSON),
     ("application/json", b" " * (2 ** 20 + 1), 413, "The payload is larger than 1048576 bytes."),
     *(("application/json", body, 400, "The payload is not a Plex webhook: it has no event.")
-      for body in (b"[]", b"null", b"7", b'"media.play"', b"{}", b'{"event": null}', b'{"event": 7}', b'{"event": ""}', b'[["event"]]')),
+      for body in (b"[]", b"7", b'"media.play"', b"{}", b'{"event": null}', b'{"event": 7}', b'{"event": ""}', b'[["event"]]')),
     ("text/html", b"<p>", 415, "A Plex webhook is multipart/form-data; this is something else."),
     ("", b"", 415, "A Plex webhook is multipart/form-data; this is something else."),
 ])
@@ -1266,6 +1270,81 @@ def test_what_never_tells_its_position_is_no_ghost(fields):
     judge.show(session_xml(**fields))
     judge.wait(600)
     assert judge.said() == [(PLAYING, A)]
+
+
+def test_where_a_position_was_renewed_last_tells_when_its_session_lived_last():
+    judge = Judge(poll_interval_s=30.0)                    # two rooms: the player plays two items
+    judge.show(session_xml(key="7", offset="0"))
+    judge.wait(1)
+    judge.note(PLAYING)
+    judge.show(session_xml(key="7", offset="10000"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(9)
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(0.5)
+    judge.note(PLAYING)
+    judge.wait(2)
+    assert judge.said() == [(PLAYING, A), (PLAYING, B)]
+    judge.show(session_xml(key="7", offset="20000"), session_xml(key="8", offset="30000", item=OTHER))
+    judge.wait(30)                                         # the slow look finds that both have moved, 7 for 10 s only
+    judge.note(PAUSED, "102", key="8")
+    judge.show(session_xml(key="7", offset="20000"), session_xml(PAUSED, key="8", offset="31000", item=OTHER))
+    judge.wait(20)
+    assert judge.said() == [(PAUSED, B)]                   # 7 crashed long ago
+
+
+def test_a_pause_that_the_stream_repeats_is_no_pause_that_a_crash_left_behind():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(key="7"))
+    judge.wait(5)
+    judge.note(PLAYING, "102", key="8")
+    judge.show(session_xml(PAUSED, key="7", offset="5000"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(0.2)
+    judge.note(PAUSED, view_offset=5000)                        # a look has shown it already, and 8 beside it
+    judge.wait(1)
+    judge.show(session_xml(PAUSED, key="7", offset="5000"))
+    judge.note(STOPPED, "102", key="8")
+    judge.wait(1)
+    assert judge.said() == [(PLAYING, A), (PLAYING, B), (PAUSED, A)]
+
+
+def test_a_webhook_that_may_be_late_still_tells_of_a_pause():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(PAUSED, key="7"))
+    judge.wait(1)
+    judge.note(PLAYING)
+    judge.show(session_xml(PLAYING, key="7"))
+    judge.wait(2)
+    judge.note(PAUSED)
+    judge.show(session_xml(PAUSED, key="7", offset="2000"))
+    judge.wait(1)
+    judge.note(PLAYING)
+    judge.show(session_xml(PLAYING, key="7", offset="2000"))
+    judge.wait(2)
+    judge.show(session_xml(PAUSED, key="7", offset="4000"))
+    before = judge.looks
+    judge.hear("media.pause")                              # of the first pause, or of the second
+    judge.wait(5)
+    assert judge.looks - before <= 2
+    judge.show(session_xml(PAUSED, key="7", offset="4000"), session_xml(key="8", offset="0", item=OTHER))
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(5)
+    judge.show(session_xml(PAUSED, key="7", offset="4000"))
+    judge.note(STOPPED, "102", key="8")
+    judge.wait(1)
+    assert judge.said()[-3:] == [(PAUSED, A), (PLAYING, B), (PAUSED, A)]
+
+
+def test_an_item_that_just_began_again_when_a_slow_look_came_is_no_ghost():
+    judge = Judge(poll_interval_s=32.0)
+    judge.show(session_xml())
+    judge.wait(41.5)                                       # it began again, unseen, just before the look after 32 s
+    assert judge.looks == 2
+    for offset in range(10000, 80000, 10000):
+        judge.show(session_xml(offset=str(offset)))
+        judge.wait(10)
+    assert judge.said() == [(PLAYING, A)]
+    judge.wait(80)
+    assert judge.said() == [(STOPPED, A)]
 
 
 def test_a_stale_paused_session_is_not_what_the_player_does():
@@ -2248,7 +2327,8 @@ class Evening:
             if not again and not unknown and (seen.get(k, math.inf) - since > (75 if crashed else 1.5)) and ends[k] - since > (75 if crashed else 0.7):
                 found.append(("missed" if k not in seen else "late", since, truth[k][1:3]))
         found += [("storm", one, "") for one, other in zip(self.looks, self.looks[20:], strict=False) if other - one <= 10.0]
-        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED:
+        untold = self.final[0] == STOPPED and self.ways.lost and truth[-1][1] == PAUSED       # as above
+        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED and not untold:
             found.append(("final", self.LENGTH, (self.final, truth[-1][1:3])))
         return found
 
@@ -2961,7 +3041,7 @@ def test_metrics_are_what_prometheus_reads():
     parser = pytest.importorskip("prometheus_client.parser")
     status = status_of(known_player(proof=sb.Proof(missed=2)), has_server=True, webhook_at=90.0, webhook_time=1700000000.0,
                        webhooks={("media.play", "ok"): 3, ("other", "401"): 1}, looks={"ok": 5, "unreachable": 1}, reported={(PLAYING, "webhook"): 2})
-    said = sb.metric_lines([*sb.metric_families(status, {"success": 4, "waiting": 1}, 102.0), *sb.process_families(1.0)])
+    said = sb.metric_lines(sb.metric_families(status, {"success": 4, "waiting": 1}, sb.process_figures(1.0), 102.0))
     samples = {(each.name, *each.labels.values()): each.value for family in parser.text_string_to_metric_families(said) for each in family.samples}
     assert samples["plex_up",] == 1 and samples["streamerbrainz_build_info", sb.VERSION] == 1 and samples["streamerbrainz_player_position_seconds",] == 63
     assert [samples["streamerbrainz_player_state", each] for each in (PLAYING, PAUSED, STOPPED)] == [1, 0, 0]
@@ -2970,7 +3050,7 @@ def test_metrics_are_what_prometheus_reads():
     assert samples["streamerbrainz_looks_total", "unreachable"] == 1 and samples["streamerbrainz_changes_total", PLAYING, "webhook"] == 2
     assert samples["streamerbrainz_tracker_rows_total", "success"] == 4 and samples["process_resident_memory_bytes",] > 1e6
     assert "Karma" not in said and "Living" not in said
-    assert "plex_up" not in sb.metric_lines(sb.metric_families(sb.Status(), {}, 1.0))
+    assert "plex_up" not in sb.metric_lines(sb.metric_families(sb.Status(), {}, {}, 1.0))
 
 
 def test_every_foreign_string_of_the_page_is_escaped():
@@ -3283,7 +3363,7 @@ def test_only_the_latest_picture_of_our_player_is_kept(listener):
         b"\r\n", b"\n", b"\r\n" * 5, b"\n\r\n\n"))),
     pytest.param(b"\r\n" * 9000, 431, None, id="blank lines for ever"), pytest.param(b"\r\n", None, b"", id="a blank line alone"),
     pytest.param(raw(POST + CHUNKED, b"5;" + b"a" * 2000 + b"\r\nabcde\r\n0\r\n\r\n"), 400, b"A chunk of the body has no size.\n", id="a long extension"),
-    pytest.param(post(b'{"event": "x", "y": [' + b"0," * 20001 + b"0]}", "application/json"), 413, b"The payload has more than 20000 values.\n", id="many values"),
+    pytest.param(post(b'{"event": "x", "y": [' + b"0," * 20001 + b"0]}", "application/json"), 400, b"The payload is no JSON object, or has more than 20000 values.\n", id="many values"),
 ])
 def test_each_request_has_its_status_and_a_sentence_that_helps(listener, request_, expected, body):
     answer = exchange(listener, request_)
