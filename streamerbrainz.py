@@ -730,8 +730,8 @@ FOREIGN_S = 1.0
 LATE_S = 10.0                 # how late a webhook may come; 5 s were seen
 BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
 # When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s, seldom longer.
-# Steps of 0.25 s find a change that lasts only 2 s; steps that double would miss it.
-RELOOK_S = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.5)
+# Steps of 0.4 s find a change that lasts only 2 s; steps that double would miss it, and shorter ones use up MAX_LOOKS.
+RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
 # How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
 MAX_CLAIMS, MAX_SESSIONS = 16, 16
 # The same after a notification that does not say whose it is, until a look shows its session.
@@ -746,10 +746,10 @@ CONFIRM_S = 2.0
 # each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
 LIFE_S = 16.0
 # How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  When a
-# look sees it stand still, the next one comes when FROZEN_S are over, and not before LIFE_S: it may have just begun
+# look sees it stand still, the next one comes when FROZEN_S are over, and not before STILL_S: it may have just begun
 # again, at 0 (see schedule).  By then a track on repeat may be at that position again, if its length divides the wait:
 # 10, 20 and 40 s divide 40.  41 is a prime: only 41 s can.
-FROZEN_S = 41.0
+FROZEN_S, STILL_S = 41.0, 14.0
 # A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
 # that are missing in a row make a warning.
 PROOF_S, PROOF_MISSES = 10.0, 3
@@ -904,8 +904,7 @@ def claimed(player: PlayerState, claim: Claim, at: float, wait_s: float = 0.0) -
     """The player with one more claim, and a look soon."""
     same = [each for each in player.claims if each[:4] == claim[:4]]
     if claim.ours or not same:                        # who repeats that somebody plays does not put off the looks
-        claims = (claim, *(each for each in player.claims if each not in same))
-        player = player._replace(claims=claims[:MAX_CLAIMS])
+        player = player._replace(claims=(claim, *(each for each in player.claims if each not in same))[:MAX_CLAIMS])
     return look_soon(player, at, wait_s)
 
 def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
@@ -1049,7 +1048,7 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
 
     A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A position that has not
-    moved (if there are slow looks): when FROZEN_S and LIFE_S are over.  A player that buffers: after BUFFERING_S.
+    moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
     """
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
@@ -1062,12 +1061,13 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     slow = at + player.poll_interval_s if player.poll_interval_s else None
     player = player._replace(claims=claims, look_at=slow, look_why="poll")
     for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
-        marks = (claim.at + wait_s for wait_s in waits_s[claim.ours])
+        first = min(each.at for each in claims if each[:2] == claim[:2])      # who says the same begins no new series
+        marks = (*(first + wait_s for wait_s in waits_s[claim.ours]), claim.at + waits_s[claim.ours][-1])
         player = look_no_later(player, next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):
         player = look_no_later(player, at + CONFIRM_S)
     if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + LIFE_S))
+        player = look_no_later(player, max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + STILL_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
     for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead

@@ -1076,14 +1076,14 @@ def test_sessions_may_lag_behind_the_webhook_by_up_to_two_seconds(lag):
     judge.hear("media.play")
     judge.wait(lag)
     judge.show(session_xml())
-    judge.wait(0.25)
+    judge.wait(0.4)
     assert judge.said() == [(PLAYING, A)]
     judge.wait(sb.BUDGET_S)                                # two such series at once would take all looks
     judge.hear("media.stop")
     judge.wait(lag)
     assert judge.said() == []
     judge.show()
-    judge.wait(0.25)
+    judge.wait(0.4)
     assert judge.said() == [(STOPPED, A)]
 
 
