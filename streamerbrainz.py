@@ -2812,8 +2812,11 @@ def hook(config: Config) -> int:
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
 # Show.type of a show: the database calls it by what is watched of it.  A movie's is MOVIE.
-# No season or episode has a higher number than MAX_NUMBER: a season can be a year, a soap opera has 10,000 episodes.
-SHOW, MAX_NUMBER = EPISODE, 100_000
+# No season or episode has a higher number than MAX_NUMBER (some are dates: 26041103), nor was one watched more often.
+SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000
+# Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
+# one witness tells are two plays, but for what is written twice within a minute.
+SAME_PLAY_S, SAME_SOURCE_S = 6 * 3600.0, {"import": 60.0}
 # A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
@@ -2963,6 +2966,8 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
 SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
+# Where a play is known from.  HISTORY and LIBRARY are the server's.
+WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
 
 class Entry(NamedTuple):
     """One row of the tracker's journal: a webhook, or a play that only the server's history told of."""
@@ -3100,19 +3105,39 @@ def unix_time(word: str) -> int:
         raise ValueError("a time without a zone")
     return time_of(int(moment.timestamp()))
 
-# A row of the table episode without its show: season, number, title, when it was first watched (Unix s; None: never or
-# not known), and how often.
-EpisodeRow = tuple[int, int, str, int | None, int]
+# Each time that an episode was watched: Unix s; None: not known when.
+Plays = tuple[int | None, ...]
+# What a witness tells of an episode: season, number, title, and when it was watched; of a movie 0, 0.
+EpisodeRow = tuple[int, int, str, Plays]
 
 def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     """An episode or movie of a server's library; None: it has no season or no number.  at: now (Unix s)."""
-    # A play for which the server has no date, or one in the future, counts as a play of now.
-    item, plays = parse_item(fields), number(fields.get("viewCount")) or 0
+    # lastViewedAt alone means begun, not watched; and what was ticked whole has none.
+    item, last = parse_item(fields), number(fields.get("lastViewedAt"))
+    count = min(number(fields.get("viewCount")) or 0, MAX_PLAYS)
     season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         return None
-    watched_at = time_of(min(number(fields.get("lastViewedAt")) or at, at)) if plays else None
-    return season, episode, item.title, watched_at, plays
+    first = (time_of(last) if last and last <= at else None,) if count else ()
+    return season, episode, item.title, first + (None,) * (count - 1)
+
+def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str) -> tuple[list[int | None], list[int]]:
+    """What a witness's plays add to those that are known, each with its source: plays, and dates of undated ones."""
+    # Each play that is told is one that is known, if one fits: the nearest within SAME_PLAY_S (of the same source:
+    # within SAME_SOURCE_S); else, for a witness of the past, one without a date.
+    left, more, dates = list(known), list[int | None](), list[int]()
+    for at in sorted(told, key=lambda each: (each is None, each)):
+        near = [each for each in left if at is not None and each[0] is not None and
+                abs(at - each[0]) <= (SAME_SOURCE_S.get(source, 0) if source == each[1] else SAME_PLAY_S)]
+        undated = [each for each in left if (each[0] is None or at is None) and source in (LIBRARY, IMPORT)]
+        near.sort(key=lambda each: abs((at or 0) - (each[0] or 0)))
+        if same := next(iter((*near, *undated)), None):
+            left.remove(same)
+            if same[0] is None and at is not None:
+                dates.append(at)
+        else:
+            more.append(at)
+    return more, dates
 
 def cut(line: str, width: int = 80) -> str:
     """A line in at most so many columns of a terminal, in which the wide letters of East Asia take two."""
@@ -3131,25 +3156,35 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 # --- the world
 # -- The database: Tracker
 # These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.
-APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 1
-# Times are Unix seconds.  Files of earlier versions also have the tables `trigram` and `found`, which nothing uses now.
+APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 2
+# Times are Unix seconds.
 SCHEMA = (
     # A show (type "episode") or a movie.  normal: see parse_title().  year: the first.  NULL: not known.
     """CREATE TABLE show (id INTEGER PRIMARY KEY, type TEXT NOT NULL, title TEXT NOT NULL, normal TEXT NOT NULL,
         year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,
         UNIQUE (type, tmdb_id), UNIQUE (type, tvdb_id), UNIQUE (type, imdb_id))""",
     "CREATE INDEX show_normal ON show (normal, type)",
-    # The episodes of a show; a movie has one, 0x0.  watched_at: the first time; NULL: not watched.
+    # The episodes of a show; a movie has one, 0x0.  unmarked_at: when a person took its marks back: until it is watched
+    # anew, no library, history or import marks it.
     """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL,
-        episode INTEGER NOT NULL, title TEXT NOT NULL, watched_at INTEGER, plays INTEGER NOT NULL DEFAULT 0,
+        episode INTEGER NOT NULL, title TEXT NOT NULL, unmarked_at INTEGER,
         PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
+    # Each time that one was watched.  at: NULL: not known when.  source: webhook, history, library, hand, import.
+    # mapping_id: the mapping by which its show was found; entry_id: the row of webhook_log that made it; NULL: none.
+    """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
+        episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
+    "CREATE INDEX play_episode ON play (show_id, season, episode, at)",
+    "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
+    """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
+        count(*) AS plays FROM play GROUP BY show_id, season, episode""",
     # Which of our shows a server's show is.  subject: "key:" and its rating key there, else "guid:" or "title:".
-    # guid: its guid at that time: after a library is built anew, another show may have the key.
-    # show_id: NULL: a person chose to ignore the show.
-    """CREATE TABLE mapping (server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL,
-        show_id INTEGER REFERENCES show, confidence REAL NOT NULL,
-        PRIMARY KEY (server, type, subject)) WITHOUT ROWID""",
+    # guid: its guid at that time: after a library is built anew, another show may have the key.  title: the server's.
+    # show_id: NULL: a person chose to ignore the show.  by: as in Match; person; at: when it was made (Unix s).
+    """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
+        guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
+        confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
     "CREATE INDEX mapping_show ON mapping (show_id)",
+    "CREATE INDEX mapping_guid ON mapping (guid) WHERE guid LIKE 'plex://%'",
     # A question to a person.  server to guid: as in mapping; title to imdb_id: as in show.
     # candidates: JSON, [[show_id, score], ...].  resolution: a show's id, or "ignore"; NULL: it is open.
     """CREATE TABLE conflict (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, kind TEXT NOT NULL,
@@ -3170,13 +3205,35 @@ SCHEMA = (
     # How far an import or the reading of the history has come.
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
+# What carries a file of an earlier form over to the next one: form -> statements.  Of form 1, which kept for an episode
+# its first date and how often it was watched, the journal knows the dates of what webhooks and the history told.
+MIGRATIONS = {1: (
+    "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found", "DROP INDEX mapping_show",
+    "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
+    *(each for each in SCHEMA if re.search("(TABLE|VIEW) (episode|play|watched|mapping) |INDEX (play|mapping)_", each)),
+    "INSERT INTO episode SELECT show_id, season, episode, title, NULL FROM episode_1",
+    "INSERT INTO mapping SELECT NULL, server, type, subject, guid, '', show_id, iif(EXISTS (SELECT 1 FROM conflict c "
+    "WHERE (c.server, c.type, c.subject) = (m.server, m.type, m.subject) AND resolution IS NOT NULL), 'person', "
+    "'earlier'), confidence, NULL FROM mapping_1 m",
+    """INSERT INTO play SELECT NULL, l.show_id, e.season, e.episode, CAST(received_at AS INTEGER),
+        iif(event = 'history', 'history', 'webhook'), m.id, l.id FROM webhook_log l JOIN episode_1 e ON
+        (e.show_id, e.season, e.episode) = (l.show_id, l.season, l.episode) AND e.plays > 0 LEFT JOIN mapping m ON
+        m.server = l.server AND m.type = l.type AND m.subject = 'key:' || iif(l.type = 'movie', rating_key, show_key)
+        WHERE status = 'success'""",
+    """INSERT INTO play SELECT NULL, show_id, season, episode, watched_at, 'import', NULL, NULL FROM episode_1 e WHERE
+        watched_at NOT NULL AND NOT EXISTS (SELECT 1 FROM play p WHERE (p.show_id, p.season, p.episode, p.at) =
+        (e.show_id, e.season, e.episode, e.watched_at))""",
+    f"""INSERT INTO play WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < {MAX_PLAYS}),
+        less AS (SELECT show_id, season, episode, e.plays - coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN
+        watched w USING (show_id, season, episode) WHERE e.plays > coalesce(w.plays, 0)) SELECT NULL, show_id, season,
+        episode, NULL, 'import', NULL, NULL FROM less JOIN n ON i <= lack""",
+    "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
 # 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
-# Two scrobbles of an item within five minutes are one; as in the contract.  So are a webhook and a play in the server's
-# history within six hours: if somebody paused for dinner, their times differ by that.
-DUPLICATE_S, SAME_PLAY_S = 300.0, 6 * 3600.0
+# Two scrobbles of an item within five minutes are one; as in the contract.
+DUPLICATE_S = 300.0
 # What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
 # (sqlite3 raises UnicodeDecodeError even while it makes the words of its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -3250,15 +3307,41 @@ class Tracker:
             if self.was_ours():
                 raise ValueError("its head is another file's")
             raise ConfigError(f"-tracker-db: {self.path} is a database of another program; name another file.")
-        elif version != SCHEMA_VERSION:
+        elif version > SCHEMA_VERSION:
             raise ConfigError(f"-tracker-db: {self.path} was made by a newer version of StreamerBrainz "
                               f"(form {version}; this one knows form {SCHEMA_VERSION}); update streamerbrainz.py.")
         connection.execute("COMMIT")
+        if version < SCHEMA_VERSION and (ours or not self.may_write):
+            self.carry_over(version)
         connection.execute("PRAGMA journal_mode = WAL")
         last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()       # this makes the log
         if not self.files:                            # entries after this one were received by this clock
             self.since, self.ahead_s = last, clock_ahead_s()
         self.files, self.fault = self.inodes(), ""
+
+    def carry_over(self, version: int) -> None:
+        """Bring a file of an earlier form to ours, in one transaction, after a copy beside it."""
+        copy = f"{self.path}.form{version}"
+        if not os.path.exists(copy):
+            self.backup(copy)
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            # Another process may have done it meanwhile.
+            for form in range(self.connection.execute("PRAGMA user_version").fetchone()[0], SCHEMA_VERSION):
+                for statement in MIGRATIONS[form]:
+                    self.connection.execute(statement)
+        say(logging.INFO, f"the tracker was brought to form {SCHEMA_VERSION}; what it was is in {copy}")
+
+    def backup(self, path: str) -> None:
+        """Copy the database as it is now, whoever writes; raises ConfigError if that cannot be written."""
+        try:
+            os.close(os.open(path + ".new", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+            with contextlib.closing(self.sqlite3.connect(path + ".new")) as copy:
+                self.connection.backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")
+            os.rename(path + ".new", path)
+        except OSError as error:
+            raise ConfigError(f"{shown_path(path)} cannot be written ({why(error)}); name another file.") from error
 
     def leave(self) -> None:
         """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
@@ -3349,9 +3432,7 @@ class Tracker:
         ahead_s = clock_ahead_s()
         # Only the daemon does so: another process does not know which entries are older than a jump.
         if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
-            self.write("UPDATE episode SET watched_at = watched_at + ? WHERE (show_id, season, episode, watched_at) IN "
-                       "(SELECT show_id, season, episode, CAST(received_at AS INTEGER) FROM webhook_log WHERE id > ? "
-                       "AND event <> 'history' AND status = 'success')", jump_s, self.since)
+            self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook'", jump_s, self.since)
             self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
                        "AND event <> 'history'", jump_s, jump_s, self.since)
         return ahead_s
@@ -3435,12 +3516,19 @@ class Tracker:
         return choose_show(show, self.shows("type = ? AND similarity(normal, ?) >= ?", show.type,
                                             parse_title(show.title).normal, MIN_SIMILARITY))
 
+    def mapping(self, entry: Entry) -> Any:
+        """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
+        # A key belongs to another show now if the guid differs: the library was built anew.
+        guid = entry.guid_of_show
+        return self.one("SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND "
+                        "(:guid = guid OR '' IN (:guid, guid)) OR :guid LIKE 'plex://%' AND guid = :guid) "
+                        "ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC",
+                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid)
+
     def mapped(self, entry: Entry) -> Match | None:
-        """The show that an entry's show was found to be before; None: not known, or its key belongs to another now."""
-        row = self.one("SELECT coalesce(show_id, 0), 'mapping', confidence FROM mapping WHERE server = :server AND "
-                       "type = :type AND subject = :subject AND (:guid = guid OR '' IN (:guid, guid))",
-                       server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show)
-        return Match(*row) if row else None
+        """The show that an entry's show was found to be before; None: not known."""
+        row = self.mapping(entry)
+        return Match(row["show_id"] or 0, "mapping", row["confidence"]) if row else None
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
         """Whether the server has this show already, under another guid of Plex's."""
@@ -3451,8 +3539,10 @@ class Tracker:
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
-        self.write("INSERT OR REPLACE INTO mapping VALUES (?, ?, ?, ?, ?, ?)", entry.server, entry.type,
-                   entry.subject, entry.guid_of_show, match.show_id or None, match.confidence)
+        self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                   "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
+                   "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
+                   entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(time.time()))
 
     def add_show(self, show: Show) -> int:
         """Add a show; returns its id.  A year that may be a season's is left out."""
@@ -3466,17 +3556,38 @@ class Tracker:
         for column, value in ids._asdict().items():
             self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
-    def add_episodes(self, episodes: Iterable[Sequence[object]]) -> None:
-        """Add or complete episodes, each a show's id and its EpisodeRow."""
-        # What was watched stays watched, at its earliest date.
+    def add_episodes(self, show_id: int, episodes: Iterable[Sequence[object]]) -> None:
+        """Add or complete episodes of a show, each by its season, number and title."""
         self.connection.executemany(
-            "INSERT INTO episode VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "title = coalesce(nullif(excluded.title, ''), title), plays = max(plays, excluded.plays), watched_at = "
-            "min(coalesce(watched_at, excluded.watched_at), coalesce(excluded.watched_at, watched_at))", episodes)
+            f"INSERT INTO episode VALUES ({show_id}, ?, ?, ?, NULL) ON CONFLICT DO UPDATE SET "
+            "title = coalesce(nullif(excluded.title, ''), title)", (each[:3] for each in episodes))
+
+    def add_plays(self, show_id: int, row: EpisodeRow, source: str, mapping_id: int | None = None,
+                  entry_id: int | None = None) -> int:
+        """Add an episode, and those of its plays that are not known yet; -> how many plays were added."""
+        season, number, title, told = row
+        self.add_episodes(show_id, [(season, number, title)])
+        if not told:
+            return 0
+        unmarked, = self.one("SELECT unmarked_at FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", show_id,
+                             season, number)
+        if unmarked is not None and source in (LIBRARY, HISTORY, IMPORT):
+            told = tuple(at for at in told if at is not None and at > unmarked)
+        known = [(row["at"], row["source"]) for row in self.all(
+            "SELECT at, source FROM play WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, number)]
+        more, dates = new_plays(known, told, source)
+        for at in dates:
+            self.write("UPDATE play SET at = ?, source = ? WHERE id = (SELECT min(id) FROM play WHERE at IS NULL AND "
+                       "(show_id, season, episode) = (?, ?, ?))", at, source, show_id, season, number)
+        for at in more:
+            self.write("INSERT INTO play VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", show_id, season, number, at, source,
+                       mapping_id, entry_id)
+        return len(more)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
-        """The row of a show's episode; None: the show does not have it."""
-        return self.one("SELECT * FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
+        """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
+        return self.one("SELECT episode.*, coalesce(plays, 0) AS plays FROM episode LEFT JOIN watched USING (show_id, "
+                        "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
 
     # -- conflicts
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
@@ -3492,8 +3603,10 @@ class Tracker:
 
     def resolve(self, conflict_id: int, show_id: int) -> None:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
-        self.write("INSERT OR REPLACE INTO mapping SELECT server, type, subject, guid, ?, 1.0 FROM conflict "
-                   "WHERE id = ?", show_id or None, conflict_id)
+        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, ?, 'person', 1.0, ? FROM "
+                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET show_id = excluded.show_id, by = excluded.by, "
+                   "guid = excluded.guid, confidence = 1.0, at = excluded.at", show_id or None, int(time.time()),
+                   conflict_id)
         self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
@@ -3597,7 +3710,7 @@ class Asked(NamedTuple):
     """What the servers say about an entry's show."""
     show: Show
     match: Match | None = None    # the show in the tracker that TMDB means; None: it was not asked, or knows none
-    episodes: Sequence[EpisodeRow] = ()   # those that our server has, if they may be needed; none of them watched
+    episodes: Sequence[EpisodeRow] = ()   # those that our server has, if they may be needed, without plays
 
 class Worker:
     """Finishes the journal's entries: finds the show, then marks what was watched, or makes a conflict."""
@@ -3704,7 +3817,7 @@ class Worker:
             return Outcome(FAILED, "plex_unreachable", str(verdict), retry=True)
         if not self.may_add(asked.show, verdict):
             return Outcome(FAILED, "conflict_created", conflict_reason(asked.show, verdict))
-        own = entry.season or 0, entry.episode or 0, entry.title, None, 0
+        own = entry.season or 0, entry.episode or 0, entry.title, ()
         outcome = self.mark(entry, asked._replace(episodes=[*asked.episodes, own]),
                             Match(self.tracker.add_show(asked.show), "new", 1.0))
         return outcome._replace(action="auto_added_show") if outcome.action == "marked_watched" else outcome
@@ -3717,15 +3830,17 @@ class Worker:
             self.tracker.map(entry, match)
             if match.by in CONFIDENCE:
                 self.tracker.learn_ids(match.show_id, asked.show.ids)
-        self.tracker.add_episodes((match.show_id, *each) for each in asked.episodes)
+        self.tracker.add_episodes(match.show_id, asked.episodes)
         row = self.tracker.episode(match.show_id, entry.season, entry.episode)
         if row is None:
             return Outcome(FAILED, "episode_not_found", "the show has no such episode, here or on the server; "
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        self.tracker.add_episodes([(*row[:4], int(entry.received_at), row["plays"] + 1)])
-        if row["watched_at"] is not None:
+        mapping = self.tracker.mapping(entry)
+        self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), HISTORY if entry.event == HISTORY
+                               else WEBHOOK, mapping and mapping["id"], entry.id)
+        if row["plays"]:
             return Outcome(SUCCESS, "already_watched", "the first date stays", match)
         return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
 
@@ -3749,7 +3864,7 @@ class Worker:
     def episodes(self, entry: Entry) -> list[EpisodeRow]:
         """Each episode that our server has of an entry's show, none of them watched; raises PlexError."""
         leaves = self.library(entry, entry.show_key if entry.type == EPISODE else "", "/allLeaves")
-        return [(*row[:2], row[2][:MAX_TITLE], None, 0) for row in (episode_row(each, 0.0) for each in leaves) if row]
+        return [(*row[:2], row[2][:MAX_TITLE], ()) for row in (episode_row(each, 0.0) for each in leaves) if row]
 
     def library(self, entry: Entry, key: str, path: str) -> Iterator[Mapping[str, Any]]:
         """What our server's library has about a rating key; nothing for an entry of another server: its keys differ."""
@@ -3828,7 +3943,7 @@ LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
 # The keys of a show or movie in the JSON form of import and export, and their types; and what else tells of a play and
 # of an episode.
 SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
-PLAY_KEYS = {"watched_at": str, "plays": int}
+PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
@@ -3855,7 +3970,7 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         tracker.map(entry, match)
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
-        tracker.add_episodes([(match.show_id, *row)])
+        tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
@@ -3912,11 +4027,14 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     season, episode = fields.get("season"), fields.get("episode")
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         raise ConfigError(f"tracker import: {place} needs a season and an episode from 0 to {MAX_NUMBER}.")
+    first = [fields["watched_at"]] if fields.get("watched_at") else []
+    undated = max(0, min(fields.get("plays") or 0, MAX_PLAYS) - len(first))
     try:
-        watched_at = unix_time(fields["watched_at"]) if fields.get("watched_at") else None
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"tracker import: {place}.watched_at is not a time such as 2026-11-21T20:15:00Z.") from error
-    return season, episode, text(fields.get("title")), watched_at, fields.get("plays") or int(watched_at is not None)
+        plays = tuple(None if each is None else unix_time(each)
+                      for each in (*(fields.get("watched") or ()), *first, *(None,) * undated))
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
+    return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
 
 def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
@@ -3942,7 +4060,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
         with tracker.transaction():
             for show, episodes in read:
                 show_id = upsert_show(tracker, show)
-                tracker.add_episodes((show_id, *each) for each in episodes)
+                for row in episodes:
+                    tracker.add_plays(show_id, row, IMPORT)
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
@@ -3962,13 +4081,13 @@ KINDS = {SHOW: "show", MOVIE: "movie"}
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
-    episodes = [{**row, "watched_at": iso_time(row["watched_at"])} for row in tracker.all(
-        "SELECT season, episode, title, watched_at, plays FROM episode WHERE show_id = ?", show.id)]
+    plays = tracker.all("SELECT season, episode, at FROM play WHERE show_id = ? ORDER BY 1, 2, at NULLS LAST", show.id)
+    watched = {key: [iso_time(row["at"]) for row in rows]
+               for key, rows in itertools.groupby(plays, key=lambda row: (row["season"], row["episode"]))}
+    episodes = [{**row, "watched": watched.get((row["season"], row["episode"]), [])} for row in tracker.all(
+        "SELECT season, episode, title FROM episode WHERE show_id = ?", show.id)]
     fields = {"title": show.title, "year": show.year, **show.ids._asdict()}
-    if show.type == SHOW:
-        return {**fields, "episodes": episodes}
-    played = episodes[0] if episodes else {"watched_at": None, "plays": 0}
-    return {**fields, **{key: played[key] for key in PLAY_KEYS}}
+    return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched.get((0, 0), [])})}
 
 def tracker_export(config: Config, tracker: Tracker) -> int:
     """Print all shows and movies in the JSON form, each on its own line."""
@@ -3985,15 +4104,16 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     words = normal(text(" ".join(config.words[1:]))).split()
     condition = " AND normal || ' ' || show.title LIKE ?" * len(words)
     rows = [dict(row) for row in tracker.all(
-        "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(watched_at) AS watched, "
-        "count(episode) AS episodes, max(watched_at) AS last_watched_at FROM show LEFT JOIN episode ON "
-        f"show_id = show.id WHERE 1{condition} GROUP BY show.id ORDER BY max(watched_at) DESC NULLS LAST, normal",
+        "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(plays) AS watched, count(episode) AS "
+        "episodes, max(last_at) AS last_watched_at FROM show LEFT JOIN episode ON show_id = show.id LEFT JOIN watched "
+        f"USING (show_id, season, episode) WHERE 1{condition} GROUP BY show.id ORDER BY max(last_at) DESC NULLS LAST, "
+        "normal",
         *(f"%{word}%" for word in words))]
     lines = ["   ID  WATCHED     LAST        TITLE"]
     for row in rows:
         movie = f"movie: {'yes' if row['watched'] else 'no'}"
         watched = movie if row["type"] == MOVIE else f"{row['watched']} of {row['episodes']}"
-        day = local_time("%Y-%m-%d", row["last_watched_at"]) if row["watched"] else ""
+        day = local_time("%Y-%m-%d", row["last_watched_at"]) if row["last_watched_at"] is not None else ""
         lines.append(cut(f"{row['id']:5}  {watched:10}  {day:10}  {printable(named(row['title'], row['year']))}"))
         row |= {"type": KINDS[row["type"]], "last_watched_at": iso_time(row["last_watched_at"])}
     empty = "The tracker is empty. `tracker import` reads your Plex library into it."

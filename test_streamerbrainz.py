@@ -463,8 +463,8 @@ def change(**fields):
 SERVER = "0" * 40
 BREAKING_BAD = {"title": "Breaking Bad", "year": 2008, "tmdb_id": 1396, "tvdb_id": 81189, "imdb_id": "tt0903747", "episodes": [
     {"season": 0, "episode": 1, "title": "Good Cop / Bad Cop"}, {"season": 1, "episode": 1, "title": "Pilot"},
-    {"season": 1, "episode": 2, "title": "Cat's in the Bag...", "watched_at": "2020-01-02T03:04:05Z", "plays": 1}]}
-HEAT = {"title": "Heat", "year": 1995, "tmdb_id": 949, "watched_at": None, "plays": 0}
+    {"season": 1, "episode": 2, "title": "Cat's in the Bag...", "watched": ["2020-01-02T03:04:05Z"]}]}
+HEAT = {"title": "Heat", "year": 1995, "tmdb_id": 949, "watched": []}
 
 
 def scrobble(metadata=PILOT, event="media.scrobble", **more):
@@ -570,7 +570,7 @@ def done(path, count=1):
 def plays(path, show_id=1):
     """How often each episode of a show was played."""
     show, = json.loads(tracker(path, "show", show_id, "-json"))
-    return [each["plays"] for each in show["episodes"]]
+    return [len(each["watched"]) for each in show["episodes"]]
 
 
 def due(path):
@@ -4195,7 +4195,7 @@ def test_a_legacy_guid_marks_the_episode_of_its_show(database, lines, guid, by, 
     assert [brief(row) for row in rows(database)] == [("success", "marked_watched", 1, 1, 1)]
     assert lines == [f'<6>webhook status=success action=marked_watched show="Another Title" season=1 episode=1 by={by} confidence={confidence}']
     show, = json.loads(tracker(database, "show", "1", "-json"))
-    assert [each["plays"] for each in show["episodes"]] == [0, 1, 1] and show["episodes"][1]["watched_at"].endswith("Z")
+    assert [len(each["watched"]) for each in show["episodes"]] == [0, 1, 1] and show["episodes"][1]["watched"][0].endswith("Z")
 
 
 @pytest.mark.parametrize("guid, source", [("com.plexapp.agents.thetvdb://777/1/1?lang=en", "tvdb_id"), ("com.plexapp.agents.imdb://tt0000777/1/1", "imdb_id")])
@@ -4245,10 +4245,10 @@ def test_a_show_that_nothing_is_like_waits_for_a_person_once(database, lines):
         keeper.send({**stranger, "ratingKey": "3", "index": 2})
         assert [brief(row)[:2] for row in rows(database)[2:]] == [("duplicate", "ignored_duplicate"), ("success", "already_watched")]
     show, = json.loads(tracker(database, "show", "3", "-json"))
-    assert [each["plays"] for each in show["episodes"]] == [1, 2]
+    assert [len(each["watched"]) for each in show["episodes"]] == [1, 2]
     assert show["year"] is None                                     # 2008 may be the season's
     first = sb.iso_time(rows(database)[0]["received_at"])
-    assert show["episodes"][0]["watched_at"] == first               # at its own time, not at that of the resolution
+    assert show["episodes"][0]["watched"] == [first]               # at its own time, not at that of the resolution
 
 
 def test_what_a_person_ignores_stays_ignored(database):
@@ -4293,13 +4293,13 @@ def test_the_same_within_five_minutes_is_one_mark_and_one_duplicate(database, me
         for _ in range(2):
             keeper.send(metadata)
         assert [brief(row)[:2] for row in rows(database)] == [("success", "marked_watched"), ("duplicate", "ignored_duplicate")]
-        assert connection.execute("SELECT sum(plays) FROM episode").fetchone() == (2,)
+        assert connection.execute("SELECT count(*) FROM play").fetchone() == (2,)
         for earlier_s, found in ((200, ("duplicate", "ignored_duplicate")), (301, ("success", "already_watched"))):
             connection.execute("UPDATE webhook_log SET received_at = received_at - ?", (earlier_s,))
             keeper.send(metadata)
             assert brief(rows(database)[-1])[:2] == found
         first, = connection.execute("SELECT received_at FROM webhook_log WHERE id = 1").fetchone()
-        assert connection.execute("SELECT max(watched_at), sum(plays) FROM episode").fetchone() == (int(first + 501), 3)
+        assert connection.execute("SELECT max(watched_at), sum(plays) FROM watched").fetchone() == (int(first + 501), 3)
 
 
 def test_a_file_with_two_episodes_marks_both(database):
@@ -4418,7 +4418,7 @@ def test_what_the_history_has_and_no_webhook_told_is_recovered_once(database, to
             assert keeper.worker.recover() and note() == now - 100
             assert len(rows(database)) == 2
     show, = json.loads(tracker(database, "show", "1", "-json"))
-    assert show["episodes"][1]["watched_at"] == sb.iso_time(now - 7200) and show["episodes"][2]["plays"] == 2
+    assert show["episodes"][1]["watched"] == [sb.iso_time(now - 7200)] and len(show["episodes"][2]["watched"]) == 2
 
 
 def test_a_kill_between_the_answer_and_the_mark_loses_and_doubles_nothing(database):
@@ -4481,7 +4481,7 @@ def test_castle_and_castle_2009_are_two_shows(store):
 def test_an_episodes_guid_in_another_database_is_none_of_its_show(store):
     with store.transaction():
         other = store.add_show(sb.Show("episode", "Other", 2001, sb.Ids(62085)))
-        store.add_episodes([(other, 1, 1, "", None, 0)])
+        store.add_episodes(other, [(1, 1, "")])
     assert finish(store, metadata={**PILOT, "guid": "tmdb://62085", "grandparentGuid": None}) == ("success", "marked_watched", 1)
 
 
@@ -4859,14 +4859,14 @@ def test_a_clock_that_is_set_while_the_daemon_runs_corrects_what_it_received_bef
     first, *later = rows(database)
     assert first["received_at"] == early and len(later) == 2 and all(abs(row["received_at"] - real()) < 60 for row in later)
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        watched_at, played = connection.execute("SELECT watched_at, plays FROM episode WHERE season = 0").fetchone()
+        watched_at, played = connection.execute("SELECT watched_at, plays FROM watched WHERE season = 0").fetchone()
     assert played == 1 and watched_at == int(later[0]["received_at"])
 
 
 @pytest.mark.parametrize("change", [
     f"UPDATE webhook_log SET {column} = {value}" for column in ("received_at", "title", "season", "show_title", "retry_at", "guid", "attempts", "guids", "status")
     for value in ("x'ff00'", "'abc'", "1e300", "CAST(x'ff' AS TEXT)", "-9223372036854775808")] + [
-    "UPDATE show SET title = x'ff'", "UPDATE show SET title = CAST(x'ff' AS TEXT)", "UPDATE episode SET watched_at = 'abc'", "UPDATE episode SET watched_at = 1e300",
+    "UPDATE show SET title = x'ff'", "UPDATE show SET title = CAST(x'ff' AS TEXT)", "UPDATE play SET at = 'abc'", "UPDATE play SET at = 1e300",
     "UPDATE note SET value = 'abc'", "UPDATE conflict SET candidates = '{'", "UPDATE conflict SET candidates = '[[]]'", "UPDATE conflict SET created_at = 1e300"])
 def test_values_that_we_never_wrote_end_no_command_with_a_traceback(database, change, capsys):
     with Keeper(database) as keeper:
@@ -4887,8 +4887,8 @@ def test_values_that_we_never_wrote_end_no_command_with_a_traceback(database, ch
     (lambda path: path.write_bytes(b"no database at all, but long enough to be read as one" * 40), "is not a database; name another file."),
     (lambda path: path.mkdir(), "is not a regular file; name one."), (lambda path: os.mkfifo(path), "is not a regular file; name one."),
     (lambda path: sqlite3.connect(path).execute("CREATE TABLE t (x)"), "is a database of another program; name another file."),
-    (lambda path: [sb.Tracker(str(path), create=True).close(), sqlite3.connect(path).execute("PRAGMA user_version = 2")],
-     "was made by a newer version of StreamerBrainz (form 2; this one knows form 1); update streamerbrainz.py.")])
+    (lambda path: [sb.Tracker(str(path), create=True).close(), sqlite3.connect(path).execute("PRAGMA user_version = 3")],
+     "was made by a newer version of StreamerBrainz (form 3; this one knows form 2); update streamerbrainz.py.")])
 def test_a_file_that_is_no_tracker_of_ours_is_the_operators_fault(tmp_path, make, sentence):
     path = tmp_path / "x.db"
     make(path)
@@ -5022,8 +5022,8 @@ def test_an_import_brings_all_and_twice_is_as_once(tmp_path, token_file, xml):
             assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movies.\n") and "Series: episodes: 30 of 30\n" in said
             exported = json.loads(tracker(path, "export"))
             assert [(show["title"], show["year"], show["tmdb_id"]) for show in exported["shows"]] == [(f"Show {n}", 2000 + n, n) for n in (1000, 1001, 1002)]
-            assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched_at": "2020-09-13T12:26:41Z", "plays": 2}
-            assert exported["shows"][0]["episodes"][4]["watched_at"] is None and exported["movies"][0]["plays"] == 1
+            assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched": ["2020-09-13T12:26:41Z", None]}
+            assert exported["shows"][0]["episodes"][4]["watched"] == [] and exported["movies"][0]["watched"] == [None]
         listed = tracker(path, "shows")
         assert re.search(r"^ +\d  4 of 10     2020-09-13  Show 1000 \(3000\)$", listed, re.M) and re.search(r"^ +\d  movie: yes  .* Heat \(1995\)$", listed, re.M)
         assert tracker(path, "shows", "1001", "show").count("\n") == 2
@@ -5040,8 +5040,8 @@ def test_an_import_never_unwatches_and_an_earlier_date_stays(tmp_path, token_fil
         leaves[2].update(viewCount=1, lastViewedAt=1500000000)
         brought(path, library, token_file)
     watched = json.loads(tracker(path, "export"))["shows"][0]["episodes"]
-    assert [(each["plays"], each["watched_at"]) for each in watched] == [
-        (2, sb.iso_time(1600000001)), (3, sb.iso_time(1600000002)), (1, sb.iso_time(1500000000))]
+    assert [each["watched"] for each in watched] == [
+        [sb.iso_time(1600000001), None], [sb.iso_time(1600000002), sb.iso_time(1700000000), None], [sb.iso_time(1500000000)]]
 
 
 def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
@@ -5104,14 +5104,14 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
 @pytest.mark.parametrize("content, sentence", [
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
-     "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched_at, plays."),
+     "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
     ({"films": []}, "the file has an unknown key; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "the file is not an object."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 100000."),
     ({"shows": [{"title": "A", "episodes": [{"season": -1, "episode": 1}]}]}, "shows[0].episodes[0].season is out of range."),
-    ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0].watched_at is not a time such as 2026-11-21T20:15:00Z."),
-    ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0].watched_at is not a time such as 2026-11-21T20:15:00Z."),
+    ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
+    ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
     ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
@@ -5800,7 +5800,7 @@ def test_clocks_are_compared(off_s, status):
 def test_a_tracker_is_examined_too(sick, database):
     found = sick.examine("-tracker-db", database)
     said = {each["check"]: each for each in found["findings"]}["tracker"]
-    assert said["status"] == "ok" and said["evidence"] == "intact, form 1; last webhook: none yet; 0 open conflicts, 0 failed entries"
+    assert said["status"] == "ok" and said["evidence"] == "intact, form 2; last webhook: none yet; 0 open conflicts, 0 failed entries"
     with open(database, "r+b") as file:
         file.seek(4096 * 3)
         file.write(b"\xff" * 4096 * 4)
