@@ -154,6 +154,7 @@ class Config(NamedTuple):
     -status STATUS             tracker log: success, failed, ignored, duplicate or waiting
     -show SHOW                 tracker log: of this show, by its id or words of its title
     -last N                    tracker log: how many entries (default 20; 0: all)
+    -at TIME                   tracker mark: when, as 2026-11-21T20:15:00Z (default: now)
     -speed N                   demo: how many times faster (default 1)
     """
     command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
@@ -182,6 +183,7 @@ class Config(NamedTuple):
     status: str = ""               # "": entries with any status
     show: str = ""                 # "": entries of all shows
     last: int = 20
+    at: int | None = None          # Unix s; None: now
     speed: float = 1.0
 
     @property
@@ -2816,7 +2818,7 @@ def hook(config: Config) -> int:
 SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
-SAME_PLAY_S, SAME_SOURCE_S = 6 * 3600.0, {"import": 60.0}
+SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
 # A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
@@ -3124,11 +3126,11 @@ def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
 def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str) -> tuple[list[int | None], list[int]]:
     """What a witness's plays add to those that are known, each with its source: plays, and dates of undated ones."""
     # Each play that is told is one that is known, if one fits: the nearest within SAME_PLAY_S (of the same source:
-    # within SAME_SOURCE_S); else, for a witness of the past, one without a date.
+    # within SAME_SOURCE); else, for a witness of the past, one without a date.
     left, more, dates = list(known), list[int | None](), list[int]()
     for at in sorted(told, key=lambda each: (each is None, each)):
         near = [each for each in left if at is not None and each[0] is not None and
-                abs(at - each[0]) <= (SAME_SOURCE_S.get(source, 0) if source == each[1] else SAME_PLAY_S)]
+                abs(at - each[0]) <= (SAME_SOURCE.get(source, -1) if source == each[1] else SAME_PLAY_S)]
         undated = [each for each in left if (each[0] is None or at is None) and source in (LIBRARY, IMPORT)]
         near.sort(key=lambda each: abs((at or 0) - (each[0] or 0)))
         if same := next(iter((*near, *undated)), None):
@@ -3223,10 +3225,10 @@ MIGRATIONS = {1: (
     """INSERT INTO play SELECT NULL, show_id, season, episode, watched_at, 'import', NULL, NULL FROM episode_1 e WHERE
         watched_at NOT NULL AND NOT EXISTS (SELECT 1 FROM play p WHERE (p.show_id, p.season, p.episode, p.at) =
         (e.show_id, e.season, e.episode, e.watched_at))""",
-    f"""INSERT INTO play WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < {MAX_PLAYS}),
-        less AS (SELECT show_id, season, episode, e.plays - coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN
-        watched w USING (show_id, season, episode) WHERE e.plays > coalesce(w.plays, 0)) SELECT NULL, show_id, season,
-        episode, NULL, 'import', NULL, NULL FROM less JOIN n ON i <= lack""",
+    f"""INSERT INTO play WITH RECURSIVE rest AS (SELECT e.show_id, e.season, e.episode, min(e.plays, {MAX_PLAYS}) -
+        coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN watched w USING (show_id, season, episode) WHERE
+        lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
+        SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
     "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
@@ -3576,9 +3578,9 @@ class Tracker:
         known = [(row["at"], row["source"]) for row in self.all(
             "SELECT at, source FROM play WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, number)]
         more, dates = new_plays(known, told, source)
-        for at in dates:
+        for date in dates:
             self.write("UPDATE play SET at = ?, source = ? WHERE id = (SELECT min(id) FROM play WHERE at IS NULL AND "
-                       "(show_id, season, episode) = (?, ?, ?))", at, source, show_id, season, number)
+                       "(show_id, season, episode) = (?, ?, ?))", date, source, show_id, season, number)
         for at in more:
             self.write("INSERT INTO play VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", show_id, season, number, at, source,
                        mapping_id, entry_id)
@@ -3588,6 +3590,43 @@ class Tracker:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
         return self.one("SELECT episode.*, coalesce(plays, 0) AS plays FROM episode LEFT JOIN watched USING (show_id, "
                         "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
+
+    # -- what a person corrects
+    def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None) -> int:
+        """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
+        some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
+                        "WHERE show_id = :show AND season = ifnull(:season, season) AND episode = ifnull(:no, episode) "
+                        "AND (plays IS NULL OR (:no NOT NULL AND :at NOT NULL))", show=show_id, season=season,
+                        no=episode, at=at)
+        when = int(time.time() if at is None else at)
+        return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
+
+    def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
+        """Take the marks of a show (a season, an episode; None: of all) back; -> how many plays that were."""
+        some = ("show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)",
+                (show_id, season, episode))
+        self.write(f"UPDATE episode SET unmarked_at = ? WHERE {some[0]}", int(time.time()), *some[1])
+        return int(self.write(f"DELETE FROM play WHERE {some[0]}", *some[1]).rowcount)
+
+    def remap(self, mapping_id: int, show_id: int) -> int:
+        """Correct which show is meant (0: ignore it); the plays by this mapping move along; -> how many."""
+        plays = self.all("SELECT play.*, title FROM play JOIN episode USING (show_id, season, episode) WHERE "
+                         "mapping_id = ? AND show_id <> ?", mapping_id, show_id)
+        self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
+                   show_id or None, int(time.time()), mapping_id)
+        # What was ignored is finished anew.
+        self.write("UPDATE webhook_log SET retry_at = 0 WHERE action = 'auto_mark_disabled' AND (server, type) = ("
+                   "SELECT server, type FROM mapping WHERE id = ?1) AND (SELECT subject FROM mapping WHERE id = ?1) "
+                   "IN ('key:' || iif(type = 'movie', rating_key, show_key), 'guid:' || show_guid, "
+                   "'title:' || iif(type = 'movie', title, show_title))", mapping_id)
+        for play in plays:
+            self.write("DELETE FROM play WHERE id = ?", play["id"])
+            if show_id:
+                row = play["season"], play["episode"], play["title"], (play["at"],)
+                self.add_plays(show_id, row, play["source"], mapping_id, play["entry_id"])
+            self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
+                       *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), play["entry_id"])
+        return len(plays)
 
     # -- conflicts
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
@@ -3601,15 +3640,19 @@ class Tracker:
             subject=entry.subject, guid=entry.guid_of_show, title=show.title,
             year=show.year if show.own_year else None, candidates=candidates, **show.ids._asdict()), True
 
-    def resolve(self, conflict_id: int, show_id: int) -> None:
+    def resolve(self, conflict_id: int, show_id: int) -> int:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
+        # If it was answered before: what was marked then moves along; -> how many plays.
         self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, ?, 'person', 1.0, ? FROM "
-                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET show_id = excluded.show_id, by = excluded.by, "
-                   "guid = excluded.guid, confidence = 1.0, at = excluded.at", show_id or None, int(time.time()),
-                   conflict_id)
+                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid", show_id or None,
+                   int(time.time()), conflict_id)
+        mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
+                               "conflict.id = ?", conflict_id)
+        moved = self.remap(mapping_id, show_id)
         self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
+        return moved
 
 def glance(tracker: Tracker) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
@@ -3746,11 +3789,11 @@ class Worker:
                     **{} if known else {"traceback": traceback.format_exc()})
                 pause_s, fails = TRACKER_RETRY_S, True
 
-    def drain(self, conflict_id: int = 0) -> int:
-        """Finish all entries that are due (of a conflict: 0: of all); returns how many there were."""
+    def drain(self, again: bool = False) -> int:
+        """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
         count, self.down = 0, None
-        while entries := self.tracker.entries("retry_at <= ? AND ? IN (0, conflict_id) ORDER BY retry_at, id LIMIT ?",
-                                              time.time(), conflict_id, BATCH):
+        while entries := self.tracker.entries("retry_at <= ? AND (NOT ? OR retry_at = 0 AND status NOT NULL) "
+                                              "ORDER BY retry_at, id LIMIT ?", time.time(), again, BATCH):
             for entry in entries:
                 self.finish(entry)
             count += len(entries)
@@ -4099,16 +4142,24 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     print("}")
     return 0
 
+def of_words(words: Iterable[str], column: str = "normal || ' ' || show.title") -> tuple[str, list[str]]:
+    """The SQL condition, and its values, for titles that have all these words."""
+    some = normal(text(" ".join(words))).split()
+    return " AND ".join(["1", *[f"{column} LIKE ?"] * len(some)]), [f"%{word}%" for word in some]
+
+def plural(count: int, word: str) -> str:
+    """How many of something: "1 play", "2 plays"."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
 def tracker_shows(config: Config, tracker: Tracker) -> int:
     """Print each show and movie, the last watched first."""
-    words = normal(text(" ".join(config.words[1:]))).split()
-    condition = " AND normal || ' ' || show.title LIKE ?" * len(words)
+    words = config.words[1:]
+    condition, values = of_words(words)
     rows = [dict(row) for row in tracker.all(
         "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(plays) AS watched, count(episode) AS "
         "episodes, max(last_at) AS last_watched_at FROM show LEFT JOIN episode ON show_id = show.id LEFT JOIN watched "
-        f"USING (show_id, season, episode) WHERE 1{condition} GROUP BY show.id ORDER BY max(last_at) DESC NULLS LAST, "
-        "normal",
-        *(f"%{word}%" for word in words))]
+        f"USING (show_id, season, episode) WHERE {condition} GROUP BY show.id ORDER BY max(last_at) DESC NULLS LAST, "
+        "normal", *values)]
     lines = ["   ID  WATCHED     LAST        TITLE"]
     for row in rows:
         movie = f"movie: {'yes' if row['watched'] else 'no'}"
@@ -4119,23 +4170,100 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     empty = "The tracker is empty. `tracker import` reads your Plex library into it."
     return print_rows(config, rows, "\n".join(lines) if rows else "No title matches." if words else empty)
 
-def show_of(tracker: Tracker, word: str) -> Show:
-    """The show or movie with the id that a person typed; raises ConfigError."""
-    for show in tracker.shows("id = ?", number(word) or 0):
-        return show
-    raise ConfigError("there is no such show; `tracker shows` prints their ids.")
+def show_of(tracker: Tracker, *words: str) -> Show:
+    """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
+    found = tracker.shows("id = ?", number(words[0]) or 0) if len(words) == 1 else []
+    condition, values = of_words(words)
+    found = found or tracker.shows(f"{condition} ORDER BY normal LIMIT 9", *values)
+    if len(found) != 1:
+        some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
+        raise ConfigError(f"which one: {some}? Give its id." if found else
+                          "there is no such show; `tracker shows` prints their ids.")
+    return found[0]
+
+def episodes_of(word: str) -> tuple[int | None, int | None]:
+    """The season and episode of a word such as S01E02 or S01; None: all.  Raises ConfigError."""
+    found = re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)
+    if not found:
+        raise ConfigError(f"{word} is no episode or season; write it as S01E02 or S01.")
+    return number(found[1]), number(found[2])
+
+def tracker_mark(config: Config, tracker: Tracker) -> int:
+    """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
+    name, show = config.words[0], show_of(tracker, config.words[1])
+    season, episode = episodes_of("".join(config.words[2:]))
+    with tracker.transaction():
+        if episode is not None and not tracker.episode(show.id, season, episode):
+            if name == "unmark":
+                raise ConfigError(f"{named(show.title, show.year)} has no such episode; see `tracker show {show.id}`.")
+            tracker.add_episodes(show.id, [(season, episode, "")])        # a person says that it exists
+        count = tracker.mark(show.id, season, episode, config.at) if name == "mark" else \
+            tracker.unmark(show.id, season, episode)
+    said = {"mark": "marked as watched", "unmark": "taken back"}[name]
+    return print_rows(config, [{"show_id": show.id, "plays": count}], f"{plural(count, 'play')} {said}.")
+
+def tracker_mappings(config: Config, tracker: Tracker) -> int:
+    """Print which of our shows each show of the servers is, and by what it was found."""
+    condition, values = of_words(config.words[1:], "show.normal || ' ' || show.title || ' ' || mapping.title")
+    rows = [dict(row) for row in tracker.all(
+        "SELECT mapping.id, server, mapping.type, mapping.title, subject, guid, show_id, show.title AS show, year, by, "
+        "confidence, at, (SELECT count(*) FROM play WHERE mapping_id = mapping.id) AS plays FROM mapping LEFT JOIN "
+        f"show ON show.id = show_id WHERE {condition} ORDER BY mapping.id", *values)]
+    lines = ["   ID  BY        CONF  DAY         THE SERVER'S -> OURS"]
+    for row in rows:
+        day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
+        ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
+        names = printable(f"{row['title'] or row['subject']} -> {ours}")
+        lines.append(cut(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}"))
+        row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
+    return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
+
+def tracker_map(config: Config, tracker: Tracker) -> int:
+    """Correct a mapping: it is this show, a new one, to be ignored, or forgotten; what it marked moves along."""
+    mapping_id, word = number(config.words[1]) or 0, config.words[2]
+    row = tracker.one("SELECT * FROM mapping WHERE id = ?", mapping_id)
+    if row is None:
+        raise ConfigError("there is no such mapping; `tracker mappings` prints their ids.")
+    known = None if word in ("new", "ignore", "forget") else show_of(tracker, word)
+    if known and known.type != row["type"]:
+        raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
+    with tracker.transaction():
+        show_id = known.id if known else tracker.add_show(Show(row["type"], row["title"])) if word == "new" else 0
+        moved = tracker.remap(mapping_id, show_id)
+        if word == "forget":                          # what it marked is judged anew
+            tracker.remap(mapping_id, 0)
+            tracker.write("DELETE FROM mapping WHERE id = ?", mapping_id)
+    Worker(config, tracker, server_of(config)).drain(again=True)
+    return print_rows(config, [{"mapping": mapping_id, "show_id": show_id or None, "moved": moved}],
+                      f"Mapping {mapping_id} is corrected; {plural(moved, 'play')} moved.")
+
+def tracker_backup(config: Config, tracker: Tracker) -> int:
+    """Copy the database into a new file, whoever writes meanwhile."""
+    path = config.words[1]
+    if os.path.lexists(path):
+        raise ConfigError(f"tracker backup: {path} exists; name a new file.")
+    tracker.backup(path)
+    return print_rows(config, [{"file": path}], f"The tracker was copied to {path}.")
+
+def days(watched: Mapping[str, Any]) -> str:
+    """The days on which an episode or movie in the JSON form was watched; "?": not known when."""
+    return " ".join(local_time("%Y-%m-%d", unix_time(each)) if each else "?" for each in watched["watched"])
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
-    """Print a show's seasons, each as a grid of what was watched; or when a movie was."""
-    show = show_of(tracker, config.words[1])
+    """Print a show's seasons, each as a grid of what was watched, and its episodes; or when a movie was watched."""
+    show = show_of(tracker, *config.words[1:])
     fields, ids = show_fields(tracker, show), [f"{name} {each}" for name, each in show.ids._asdict().items() if each]
     lines = [textwrap.fill(printable(named(show.title, show.year)) + (f"  ({', '.join(ids)})" if ids else ""), 80)]
+    for season, group in itertools.groupby(fields.get("episodes", ()), key=lambda each: each["season"]):
+        episodes = list(group)
+        lines.append(season_lines(season, [(each["episode"], bool(each["watched"])) for each in episodes]))
+        for each in episodes if len(config.words) > 2 or not config.words[1].isdigit() else ():
+            lines.append(cut(f"  S{season:02}E{each['episode']:02}  {printable(each['title'])}  {days(each)}".rstrip()))
     if show.type == MOVIE:
-        day = fields["watched_at"] and local_time("%Y-%m-%d", unix_time(fields["watched_at"]))
-        lines.append(f"watched {day}, {fields['plays']} plays" if day else "not watched")
-    else:
-        lines += [season_lines(season, [(each["episode"], each["watched_at"] is not None) for each in episodes])
-                  for season, episodes in itertools.groupby(fields["episodes"], key=lambda each: each["season"])]
+        count = plural(len(fields["watched"]), "play")
+        lines.append(f"watched {days(fields)}, {count}" if fields["watched"] else "not watched")
+    elif following := next((each for each in fields["episodes"] if each["season"] and not each["watched"]), None):
+        lines.append(cut(f"next: S{following['season']:02}E{following['episode']:02}  {printable(following['title'])}"))
     return print_rows(config, [{"id": show.id, "type": KINDS[show.type], **fields}], "\n".join(lines))
 
 def log_lines(row: Mapping[str, Any]) -> str:
@@ -4180,31 +4308,32 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
 def tracker_resolve(config: Config, tracker: Tracker) -> int:
     """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
     conflict_id, word = number(config.words[1]) or 0, config.words[2]
-    row = tracker.one("SELECT resolution FROM conflict WHERE id = ?", conflict_id)
-    if row is None:
+    if tracker.one("SELECT 1 FROM conflict WHERE id = ?", conflict_id) is None:
         raise ConfigError("there is no such conflict; `tracker conflicts` prints their ids.")
-    before, show = row["resolution"], tracker.shows("id = ?", conflict_id, table="conflict")[0]
+    show = tracker.shows("id = ?", conflict_id, table="conflict")[0]
     known = None if word in ("new", "ignore") else show_of(tracker, word)
     if known and known.type != show.type:
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
     with tracker.transaction():
         show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
         if show_id:                                   # the person says that these episodes exist
-            tracker.add_episodes(tracker.all(
-                "SELECT ?, season, episode, title, NULL, 0 FROM webhook_log WHERE conflict_id = ? AND season NOT NULL",
-                show_id, conflict_id))
-        tracker.resolve(conflict_id, show_id)
-    done = Worker(config, tracker, server_of(config)).drain(conflict_id)
-    stays = " What was marked before stays marked." if before not in (None, str(show_id or "ignore")) else ""
+            tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
+                                                      "conflict_id = ? AND season NOT NULL", conflict_id))
+        moved = tracker.resolve(conflict_id, show_id)
+    done = Worker(config, tracker, server_of(config)).drain(again=True)
+    stays = f" {plural(moved, 'play')} moved." if moved else ""
     said = f"{done} waiting webhook{' was' if done == 1 else 's were'} processed."
     return print_rows(config, [{"conflict": conflict_id, "show_id": show_id or None, "done": done}],
                       f"Conflict {conflict_id} is resolved. {said}{stays}")
 
 # command -> its function, and its words: those in brackets may be left out
 TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
-    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "shows": (tracker_shows, "[WORDS...]"),
-    "show": (tracker_show, "ID"), "log": (tracker_log, ""), "conflicts": (tracker_conflicts, ""),
-    "resolve": (tracker_resolve, "ID SHOW|new|ignore")}
+    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "backup": (tracker_backup, "FILE"),
+    "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."), "log": (tracker_log, ""),
+    "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
+    "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_map, "MAPPING SHOW|new|ignore|forget"),
+    "conflicts": (tracker_conflicts, ""), "resolve": (tracker_resolve, "ID SHOW|new|ignore")}
+READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
@@ -4217,7 +4346,7 @@ def tracker_command(config: Config) -> int:
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
-    with contextlib.closing(Tracker(config.tracker_db, create, write=create or name == "resolve")) as tracker, \
+    with contextlib.closing(Tracker(config.tracker_db, create, write=name not in READ_ONLY)) as tracker, \
             tracker.guarded():
         return command(config, tracker)
 
@@ -5082,7 +5211,7 @@ def demo(config: Config) -> int:
 # Needs: Ground
 # Needs of Listener: make_secret
 # Needs of Hooks: hook
-# Needs of Tracker: tracker_command, SUCCESS, FAILED, IGNORED, DUPLICATE
+# Needs of Tracker: tracker_command, SUCCESS, FAILED, IGNORED, DUPLICATE, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
 # Needs of Doctor: doctor
 # Needs of Demo: demo
@@ -5139,13 +5268,20 @@ def server_url(word: str) -> str:
         raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
 
+def a_time(word: str) -> int:
+    """The Unix time in a word; raises ValueError."""
+    try:
+        return unix_time(word)
+    except (ValueError, OverflowError):
+        raise ValueError("give a time such as 2026-11-21T20:15:00Z") from None
+
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
 READERS: dict[str, tuple[Any, ...]] = {
     "webhooks_port": (a_number, 1, 65535, False, True), "speed": (a_number, 1, 100, False, False), "last": _COUNT,
     "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
     "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
-    "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "at": (a_time,), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
