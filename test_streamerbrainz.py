@@ -48,6 +48,7 @@ from streamerbrainz import BUFFERING, PAUSED, PLAYING, STOPPED, Change, Look, Ou
 
 # --- what all chapters share
 
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job ignores Ctrl-C, and so would what we start
 HERE = pathlib.Path(__file__).parent
 PROGRAM = HERE / "streamerbrainz.py"
 CAPTURES = HERE.parent / "shared" / "captures"
