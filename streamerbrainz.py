@@ -3133,10 +3133,9 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 MAX_FILE, MAX_FILES = 100 << 20, 500 << 20    # bytes of a file, also in a zip, and of all in it: zips lie about sizes
 # Read of Trakt's zip, in any folder: watched-history-1.json, watched/history-1.json, history.json; _errors.json.
 _TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-(\d{1,9}))?|_errors)\.json", re.ASCII | re.DOTALL)
-# Columns in every version of Yamtrack; and those that tell when it was watched, the surest first.
+# Columns in every version of Yamtrack; those that tell when it was watched, the surest first; Trakt's sign for no time.
 YAMTRACK = {"media_id", "source", "media_type", "title", "season_number", "episode_number", "status"}
-YAMTRACK_TIMES = ("end_date", "watch_date", "progressed_at", "created_at")
-UNKNOWN_TIME = "1970-01-01T00:00:00.000Z"            # Trakt's sign for it
+YAMTRACK_TIMES, UNKNOWN_TIME = ("end_date", "watch_date", "progressed_at", "created_at"), "1970-01-01T00:00:00.000Z"
 Plays = tuple[int | None, ...]                       # when it was watched (Unix s); None: once more, it is unknown when
 EpisodePlays = tuple[int, int, str, Plays]           # season, number, title, plays; a movie is 0, 0
 History = tuple[list[tuple[Show, list[EpisodePlays]]], list[str]]     # and what was left out, in sentences
@@ -3219,10 +3218,8 @@ def foreign_rows(content: bytes, place: str, said: list[str]) -> Iterator[Any]:
     import csv
     import zipfile
     import zlib
-    within = place
     try:
         for name, part in unzipped(content) if content.startswith(b"PK") else ():
-            within = f"{printable(text(name, 80))} in {place}"
             if not name.endswith("_errors.json"):
                 yield from json.loads(part)
             elif part.strip() not in (b"", b"[]", b"{}"):
@@ -3231,14 +3228,17 @@ def foreign_rows(content: bytes, place: str, said: list[str]) -> Iterator[Any]:
             yield from json.loads(content)
         elif not content.startswith(b"PK"):
             for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
-                if None in row or None in row.values():
+                if None in row or None in row.values() or not row.keys() >= YAMTRACK:
                     raise csv.Error("a row has too many or too few columns")
                 yield row
     except (csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"tracker import: {within} is damaged ({why(error)}); export it again.") from error
+        said_so = printable(text(why(error), 100))
+        raise ConfigError(f"tracker import: {place} is damaged ({said_so}); export it again.") from error
 
 def read_foreign(content: bytes, place: str) -> History | None:
     """What a foreign file tells, by what is in it; None: JSON of our own form, if of any.  Raises ConfigError."""
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"tracker import: {place} has over {MAX_FILE >> 20} MiB: that is no export of one person.")
     said: list[str] = []
     start, rows = content[:4096].decode("ascii", "ignore").lstrip(), foreign_rows(content, place, said)
     if start.startswith("{"):
