@@ -3213,43 +3213,42 @@ def unzipped(content: bytes) -> Iterator[tuple[str, bytes]]:
             rest -= len(part)
             yield name[0], part
 
-def foreign_rows(content: bytes, place: str, said: list[str]) -> Iterator[Any]:
-    """The entries of Trakt's histories, in a zip or bare; or the rows of Yamtrack's CSV.  Raises ConfigError."""
+def foreign_rows(content: bytes, form: str, place: str, said: list[str]) -> Iterator[Any]:
+    """The entries of Trakt's histories (form: zip or json), or the rows of Yamtrack's CSV; raises ConfigError."""
     import csv
     import zipfile
     import zlib
     try:
-        for name, part in unzipped(content) if content.startswith(b"PK") else ():
+        for name, part in unzipped(content) if form == "zip" else [("", content)] if form == "json" else ():
             if not name.endswith("_errors.json"):
                 yield from json.loads(part)
             elif part.strip() not in (b"", b"[]", b"{}"):
                 said.append("The export is incomplete, says its _errors.json: ask Trakt for a new one.")
-        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            yield from json.loads(content)
-        elif not content.startswith(b"PK"):
+        if form == "csv":
             for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
                 if None in row or None in row.values() or not row.keys() >= YAMTRACK:
                     raise csv.Error("a row has too many or too few columns")
                 yield row
     except (csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, RuntimeError) as error:
-        said_so = printable(text(why(error), 100))
-        raise ConfigError(f"tracker import: {place} is damaged ({said_so}); export it again.") from error
+        reason = printable(text(why(error), 100))
+        raise ConfigError(f"tracker import: {place} is damaged ({reason}); export it again.") from error
 
 def read_foreign(content: bytes, place: str) -> History | None:
     """What a foreign file tells, by what is in it; None: JSON of our own form, if of any.  Raises ConfigError."""
     if len(content) > MAX_FILE:
         raise ConfigError(f"tracker import: {place} has over {MAX_FILE >> 20} MiB: that is no export of one person.")
-    said: list[str] = []
-    start, rows = content[:4096].decode("ascii", "ignore").lstrip(), foreign_rows(content, place, said)
-    if start.startswith("{"):
+    said, start = list[str](), content[:4096].decode("ascii", "ignore").lstrip()
+    form = "zip" if start.startswith(("PK\3\4", "PK\5\6")) else {"[": "json", "{": "own"}.get(start[:1]) or (
+        "csv" if {*re.findall(r"\w+", start.partition("\n")[0])} >= YAMTRACK else "")
+    if form == "own":
         return None
-    is_yamtrack = {*re.findall(r"\w+", start.partition("\n")[0])} >= YAMTRACK
-    found, left = gathered(trakt_plays(rows), 60) if start.startswith(("PK\3\4", "PK\5\6", "[")) else \
-        gathered(yamtrack_plays(rows), -1) if is_yamtrack else ([], [])
+    rows = foreign_rows(content, form, place, said)
+    found, left = gathered(yamtrack_plays(rows), -1) if form == "csv" else gathered(trakt_plays(rows), 60)
+    said += left
     if not found:
         raise ConfigError(" ".join([f"tracker import: {place} has no watch history; give Trakt's zip or its "
-                                    "watched-history.json, Yamtrack's CSV, or JSON of `tracker export`.", *left]))
-    return found, said + left
+                                    "watched-history.json, Yamtrack's CSV, or JSON of `tracker export`.", *said]))
+    return found, said
 
 def trakt_history(history: Iterable[tuple[Show, list[EpisodePlays]]]) -> list[dict[str, Any]]:
     """The plays as entries of Trakt's history, the newest first."""
