@@ -3132,7 +3132,7 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 # A damaged file is refused.  What is of no use in a sound one is left out, counted and said.
 MAX_FILE, MAX_FILES = 100 << 20, 500 << 20    # bytes of a file, also in a zip, and of all in it: zips lie about sizes
 # Read of Trakt's zip, in any folder: watched-history-1.json, watched/history-1.json, history.json; _errors.json.
-_TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-(\d{1,9}))?|_errors)\.json", re.ASCII | re.DOTALL)
+_TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-\d+)?|_errors)\.json", re.ASCII | re.DOTALL)
 # Columns in every version of Yamtrack; those that tell when it was watched, the surest first; Trakt's sign for no time.
 YAMTRACK = {"media_id", "source", "media_type", "title", "season_number", "episode_number", "status"}
 YAMTRACK_TIMES, UNKNOWN_TIME = ("end_date", "watch_date", "progressed_at", "created_at"), "1970-01-01T00:00:00.000Z"
@@ -3202,16 +3202,15 @@ def unzipped(content: bytes) -> Iterator[tuple[str, bytes]]:
     import zipfile  # here, as csv and zlib below: the daemon does not pay for it
     rest = MAX_FILES
     with zipfile.ZipFile(io.BytesIO(content)) as file:
-        names = filter(None, map(_TRAKT_FILE.fullmatch, {each.filename for each in file.infolist()}))
-        for name in sorted(names, key=lambda name: (int(name[1] or 0), name[0])):
-            if file.getinfo(name[0]).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        for name in filter(_TRAKT_FILE.fullmatch, dict.fromkeys(file.namelist())):    # plays are put in order by time
+            if file.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise zipfile.BadZipFile("an unusual compression")           # a piece of it can unpack to any size
-            with file.open(name[0]) as unpacked:
+            with file.open(name) as unpacked:
                 part = unpacked.read(min(MAX_FILE, rest) + 1)
             if len(part) > min(MAX_FILE, rest):
                 raise zipfile.BadZipFile(f"over {MAX_FILE >> 20} MiB in a file, or over {MAX_FILES >> 20} MiB in all")
             rest -= len(part)
-            yield name[0], part
+            yield name, part
 
 def foreign_rows(content: bytes, form: str, place: str, said: list[str]) -> Iterator[Any]:
     """The entries of Trakt's histories (form: zip or json), or the rows of Yamtrack's CSV; raises ConfigError."""

@@ -35,6 +35,7 @@ import sys
 import termios
 import threading
 import time
+import tracemalloc
 import types
 import typing
 import unicodedata
@@ -4222,7 +4223,8 @@ def test_trakts_history_is_recognised_by_what_is_in_the_file(content):
 
 @pytest.mark.parametrize("entries, plays", [
     ([watched(), watched()], (1775041800,)), ([watched("2026-04-01T11:11:00.000Z"), watched()], (1775041800,)),
-    ([watched("2026-04-01T11:11:01Z"), watched()], (1775041800, 1775041861)), ([watched("2026-04-01T13:10:00+02:00")], (1775041800,)),
+    ([watched("2026-04-01T11:11:01Z"), watched()], (1775041800, 1775041861)),
+    ([watched(f"2026-04-01T11:1{minute}:00Z") for minute in (3, 1, 0, 2)], (1775041800, 1775041920)), ([watched("2026-04-01T13:10:00+02:00")], (1775041800,)),
     ([watched(), watched("1970-01-01T00:00:00Z"), watched("1970-12-31T23:59:59Z")], (1775041800, None, None)),
     ([watched("1971-01-01T00:00:00Z"), watched("0001-01-01T00:00:00Z")], (31536000, None)), ([watched("9999-12-31T23:59:59Z")], (sb.LAST_TIME,))])
 def test_the_times_of_a_play_in_trakts_history(entries, plays):
@@ -4256,9 +4258,10 @@ def test_yamtracks_csv_is_read_by_its_columns():
         "Pilots": ("episode", sb.Ids(7), [(1, 2, "", (1705356000, 1735689600))]), "Saint": ("movie", sb.Ids(7), [(0, 0, "Saint", (1783896547,))]),
         'Own, "and" mine': ("episode", sb.Ids(), [(1, 1, "", (1707480000,))])} and left == []     # a day alone: its noon
     rows = ("title,media_id,source,media_type,season_number,episode_number,status,repeats,watch_date\nA,2,tmdb,episode,1,1,,1,2024-02-09\n"
-            "A,2,tmdb,episode,1,2,,0,\nB,3,tmdb,movie,,,Planning,0,\nC,4,mal,anime,1,1,Completed,0,2024-02-09\nA,2,tmdb,episode,,3,,0,\n")
+            "A!,2,tmdb,episode,1,2,,0,\nD,,manual,episode,1,1,,,\nE,,manual,episode,1,1,,,\nB,3,tmdb,movie,,,Planning,0,\nC,4,mal,anime,1,1,Completed,0,2024-02-09\nA,2,tmdb,episode,,3,,0,\n")
     found, left = sb.read_foreign(rows.encode(), "f")
-    assert found == [(sb.Show("episode", "A", None, sb.Ids(2)), [(1, 1, "", (1707480000, None)), (1, 2, "", (None,))])]
+    assert found == [(sb.Show("episode", "A", None, sb.Ids(2)), [(1, 1, "", (1707480000, None)), (1, 2, "", (None,))]),
+                     (sb.Show("episode", "D"), [(1, 1, "", (None,))]), (sb.Show("episode", "E"), [(1, 1, "", (None,))])]
     assert sorted(left) == ["1 left out: a movie that is not completed.", "1 left out: media such as anime, manga, games and books.",
                             "1 left out: no title, or no season or number."]
 
@@ -4277,6 +4280,7 @@ NO_HISTORY = "f has no watch history; give Trakt's zip or its watched-history.js
     (b"[" * 10**5, "f is damaged (maximum recursion depth exceeded"),
     (YAMTRACK_CSV[:-2].encode(), "f is damaged (unexpected end of data); export it again."),
     (YAMTRACK_CSV.encode() + b'"a","b"\n', "f is damaged (a row has too many or too few columns); export it again."),
+    (YAMTRACK_CSV.encode() + b",,,,,,,,,,,\n", "f is damaged (a row has too many or too few columns); export it again."),
     (YAMTRACK_CSV.encode() + b'"\xff"\n', "f is damaged ('utf-8' codec can't decode byte 0xff in")], ids=itertools.count())
 def test_a_file_that_is_none_of_them_or_damaged_is_refused_in_a_sentence(content, sentence):
     with pytest.raises(sb.ConfigError) as error:
@@ -4300,6 +4304,14 @@ def test_a_zip_cannot_unpack_to_more_than_its_bounds_nor_lie_about_its_sizes(mon
                 sb.read_foreign(zipped(files).replace(size, lie or size), "f")
     with pytest.raises(sb.ConfigError, match="over 1 MiB in a file, or over 2 MiB in all"):
         sb.read_foreign(zipped(files), "f")
+    bomb = zipped({"history.json": bytes(1 << 25)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(sb.ConfigError, match="over 1 MiB"):
+            sb.read_foreign(bomb, "f")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
     with pytest.raises(sb.ConfigError, match="has over 1 MiB"):
         sb.read_foreign(most + b" ", "f")
 
