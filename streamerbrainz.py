@@ -3132,7 +3132,7 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
 # A damaged file is refused.  What is of no use in a sound one is left out, counted and said.
 MAX_FILE, MAX_FILES = 100 << 20, 500 << 20    # bytes of a file, also in a zip, and of all in it: zips lie about sizes
 # Read of Trakt's zip, in any folder: watched-history-1.json, watched/history-1.json, history.json; _errors.json.
-_TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-\d+)?|_errors)\.json", re.ASCII | re.DOTALL)
+_TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-\d+)?|_errors)\.json")
 # Columns in every version of Yamtrack; those that tell when it was watched, the surest first; Trakt's sign for no time.
 YAMTRACK = {"media_id", "source", "media_type", "title", "season_number", "episode_number", "status"}
 YAMTRACK_TIMES, UNKNOWN_TIME = ("end_date", "watch_date", "progressed_at", "created_at"), "1970-01-01T00:00:00.000Z"
