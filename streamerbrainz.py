@@ -3155,6 +3155,140 @@ def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
+# -- Foreign histories: Trakt's export, Yamtrack's CSV <-> shows and plays (read_foreign, trakt_history)
+# A damaged file is refused.  What is of no use in a sound one is left out, counted and said.
+MAX_FILE, MAX_FILES = 100 << 20, 500 << 20    # bytes of a file, also in a zip, and of all in it: zips lie about sizes
+# Read of Trakt's zip, in any folder: watched-history-1.json, watched/history-1.json, history.json; _errors.json.
+_TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-\d+)?|_errors)\.json")
+# Columns in every version of Yamtrack; those that tell when it was watched, the surest first; Trakt's sign for no time.
+YAMTRACK = {"media_id", "source", "media_type", "title", "season_number", "episode_number", "status"}
+YAMTRACK_TIMES, UNKNOWN_TIME = ("end_date", "watch_date", "progressed_at", "created_at"), "1970-01-01T00:00:00.000Z"
+Plays = tuple[int | None, ...]                       # when it was watched (Unix s); None: once more, it is unknown when
+EpisodePlays = tuple[int, int, str, Plays]           # season, number, title, plays; a movie is 0, 0
+History = tuple[list[tuple[Show, list[EpisodePlays]]], list[str]]     # and what was left out, in sentences
+# What tells its show from others, the show, season, number, title, Unix s; or why it is left out.
+Play = tuple[object, Show, int, int, str, int | None] | str
+
+def play_of(key: object, show: Show, season: object, episode: object, title: object, watched_at: object) -> Play:
+    """A Play in foreign words.  Numbers can be dates (26041103); a time before 1971 is not known."""
+    place = [each for each in map(number, map(text, (season, episode))) if each is not None and each <= 2**31]
+    word = text(watched_at)       # a day alone: noon in Greenwich is that day nearly everywhere
+    try:
+        at = unix_time(f"{word}T12:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", word, re.ASCII) else word)
+    except (ValueError, OverflowError):
+        return "a time that cannot be read"
+    if not show.title or len(place) < 2:
+        return "no title, or no season or number"
+    return key, show, place[0], place[1], text(title), at if at >= 365 * 86400 else None
+
+def gathered(plays: Iterable[Play], apart_s: int) -> History:
+    """The plays by show and episode; those at most apart_s apart are one (-1: none are)."""
+    shows: dict[object, tuple[Show, dict[tuple[int, int], tuple[str, list[int | None]]]]] = {}
+    told = list(plays)
+    left = collections.Counter(play for play in told if isinstance(play, str))
+    for key, show, season, episode, title, at in sorted((play for play in told if not isinstance(play, str)),
+                                                        key=lambda play: math.inf if play[-1] is None else play[-1]):
+        times = shows.setdefault(key, (show, {}))[1].setdefault((season, episode), (title, []))[1]
+        if times and at is not None and at - (times[-1] or 0) <= apart_s:
+            left["a double of another play"] += 1
+        else:
+            times.append(at)
+    return [(show, [(*place, title, tuple(times)) for place, (title, times) in sorted(rows.items())])
+            for show, rows in shows.values()], [f"{count:,} left out: {each}." for each, count in left.most_common()]
+
+def trakt_plays(entries: Iterable[object]) -> Iterator[Play]:
+    """The plays in entries of Trakt's histories."""
+    for entry in map(json_object, entries):
+        kind, movie = text(entry.get("type")), json_object(entry.get("movie"))
+        of, what = (movie, {**movie, "season": 0, "number": 0}) if kind == MOVIE else \
+            (json_object(entry.get("show")), json_object(entry.get("episode")))
+        ids = json_object(of.get("ids"))             # the show's; those of `what` are the episode's own
+        show = Show(kind, text(of.get("title")), number(text(of.get("year"))) or None,
+                    parse_ids(f"{name}://{text(ids.get(name))}" for name in ("tmdb", "tvdb", "imdb")))
+        yield "neither an episode nor a movie" if kind not in (SHOW, MOVIE) else \
+            play_of((text(ids.get("trakt")), show), show, what.get("season"), what.get("number"), what.get("title"),
+                    entry.get("watched_at"))
+
+def yamtrack_plays(rows: Iterable[Mapping[str, str]]) -> Iterator[Play]:
+    """The plays in Yamtrack's rows: each of an episode is one, and each of a completed movie."""
+    for row in rows:
+        kind, key = row["media_type"], (row["media_type"], row["source"], row["media_id"] or row["title"])
+        if kind == SHOW or (kind == MOVIE and row["status"] == "Completed"):
+            ids = Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id)
+            show = Show(kind, text(row["title"]), None, ids)
+            season, episode, title = (row["season_number"], row["episode_number"], "") if kind == SHOW else \
+                ("0", "0", show.title)
+            at = next(filter(None, map(row.get, YAMTRACK_TIMES)), UNKNOWN_TIME)
+            for word in (at, *[UNKNOWN_TIME] * min(number(row.get("repeats")) or 0, 99)):    # 2024: watched again
+                yield play_of(key, show, season, episode, title, word)
+        elif kind not in ("tv", "season"):
+            yield "a movie that is not completed" if kind == MOVIE else "media such as anime, manga, games and books"
+
+def unzipped(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """The histories in Trakt's zip, each with its name, and _errors.json; raises as zipfile does."""
+    import zipfile  # here, as csv and zlib below: the daemon does not pay for it
+    rest = MAX_FILES
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        for name in filter(_TRAKT_FILE.fullmatch, dict.fromkeys(file.namelist())):    # plays are put in order by time
+            if file.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile("an unusual compression")           # a piece of it can unpack to any size
+            with file.open(name) as unpacked:
+                part = unpacked.read(min(MAX_FILE, rest) + 1)
+            if len(part) > min(MAX_FILE, rest):
+                raise zipfile.BadZipFile(f"over {MAX_FILE >> 20} MiB in a file, or over {MAX_FILES >> 20} MiB in all")
+            rest -= len(part)
+            yield name, part
+
+def foreign_rows(content: bytes, form: str, place: str, said: list[str]) -> Iterator[Any]:
+    """The entries of Trakt's histories (form: zip or json), or the rows of Yamtrack's CSV; raises ConfigError."""
+    import csv
+    import zipfile
+    import zlib
+    try:
+        for name, part in unzipped(content) if form == "zip" else [("", content)] if form == "json" else ():
+            if not name.endswith("_errors.json"):
+                yield from json.loads(part)
+            elif part.strip() not in (b"", b"[]", b"{}"):
+                said.append("The export is incomplete, says its _errors.json: ask Trakt for a new one.")
+        if form == "csv":
+            for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True):
+                if None in row or None in row.values() or not row.keys() >= YAMTRACK:
+                    raise csv.Error("a row has too many or too few columns")
+                yield row
+    except (csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = printable(text(why(error), 100))
+        raise ConfigError(f"tracker import: {place} is damaged ({reason}); export it again.") from error
+
+def read_foreign(content: bytes, place: str) -> History | None:
+    """What a foreign file tells, by what is in it; None: JSON of our own form, if of any.  Raises ConfigError."""
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"tracker import: {place} has over {MAX_FILE >> 20} MiB: that is no export of one person.")
+    said, start = list[str](), content[:4096].decode("ascii", "ignore").lstrip()
+    form = "zip" if start.startswith(("PK\3\4", "PK\5\6")) else {"[": "json", "{": "own"}.get(start[:1]) or (
+        "csv" if {*re.findall(r"\w+", start.partition("\n")[0])} >= YAMTRACK else "")
+    if form == "own":
+        return None
+    rows = foreign_rows(content, form, place, said)
+    found, left = gathered(yamtrack_plays(rows), -1) if form == "csv" else gathered(trakt_plays(rows), 60)
+    said += left
+    if not found:
+        raise ConfigError(" ".join([f"tracker import: {place} has no watch history; give Trakt's zip or its "
+                                    "watched-history.json, Yamtrack's CSV, or JSON of `tracker export`.", *said]))
+    return found, said
+
+def trakt_history(history: Iterable[tuple[Show, list[EpisodePlays]]]) -> list[dict[str, Any]]:
+    """The plays as entries of Trakt's history, the newest first."""
+    entries: list[dict[str, Any]] = []
+    for show, episodes in history:
+        ids = {name: each for name, each in zip(("tmdb", "tvdb", "imdb"), show.ids, strict=True) if each}
+        of = {"title": show.title, "year": show.year, "ids": ids}
+        for season, episode, title, plays in episodes:
+            what = {"type": MOVIE, MOVIE: of} if show.type == MOVIE else {"type": SHOW, "show": of, SHOW: {
+                "season": season, "number": episode, "title": title, "ids": {}}}
+            entries += [{"watched_at": f"{iso_time(at or 0)}".replace("Z", ".000Z"), "action": "watch", **what}
+                        for at in plays]
+    return sorted(entries, key=lambda entry: str(entry["watched_at"]), reverse=True)
+
 # --- the world
 # -- The database: Tracker
 # These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.

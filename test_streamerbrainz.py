@@ -35,10 +35,12 @@ import sys
 import termios
 import threading
 import time
+import tracemalloc
 import types
 import typing
 import unicodedata
 import urllib.parse
+import zipfile
 from xml.sax.saxutils import quoteattr
 
 import pytest
@@ -4184,6 +4186,187 @@ def test_a_line_is_cut_to_80_columns_of_which_a_wide_character_takes_two(line, e
 def test_entries_that_can_pass_are_tried_for_a_day_less_and_less_often():
     waits = list(itertools.takewhile(lambda wait_s: wait_s is not None, map(sb.retry_after_s, itertools.count())))
     assert waits[:3] == [30, 60, 120] and waits[-1] == 3600 and 80000 < sum(waits) < 90000
+
+
+TRAKT_SHOW = {"title": "Breaking Bad", "year": 2008, "ids": {"trakt": 1388, "imdb": "tt0903747", "tmdb": 1396, "tvdb": 81189, "plex": {"guid": None}}}
+TRAKT_MOVIE = {"title": "Saint", "year": 2010, "ids": {"trakt": 31265, "imdb": None, "tmdb": 45756}}
+YAMTRACK_CSV = ('"title","media_id","source","media_type","season_number","episode_number","status","end_date","progressed_at","created_at"\n'
+                '"Pilots","7","tmdb","tv","","","In progress","","",""\n"Pilots","7","tmdb","season","1","","In progress","","",""\n'
+                '"Pilots","7","tmdb","episode","1","2","","2024-01-15 22:00:00+00:00","2025-01-01 00:00:00+00:00",""\n'
+                '"Pilots","7","tmdb","episode","1","2","","","2025-01-01 00:00:00+00:00",""\n'
+                '"Saint","7","tmdb","movie","","","Completed","","","2026-07-13 00:49:07.250+02:00"\n'
+                '"Own, ""and"" mine","7","manual","episode","1","1","","2024-02-09","",""\n')
+
+
+def watched(at="2026-04-01T11:10:00.000Z", season=1, number=1, show=TRAKT_SHOW, **more):
+    """An entry of Trakt's history."""
+    return {"id": 1, "watched_at": at, "action": "scrobble", "type": "episode", "show": show,
+            "episode": {"season": season, "number": number, "title": "Pilot", "ids": {"tmdb": 62085, "imdb": "tt0959621"}}, **more}
+
+
+def zipped(files, compression=zipfile.ZIP_DEFLATED):
+    """The bytes of a zip with these files, those that are no bytes as JSON."""
+    with zipfile.ZipFile(whole := io.BytesIO(), "w", compression) as file:
+        for name, content in files.items():
+            file.writestr(name, content if isinstance(content, bytes) else json.dumps(content))
+    return whole.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps([watched()]), "\ufeff \r\n" + json.dumps([watched()], indent=2), zipped({"watched-history.json": [watched()]}),
+    zipped({"ratings-movies.json": [{}], "watched-history-10.json": [watched()], "watched-history-9.json": [], "watched-shows.json": [{}]}),
+    zipped({"trakt-me/watched/history-1.json": [watched()], "trakt-me/watched/": b"", "_errors.json": []}, zipfile.ZIP_STORED),
+    zipped({"history.json": [watched()], "watched-movies.json": b"no JSON", "__MACOSX/._history.json": b"\0"})])
+def test_trakts_history_is_recognised_by_what_is_in_the_file(content):
+    content = content if isinstance(content, bytes) else content.encode()
+    show = sb.Show("episode", "Breaking Bad", 2008, sb.Ids(1396, 81189, "tt0903747"))
+    assert sb.read_foreign(content, "f") == ([(show, [(1, 1, "Pilot", (1775041800,))])], [])
+
+
+@pytest.mark.parametrize("entries, plays", [
+    ([watched(), watched()], (1775041800,)), ([watched("2026-04-01T11:11:00.000Z"), watched()], (1775041800,)),
+    ([watched("2026-04-01T11:11:01Z"), watched()], (1775041800, 1775041861)),
+    ([watched(f"2026-04-01T11:1{minute}:00Z") for minute in (3, 1, 0, 2)], (1775041800, 1775041920)), ([watched("2026-04-01T13:10:00+02:00")], (1775041800,)),
+    ([watched(), watched("1970-01-01T00:00:00Z"), watched("1970-12-31T23:59:59Z")], (1775041800, None, None)),
+    ([watched("1971-01-01T00:00:00Z"), watched("0001-01-01T00:00:00Z")], (31536000, None)), ([watched("9999-12-31T23:59:59Z")], (sb.LAST_TIME,))])
+def test_the_times_of_a_play_in_trakts_history(entries, plays):
+    assert sb.read_foreign(json.dumps(entries).encode(), "f")[0][0][1] == [(1, 1, "Pilot", plays)]
+
+
+def test_each_show_of_trakt_has_its_own_ids_and_no_null_is_an_id():
+    nobody = {"title": "Nobody", "year": None, "ids": {"trakt": None, "tmdb": None, "imdb": "", "tvdb": 0}}
+    shows = [TRAKT_SHOW, nobody, {**nobody, "title": "Nobody 2"}, {**nobody, "ids": {"trakt": 5, "tmdb": True, "imdb": "0903747"}}, {**nobody, "ids": None}]
+    entries = [*(watched(show=show) for show in shows), watched(type="movie", movie=TRAKT_MOVIE, season=None)]
+    found, left = sb.read_foreign(json.dumps(entries).encode(), "f")
+    assert [(show.type, show.title, show.ids) for show, _ in found] == [
+        ("episode", "Breaking Bad", sb.Ids(1396, 81189, "tt0903747")), ("episode", "Nobody", sb.Ids()), ("episode", "Nobody 2", sb.Ids()),
+        ("episode", "Nobody", sb.Ids()), ("movie", "Saint", sb.Ids(45756))]
+    assert found[-1][1] == [(0, 0, "Saint", (1775041800,))] and found[1][1] == [(1, 1, "Pilot", (1775041800, ))]
+    assert left == ["1 left out: a double of another play."]                 # of Nobody: in one file null is null
+
+
+def test_what_is_left_out_of_a_history_is_counted_and_said():
+    entries = [watched(season=2026, number=2**31), *(watched(number=n) for n in (2**31 + 1, -1, 1.5, None, "x", True)), watched(show=None),
+               watched(show={"title": ""}), watched(at=None), watched(at="2026-04-01T11:10:00"), watched(at=7), watched(type="season"), 7, None]
+    found, left = sb.read_foreign(zipped({"history.json": entries, "_errors.json": [{"file": "watched-history-2"}]}), "f")
+    assert [row[:2] for _, rows in found for row in rows] == [(2026, 2**31)]
+    assert left == ["The export is incomplete, says its _errors.json: ask Trakt for a new one.", "8 left out: no title, or no season or number.",
+                    "3 left out: a time that cannot be read.", "3 left out: neither an episode nor a movie."]
+
+
+def test_yamtracks_csv_is_read_by_its_columns():
+    found, left = sb.read_foreign(b"\xef\xbb\xbf" + YAMTRACK_CSV.replace("\n", "\r\n").encode(), "f")
+    assert {show.title: (show.type, show.ids, rows) for show, rows in found} == {
+        "Pilots": ("episode", sb.Ids(7), [(1, 2, "", (1705356000, 1735689600))]), "Saint": ("movie", sb.Ids(7), [(0, 0, "Saint", (1783896547,))]),
+        'Own, "and" mine': ("episode", sb.Ids(), [(1, 1, "", (1707480000,))])} and left == []     # a day alone: its noon
+    rows = ("title,media_id,source,media_type,season_number,episode_number,status,repeats,watch_date\nA,2,tmdb,episode,1,1,,1,2024-02-09\n"
+            "A!,2,tmdb,episode,1,2,,0,\nD,,manual,episode,1,1,,,\nE,,manual,episode,1,1,,,\nB,3,tmdb,movie,,,Planning,0,\nC,4,mal,anime,1,1,Completed,0,2024-02-09\nA,2,tmdb,episode,,3,,0,\n")
+    found, left = sb.read_foreign(rows.encode(), "f")
+    assert found == [(sb.Show("episode", "A", None, sb.Ids(2)), [(1, 1, "", (1707480000, None)), (1, 2, "", (None,))]),
+                     (sb.Show("episode", "D"), [(1, 1, "", (None,))]), (sb.Show("episode", "E"), [(1, 1, "", (None,))])]
+    assert sorted(left) == ["1 left out: a movie that is not completed.", "1 left out: media such as anime, manga, games and books.",
+                            "1 left out: no title, or no season or number."]
+
+
+NO_HISTORY = "f has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", NO_HISTORY), (b"Date,Name,Year\n", NO_HISTORY), (b"<html>", NO_HISTORY), (b"[]", NO_HISTORY), (zipped({"watched-shows.json": [{}]}), NO_HISTORY),
+    (b'[{"plays": 1, "last_watched_at": "2026-04-01T11:10:00Z", "show": {}}]', f"{NO_HISTORY} 1 left out: neither an episode nor a movie."),
+    (b"[1", "f is damaged (Expecting ',' delimiter: line 1 column 3 (char 2)); export it again."),
+    (zipped({"history.json": b"7"}), "f is damaged ("),
+    (zipped({"history.json": [watched()]})[:-9], "f is damaged (File is not a zip file); export it again."),
+    (zipped({"history.json": [watched()]}, zipfile.ZIP_BZIP2), "f is damaged (an unusual compression); export it again."),
+    (zipped({"history.json": [watched()]}).replace(b"history.json", b"history\n\33son", 1), "f is damaged (File name in directory 'history.json'"),
+    (b"[" * 10**5, "f is damaged (maximum recursion depth exceeded"),
+    (YAMTRACK_CSV[:-2].encode(), "f is damaged (unexpected end of data); export it again."),
+    (YAMTRACK_CSV.encode() + b'"a","b"\n', "f is damaged (a row has too many or too few columns); export it again."),
+    (YAMTRACK_CSV.encode() + b",,,,,,,,,,,\n", "f is damaged (a row has too many or too few columns); export it again."),
+    (YAMTRACK_CSV.encode() + b'"\xff"\n', "f is damaged ('utf-8' codec can't decode byte 0xff in")], ids=itertools.count())
+def test_a_file_that_is_none_of_them_or_damaged_is_refused_in_a_sentence(content, sentence):
+    with pytest.raises(sb.ConfigError) as error:
+        sb.read_foreign(content, "f")
+    assert str(error.value).startswith(f"tracker import: {sentence}") and ("damaged" in sentence) == str(error.value).endswith("; export it again.")
+
+
+def test_json_of_our_own_form_is_left_to_its_reader():
+    assert sb.read_foreign(b'\xef\xbb\xbf\n {"shows": []}', "f") is None
+
+
+def test_a_zip_cannot_unpack_to_more_than_its_bounds_nor_lie_about_its_sizes(monkeypatch):
+    monkeypatch.setattr(sb, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(sb, "MAX_FILES", 2 << 20)
+    one, most = b" " * (1 << 19) + json.dumps([watched()]).encode(), b" " * ((1 << 20) - 2) + b"[]"
+    assert sb.read_foreign(zipped({"history.json": one, "history-1.json": most}), "f")[0]
+    for files in ({"history.json": b" " + most}, {"history-1.json": most, "history-2.json": most, "history-3.json": b"[]"}):
+        for lie in (b"\2\0\0\0", b"\xff\xff\xff\0", None):
+            size = len(next(iter(files.values()))).to_bytes(4, "little")
+            with pytest.raises(sb.ConfigError, match="is damaged"):
+                sb.read_foreign(zipped(files).replace(size, lie or size), "f")
+    with pytest.raises(sb.ConfigError, match="over 1 MiB in a file, or over 2 MiB in all"):
+        sb.read_foreign(zipped(files), "f")
+    bomb = zipped({"history.json": bytes(1 << 25)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(sb.ConfigError, match="over 1 MiB"):
+            sb.read_foreign(bomb, "f")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(sb.ConfigError, match="has over 1 MiB"):
+        sb.read_foreign(most + b" ", "f")
+
+
+def test_no_mutation_of_a_foreign_history_is_more_than_a_refusal():
+    chance, pieces = random.Random(11), [b'"', b"\n", b",", b"[", b"{", b"null", b"-1", b"\0", b"\xff\xff\xff\xff", b"PK\3\4", b"9" * 40, b"\\ud800"]
+    sound = [zipped({"a/watched-history-1.json": [watched()], "_errors.json": []}), json.dumps([watched()]).encode(), YAMTRACK_CSV.encode()]
+    kinds = collections.Counter()
+    for i in range(6000):
+        content = bytearray(sound[i % 3])
+        for _ in range(chance.choice((1, 1, 3))):
+            at = chance.randrange(len(content))
+            content[at:at + chance.choice((0, 1, 30))] = chance.choice((*pieces, bytes([chance.randrange(256)]), b""))
+        try:
+            kinds[bool(sb.read_foreign(bytes(content), "f"))] += 1
+        except sb.ConfigError as error:
+            assert len(str(error)) < 400 and str(error).isprintable()
+    assert kinds[True] > 500
+
+
+def test_what_is_written_as_trakts_history_is_read_back_to_the_same_plays():
+    chance, whole = random.Random(5), []
+    for i in range(40):
+        show = sb.Show(chance.choice(("episode", "movie")), f"Title {i} \u9032 \"", chance.choice((None, 2008)),
+                       sb.Ids(*(chance.choice((None, i + 1)) for _ in range(2)), chance.choice((None, f"tt{i + 1:07}"))))
+        places = [(0, 0)] if show.type == "movie" else [(s, n) for s in (0, 1, 2026) for n in chance.sample(range(10**8), 3)]
+        times = [(*(10**9 + 61 * at for at in sorted(chance.sample(range(10**7), chance.randrange(1, 4)))), *[None] * chance.randrange(2)) for _ in places]
+        whole.append((show, sorted((*place, show.title if show.type == "movie" else "Pilot", each) for place, each in zip(places, times, strict=True))))
+    entries = sb.trakt_history([*whole, (sb.Show("episode", "Not watched"), [(1, 1, "", ())])])
+    assert [each["watched_at"] for each in entries] == sorted((each["watched_at"] for each in entries), reverse=True)
+    assert {each["watched_at"] for each in entries if each["watched_at"] < "1971"} == {"1970-01-01T00:00:00.000Z"}
+    assert "null" not in json.dumps([each.get("show", each.get("movie"))["ids"] for each in entries])
+    for content in (json.dumps(entries).encode(), zipped({"watched-history-1.json": entries[:50], "watched-history-2.json": entries[50:]})):
+        found, left = sb.read_foreign(content, "f")
+        assert sorted(found, key=str) == sorted(whole, key=str) and left == []
+    movie = next(each for each in entries if each["type"] == "movie")
+    assert movie.keys() == {"watched_at", "action", "type", "movie"} and movie["action"] == "watch"
+
+
+HISTORIES = {"trakt_watched-history.json": (7, 9, ["1 left out: a double of another play."]),
+             "import_yamtrack_2024-10.csv": (2, 25, ["3 left out: media such as anime, manga, games and books."]),
+             "yamtrack_2026.csv": (1, 1, ["1 left out: a movie that is not completed."]), "letterboxd_diary.csv": None, "letterboxd_watched.csv": None}
+
+
+@pytest.mark.parametrize("file", captures("history"))
+def test_real_histories_are_read_as_far_as_they_are_known(file):
+    if (expected := HISTORIES[file.name]) is None:
+        with pytest.raises(sb.ConfigError, match="has no watch history"):
+            sb.read_foreign(file.read_bytes(), "f")
+    else:
+        found, left = sb.read_foreign(file.read_bytes(), "f")
+        assert (len(found), sum(len(plays) for _, rows in found for *_, plays in rows), left) == expected
+        assert all(show.ids.tmdb_id for show, _ in found)
 
 
 # --- the world
