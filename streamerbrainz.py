@@ -154,6 +154,7 @@ class Config(NamedTuple):
     -status STATUS             tracker log: success, failed, ignored, duplicate or waiting
     -show SHOW                 tracker log: of this show, by its id or words of its title
     -last N                    tracker log: how many entries (default 20; 0: all)
+    -as FORM                   tracker export: trakt, for Trakt and what reads its history (default: our own)
     -at TIME                   tracker mark: when, as 2026-11-21T20:15:00Z (default: now)
     -speed N                   demo: how many times faster (default 1)
     """
@@ -183,6 +184,7 @@ class Config(NamedTuple):
     status: str = ""               # "": entries with any status
     show: str = ""                 # "": entries of all shows
     last: int = 20
+    as_: str = ""                  # "": our own form
     at: int | None = None          # Unix s; None: now
     speed: float = 1.0
 
@@ -3146,12 +3148,15 @@ def cut(line: str, width: int = 80) -> str:
     ends = list(itertools.accumulate((1 + (unicodedata.east_asian_width(c) in "WF") for c in line), initial=0))
     return line if ends[-1] <= width else line[:sum(end < width for end in ends[1:])] + "\u2026"
 
+MAX_GRID = 2000               # episodes of a season in a grid; higher numbers are dates: 41103
+
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
-    watched = dict(episodes)
+    watched, name = dict(episodes), f"Season {season}" if season else "Specials"
+    if max(watched) > MAX_GRID:
+        return f"{name:10}  {sum(watched.values())} of {len(watched)}"
     cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)]
                     for number in range(min(1, *watched), max(watched) + 1))
-    name = f"Season {season}" if season else "Specials"
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
@@ -3163,9 +3168,7 @@ _TRAKT_FILE = re.compile(r"(?:.*/)?(?:(?:watched-)?history(?:-\d+)?|_errors)\.js
 # Columns in every version of Yamtrack; those that tell when it was watched, the surest first; Trakt's sign for no time.
 YAMTRACK = {"media_id", "source", "media_type", "title", "season_number", "episode_number", "status"}
 YAMTRACK_TIMES, UNKNOWN_TIME = ("end_date", "watch_date", "progressed_at", "created_at"), "1970-01-01T00:00:00.000Z"
-Plays = tuple[int | None, ...]                       # when it was watched (Unix s); None: once more, it is unknown when
-EpisodePlays = tuple[int, int, str, Plays]           # season, number, title, plays; a movie is 0, 0
-History = tuple[list[tuple[Show, list[EpisodePlays]]], list[str]]     # and what was left out, in sentences
+History = tuple[list[tuple[Show, list[EpisodeRow]]], list[str]]     # and what was left out, in sentences
 # What tells its show from others, the show, season, number, title, Unix s; or why it is left out.
 Play = tuple[object, Show, int, int, str, int | None] | str
 
@@ -3276,7 +3279,7 @@ def read_foreign(content: bytes, place: str) -> History | None:
                                     "watched-history.json, Yamtrack's CSV, or JSON of `tracker export`.", *said]))
     return found, said
 
-def trakt_history(history: Iterable[tuple[Show, list[EpisodePlays]]]) -> list[dict[str, Any]]:
+def trakt_history(history: Iterable[tuple[Show, list[EpisodeRow]]]) -> list[dict[str, Any]]:
     """The plays as entries of Trakt's history, the newest first."""
     entries: list[dict[str, Any]] = []
     for show, episodes in history:
@@ -4213,13 +4216,21 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
         raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
 
-def read_file(path: str) -> Iterator[tuple[Show, list[EpisodeRow]]]:
-    """The shows and movies of a file in the JSON form, each with its episodes; raises ConfigError."""
+def read_whole(path: str) -> tuple[dict[str, Any], History]:
+    """A file in the JSON form, and the shows and movies, each with its episodes, in it or a foreign file."""
+    # Raises ConfigError.
     try:
-        with open("/dev/stdin" if path == "-" else path, encoding="utf-8") as file:
-            whole = checked(json.load(file), "the file", {"shows": list, "movies": list})
+        with open("/dev/stdin" if path == "-" else path, "rb") as file:
+            content = file.read(MAX_FILE + 1)
+        if foreign := read_foreign(content, shown_path(path)):
+            return {}, foreign
+        whole = checked(json.loads(content), "the file", {"shows": list, "movies": list, "mappings": list})
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"tracker import: {shown_path(path)} cannot be read as JSON ({why(error)}).") from error
+    return whole, ([*read_shows(whole)], [])
+
+def read_shows(whole: Mapping[str, Any]) -> Iterator[tuple[Show, list[EpisodeRow]]]:
+    """The shows and movies of a file in the JSON form; raises ConfigError."""
     for i, value in enumerate(whole.get("shows") or ()):
         show = checked(value, f"shows[{i}]", {**SHOW_KEYS, "episodes": list})
         places = {f"shows[{i}].episodes[{j}]": each for j, each in enumerate(show.get("episodes") or ())}
@@ -4233,12 +4244,18 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     """Bring shows, movies and what was watched: from a file, or from the server."""
     plex = server_of(config)
     if len(config.words) > 1:
-        read = list(read_file(config.words[1]))       # all of it is checked before anything is written
+        whole, (read, left) = read_whole(config.words[1])     # all of it is checked before anything is written
+        ids, told, new = list[int](), 0, 0
         with tracker.transaction():
-            for show, episodes in read:
-                show_id = upsert_show(tracker, show)
-                for row in episodes:
-                    tracker.add_plays(show_id, row, IMPORT)
+            for i, (show, episodes) in enumerate(read, 1):
+                ids.append(upsert_show(tracker, show))
+                told += sum(len(row[3]) for row in episodes)
+                new += sum(tracker.add_plays(ids[-1], row, IMPORT) for row in episodes)
+                if sys.stderr.isatty():
+                    print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True, end="\r" if i < len(read) else "\n")
+            restore_mappings(tracker, whole.get("mappings") or (), ids)
+        print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
+              file=sys.stderr)
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
@@ -4256,22 +4273,54 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
 # A type in the database -> what a person calls it.
 KINDS = {SHOW: "show", MOVIE: "movie"}
 
+def plays_of(tracker: Tracker, show_id: int) -> list[EpisodeRow]:
+    """The episodes of a show or movie, each with its plays."""
+    plays = tracker.all("SELECT season, episode, at FROM play WHERE show_id = ? ORDER BY 1, 2, at NULLS LAST", show_id)
+    watched = {key: tuple(row["at"] for row in rows)
+               for key, rows in itertools.groupby(plays, key=lambda row: (row["season"], row["episode"]))}
+    return [(*row, watched.get(row[:2], ())) for row in map(tuple, tracker.all(
+        "SELECT season, episode, title FROM episode WHERE show_id = ?", show_id))]
+
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
-    plays = tracker.all("SELECT season, episode, at FROM play WHERE show_id = ? ORDER BY 1, 2, at NULLS LAST", show.id)
-    watched = {key: [iso_time(row["at"]) for row in rows]
-               for key, rows in itertools.groupby(plays, key=lambda row: (row["season"], row["episode"]))}
-    episodes = [{**row, "watched": watched.get((row["season"], row["episode"]), [])} for row in tracker.all(
-        "SELECT season, episode, title FROM episode WHERE show_id = ?", show.id)]
+    episodes = [{"season": season, "episode": episode, "title": title, "watched": [iso_time(at) for at in plays]}
+                for season, episode, title, plays in plays_of(tracker, show.id)]
     fields = {"title": show.title, "year": show.year, **show.ids._asdict()}
-    return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched.get((0, 0), [])})}
+    watched = episodes[0]["watched"] if episodes else []
+    return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched})}
+
+# The keys of a mapping in the JSON form.  show: which one of the shows and movies in the file, from 0; null: ignored.
+MAPPING_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str, "by": str, "show": int}
+
+def restore_mappings(tracker: Tracker, mappings: Iterable[object], ids: Sequence[int]) -> None:
+    """Bring the mappings of a file in the JSON form; raises ConfigError.  ids: of its shows and movies."""
+    # What is mapped already stays as it is.
+    for i, value in enumerate(mappings):
+        fields = checked(value, f"mappings[{i}]", MAPPING_KEYS)
+        which = fields.get("show")
+        if which is not None and which >= len(ids):
+            raise ConfigError(f"tracker import: mappings[{i}].show is not in the file.")
+        tracker.write("INSERT OR IGNORE INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)", *(
+            text(fields.get(key)) for key in ("server", "type", "key", "guid", "title")),
+            None if which is None else ids[which], text(fields.get("by")) or IMPORT, int(time.time()))
 
 def tracker_export(config: Config, tracker: Tracker) -> int:
-    """Print all shows and movies in the JSON form, each on its own line."""
-    for start, holds in (('{"shows": [', SHOW), (', "movies": [', MOVIE)):
+    """Print all shows, movies and mappings in the JSON form, each on its own line; or the plays as Trakt's history."""
+    kinds = {kind: tracker.shows("type = ? ORDER BY normal, id", kind) for kind in (SHOW, MOVIE)}
+    if config.as_ == "trakt":
+        entries = trakt_history((show, plays_of(tracker, show.id)) for shows in kinds.values() for show in shows)
+        print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
+        return 0
+    places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
+    mappings = ({"server": row["server"], "type": row["type"], "key": row["subject"], "guid": row["guid"],
+                 "title": row["title"], "by": row["by"], "show": places.get(row["show_id"])}
+                for row in tracker.all("SELECT * FROM mapping ORDER BY id"))
+    for start, rows in (('{"shows": [', (show_fields(tracker, show) for show in kinds[SHOW])),
+                        (', "movies": [', (show_fields(tracker, show) for show in kinds[MOVIE])),
+                        (', "mappings": [', mappings)):
         print(start)
-        for i, show in enumerate(tracker.shows("type = ? ORDER BY normal, id", holds)):
-            print(f"{',' if i else ' '}{json.dumps(show_fields(tracker, show))}")
+        for i, row in enumerate(rows):
+            print(f"{',' if i else ' '}{json.dumps(row)}")
         print("]")
     print("}")
     return 0
@@ -5415,7 +5464,7 @@ READERS: dict[str, tuple[Any, ...]] = {
     "webhooks_port": (a_number, 1, 65535, False, True), "speed": (a_number, 1, 100, False, False), "last": _COUNT,
     "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
     "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
-    "at": (a_time,), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "at": (a_time,), "as_": (one_of, ("trakt",)), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
@@ -5437,7 +5486,7 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     for word in ahead:
         name, sign, value = re.sub("^--", "-", word).partition("=")
         field = name[1:].removeprefix("no-").replace("-", "_")
-        field = field if field in Config._fields else f"{field}_s"
+        field = next((each for each in (field, f"{field}_s", f"{field}_") if each in Config._fields), field)
         if not word.startswith("-") or word == "-":
             others.append(word)
         elif name not in flags:
