@@ -2948,8 +2948,7 @@ def season_fits(age: int, wanted: Show, known: Show) -> int:
     season, late_special = wanted.season or 0, wanted.season == 0 and age > known.seasons + 3 > 3
     if age < -1 or not 0 < season < FIRST_YEAR:
         return -1 if age < -1 or late_special else 1 if age <= 1 else 0
-    # Usually there is one season a year.
-    lag = age - (season - 1)
+    lag = age - (season - 1)      # usually there is one season a year
     if abs(lag) <= 1:
         return 1
     # Survivor has two seasons a year.  A namesake that began after the show that is meant has not so many yet: in 2022
@@ -2958,7 +2957,8 @@ def season_fits(age: int, wanted: Show, known: Show) -> int:
         return 0 if 5 < season <= (known.seasons or season) and 2 * season <= 5 * age + 2 else -1
     # Pauses add up, and a show that comes back (Prison Break, The X-Files) does so with its last seasons.  A remake
     # whose original alone is known (Frasier) has but the first ones; or the original is too old (Hawaii Five-0).
-    back = 3 < season <= known.seasons + 1 and (season > 8 or 4 * season >= 3 * known.seasons) and lag < 3 * season
+    last = season > 8 or 4 * season >= 3 * known.seasons or lag <= season
+    back = 3 < season <= known.seasons + 1 and last and lag < 3 * season
     return 0 if back or lag <= (4 if season > 1 else 1 + wanted.episode // EPISODES_A_YEAR) else -1
 
 def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:

@@ -4285,7 +4285,9 @@ TITLES = [
     ("SpongeBob SquarePants", 2020, 13, [("SpongeBob SquarePants", 1999, 15)], 1),
     ("Curb Your Enthusiasm", 2017, 9, [("Curb Your Enthusiasm", 2000, 12)], 1),
     ("Futurama", 2023, 8, [("Futurama", 1999, 10)], 1),
-    ("Futurama", 2010, 6, [("Futurama", 1999, 7)], 1),
+    ("Futurama", 2010, 6, [("Futurama", 1999, 10)], 1),
+    ("Trailer Park Boys", 2014, 8, [("Trailer Park Boys", 2001, 12)], 1),
+    ("Young Justice", 2019, 3, [("Young Justice", 2010, 4)], ASK),
     ("Top Gear", 2005, 7, [("Top Gear", 2002, 33)], 1),
     ("Prison Break", 2017, 5, [("Prison Break", 2005, 5)], 1),
     ("Prison Break", 2017, 5, [("Prison Break", 2005, 4)], 1),
@@ -4460,7 +4462,7 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     assert entry.guid_of_show == "com.plexapp.agents.thetvdb://81189"
     movie = {"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "guid": "plex://movie/x", "Guid": [{"id": "tmdb://949"}]}
     entry = sb.entry_of(scrobble(movie), 1.0)
-    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949)) and (entry.season, entry.episode, entry.subject) == (0, 0, "key:5")
+    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949), season=0) and (entry.season, entry.episode, entry.subject) == (0, 0, "key:5")
 
 
 @pytest.mark.parametrize("webhook, accounts, expected", [
