@@ -2856,15 +2856,29 @@ def parse_ids(guids: Iterable[str]) -> Ids:
 # A mark on the wrong show is worse than a question: everything uncertain becomes a conflict,
 # which a person resolves.  A movie is treated as a show with one episode, 0x0.
 
+# Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
+# trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
+SPELT = {
+    0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
+    **dict.fromkeys(map(ord, "&+"), " and "),
+    **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""),
+    **{code: f" {chr(code)}" for code in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
+
+def parts(title: str) -> tuple[str, str]:
+    """A title without case, accents, punctuation and leading article; and that article."""
+    plain = unicodedata.normalize("NFKD", title.casefold().translate(SPELT))
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", re.sub("[\u0300-\u036f.'*]", "", plain)))
+    first = len(words) > 1 and words[0] in ("the", "a", "an")
+    return " ".join(words[first:]) or title.strip(), " ".join(words[:first])
+
 def normal(title: str) -> str:
-    """A title without case, accents, punctuation and leading article: "The Office" and "office!" are equal."""
-    plain = re.sub("[\u0300-\u036f.'\u2018\u2019`*\u00b4]", "", unicodedata.normalize("NFKD", title.casefold()))
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", plain.replace("&", " and ")))
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title.strip()
+    """A title by which it is sought: of "The Office" and "office!", it is "office"."""
+    return parts(title)[0]
 
 class Title(NamedTuple):
-    """A title, split into its parts: "The Office (US) (2005)"."""
+    """A title, split into its parts: "The Office (US) (2005)".  Two titles are equal if their first two are."""
     normal: str                   # office
+    article: str                  # the; "": it has none
     year: int | None              # 2005; None: it has none
     country: str                  # US, a code of two letters; "": it has none
 
@@ -2878,7 +2892,7 @@ def parse_title(title: str) -> Title:
     while qualified := _QUALIFIER.fullmatch(title):
         title, word = qualified.groups()
         year, country = (int(word), country) if word.isdigit() else (year, COUNTRIES.get(word, word))
-    return Title(normal(title), year, country)
+    return Title(*parts(title), year, country)
 
 def named(title: str, year: int | None) -> str:
     """How a person calls a show or movie: 'Castle (2009)'."""
@@ -2901,7 +2915,10 @@ class Show(NamedTuple):
     year: int | None = None       # the first; None: not known
     ids: Ids = Ids()
     id: int = 0                   # the tracker's; 0: not in it
-    own_year: bool = True         # False: the year may be that of a season or an episode
+    own_year: bool = True         # False: the year is that of a season or an episode
+    season: int | None = None     # of the episode that was watched; None: not known
+    episode: int = 0              # its number in the season; 0: not known
+    seasons: int = 0              # the last season that the tracker has of it; 0: not known
 
 class Match(NamedTuple):
     """The show that is meant."""
@@ -2913,7 +2930,7 @@ class Candidate(NamedTuple):
     """A show that may be meant."""
     show: Show
     score: float                  # 0 to 1
-    fits: int                     # 1: the year fits; 0: possible; -1: year, country or a number differs
+    fits: int                     # 1: the year fits; 0: possible; -1: year, country, a number or a word differs
 
 class Conflict(NamedTuple):
     """It is not certain which show is meant."""
@@ -2925,32 +2942,58 @@ CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
 # A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
 # more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
-# What is added to the score, by years_agree(): if the show began in the wanted year, or before; as in the contract.
+# What is added to the score, by years_agree(); as in the contract.
 YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
-_NUMBER = re.compile(r"\b(?:\d+|[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
+_NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
+# Words that people leave out of a title.  Some number seasons by their year, from FIRST_YEAR on: no rule holds then.
+# An anime may have one season for ever, with more than EPISODES_A_YEAR.
+LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25
+
+def season_fits(age: int, wanted: Show, known: Show) -> int:
+    """As years_agree(), for a season's year; age: how many years that is after the known show's first."""
+    season, late_special = wanted.season or 0, wanted.season == 0 and age > known.seasons + 3 > 3
+    if age < -1 or not 0 < season < FIRST_YEAR:
+        return -1 if age < -1 or late_special else 1 if age <= 1 else 0
+    lag = age - (season - 1)      # usually there is one season a year
+    if abs(lag) <= 1:
+        return 1
+    # Survivor has two seasons a year.  A namesake that began after the show that is meant has not so many yet: in 2022
+    # the British Ghosts had season 4, and the American one was a year old.
+    if lag < 0:
+        return 0 if 5 < season <= (known.seasons or season) and 2 * season <= 5 * age + 2 else -1
+    # Pauses add up, and a show that comes back (Prison Break, The X-Files) does so with its last seasons.  A remake
+    # whose original alone is known (Frasier) has but the first ones; or the original is too old (Hawaii Five-0).
+    last = season > 8 or 4 * season >= 3 * known.seasons or lag <= season
+    back = 3 < season <= known.seasons + 1 and last and lag < 3 * season
+    return 0 if back or lag <= (4 if season > 1 else 1 + wanted.episode // EPISODES_A_YEAR) else -1
 
 def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Title) -> int | None:
-    """1: within one; 0: the show began earlier, and the year may be a season's; -1: neither; None: not known."""
-    # The webhook of an episode tells the year of its season: "iCarly", 2010, may well be the show of 2007,
+    """1: within one; 0: possible; -1: the years speak against; None: not known."""
+    # The webhook of an episode tells the year of its season: "iCarly", season 4 in 2010, may well be the show of 2007,
     # but not the one of 2021.  A year in the title, "iCarly (2021)", is always the show's own.
-    own = wanted.own_year or wanted_title.year is not None
     year, known_year = wanted_title.year or wanted.year, known_title.year or known.year
     if year is None or known_year is None:
-        return None
-    return 1 if abs(year - known_year) <= 1 else 0 if known_year < year and not own else -1
+        return None if wanted_title.year == known_title.year else -1
+    own, age = wanted.own_year or wanted_title.year is not None, year - known_year
+    # Where only one title names a country, there may be another version: Queer as Folk (UK) 1999, (US) 2000.
+    if age and (own or wanted.season == 1) and wanted_title.country != known_title.country:
+        return -1
+    return season_fits(age, wanted, known) if not own else 1 if abs(age) <= 1 else -1
 
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
-    # What differs in year, country or a number is never accepted by itself, only offered to a person.
+    # What differs in year, country, a number or a word is never accepted by itself, only offered to a person.  So is a
+    # title that is not equal, unless its year fits.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    differs = years == -1 or (len(countries) == 2 and years != 1) or \
-        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+    words, known_words = (len({*each.normal.split()} - LEFT_OUT) for each in (title, known_title))
+    differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2])) or \
+        words != known_words or _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
     return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
@@ -2958,7 +3001,7 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     # If several shows have it, the one whose year fits is meant; if no year fits, the only one that is possible.
     found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
     above = [each for each in found if each.score > TAKEN_ABOVE]
-    exact = [each for each in above if parse_title(each.show.title).normal == parse_title(wanted.title).normal]
+    exact = [each for each in above if parse_title(each.show.title)[:2] == parse_title(wanted.title)[:2]]
     for some in ([each for each in exact if each.fits == 1], exact, above):
         if len(some) == 1:
             return Match(some[0].show.id, "title", round(some[0].score, 2))
@@ -3023,7 +3066,7 @@ class Entry(NamedTuple):
         """The show or movie, as far as the entry describes it.  The ids of an episode are not those of its show."""
         movie = self.type == MOVIE
         guids = (self.guid, *self.guids.split()) if movie else (self.show_guid, self.guid_of_show)
-        return Show(self.type, self.name, self.year, parse_ids(guids), own_year=movie)
+        return Show(self.type, self.name, self.year, parse_ids(guids), 0, movie, self.season, self.episode or 0)
 
 class Outcome(NamedTuple):
     """What became of an entry."""
@@ -3652,8 +3695,10 @@ class Tracker:
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
         # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
-        return choose_show(show, self.shows("type = ? AND similarity(normal, ?) >= ?", show.type,
-                                            parse_title(show.title).normal, MIN_SIMILARITY))
+        alike = self.shows("type = ? AND similarity(normal, ?) >= ?", show.type, parse_title(show.title).normal,
+                           MIN_SIMILARITY)
+        return choose_show(show, [each._replace(seasons=self.one(
+            "SELECT coalesce(max(season), 0) FROM episode WHERE show_id = ?", each.id)[0]) for each in alike])
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
@@ -4037,8 +4082,8 @@ class Worker:
             guid = text(fields.get("guid")).partition("?")[0]
             if "" in (guid, entry.guid_of_show) or guid == entry.guid_of_show:
                 ids, year = parse_ids((*item_guids(fields), guid, entry.guid_of_show)), number(fields.get("year"))
-                return Show(show.type, text(fields.get("title")) or show.title, year or show.year, ids,
-                            own_year=year is not None or show.own_year)
+                return show._replace(title=text(fields.get("title")) or show.title, year=year or show.year, ids=ids,
+                                     own_year=year is not None or show.own_year)
         return show
 
     def episodes(self, entry: Entry) -> list[EpisodeRow]:

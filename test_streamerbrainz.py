@@ -4076,6 +4076,9 @@ def test_a_guid_names_a_database_and_an_id_or_nothing(guid, expected):
 
 
 @pytest.mark.parametrize("title, normal, year, country", [
+    ("HUNTER×HUNTER", "hunter x hunter", None, ""), ("Æon Flux", "aeon flux", None, ""), ("Alien³", "alien 3", None, ""), ("Ranma ½", "ranma 1 2", None, ""),
+    ("Hawaiʻi Five-0", "hawaii five 0", None, ""), ("Bob´s Burgers™", "bobs burgers", None, ""), ("ŒUVRE Łódź Øresund", "oeuvre lodz oresund", None, ""),
+    ("Kızıl İstanbul", "kizil istanbul", None, ""), ("Ófærð Þór Đà", "ofaerd thor da", None, ""), ("Romeo + Juliet", "romeo and juliet", None, ""),
     ("The Office (US)", "office", None, "US"), ("Castle (2009)", "castle", 2009, ""), ("The Office (USA) (2005)", "office", 2005, "US"),
     ("Pokémon", "pokemon", None, ""), ("POKÉMON", "pokemon", None, ""), ("Law & Order: SVU", "law and order svu", None, ""),
     ("Marvel's Agents of S.H.I.E.L.D.", "marvels agents of shield", None, ""), ("M*A*S*H", "mash", None, ""), ("9-1-1", "9 1 1", None, ""),
@@ -4083,7 +4086,8 @@ def test_a_guid_names_a_database_and_an_id_or_nothing(guid, expected):
     ("1923", "1923", None, ""), ("進撃の巨人", "進撃の巨人", None, ""), ("Weißensee", "weissensee", None, ""), ("Law & Order (SVU)", "law and order svu", None, ""),
     ("Shameless (UK)", "shameless", None, "UK"), ("Shameless (GB)", "shameless", None, "UK"), ("Bron_Broen", "bron broen", None, "")])
 def test_a_title_is_taken_apart(title, normal, year, country):
-    assert sb.parse_title(title) == sb.Title(normal, year, country)
+    article = "the" if title.startswith("The ") else ""
+    assert sb.parse_title(title) == sb.Title(normal, article, year, country)
 
 
 @pytest.mark.parametrize("one, two, expected", [
@@ -4137,10 +4141,321 @@ def test_titles_choose_a_show_only_where_it_is_certain(want, shows, expected):
     assert (verdict.kind if isinstance(verdict, sb.Conflict) else (verdict.show_id, verdict.confidence)) == expected
 
 
+ASK = "ask"
+DOCTORS = ("Doctor Who", 1963, 26), ("Doctor Who", 2005, 13), ("Doctor Who", 2024, 2)
+GHOSTS = ("Ghosts", 2019, 5), ("Ghosts", 2021, 4)
+SKINS = ("Skins", 2007, 7), ("Skins", 2011, 1)
+SHAMELESS = ("Shameless", 2004, 11), ("Shameless", 2011, 11)
+CSI = ("CSI: Crime Scene Investigation", 2000, 15), ("CSI: Miami", 2002, 10), ("CSI: NY", 2004, 9), ("CSI: Cyber", 2015, 2), ("CSI: Vegas", 2021, 3)
+NCIS = ("NCIS", 2003, 21), ("NCIS: Los Angeles", 2009, 14), ("NCIS: New Orleans", 2014, 7), ("NCIS: Sydney", 2023, 2)
+ORDER = ("Law & Order", 1990, 24), ("Law & Order: Special Victims Unit", 1999, 25), ("Law & Order: Criminal Intent", 2001, 10)
+POWER = ("Power", 2014, 6), ("Power Book II: Ghost", 2020, 4), ("Power Book III: Raising Kanan", 2021, 4), ("Power Book IV: Force", 2022, 2)
+TREK = ("Star Trek", 1966, 3), ("Star Trek: The Next Generation", 1987, 7), ("Star Trek: Discovery", 2017, 5), ("Star Trek: Strange New Worlds", 2022, 3)
+DEAD = ("The Walking Dead", 2010, 11), ("Fear the Walking Dead", 2015, 8), ("The Walking Dead: Dead City", 2023, 2), ("The Walking Dead: World Beyond", 2020, 2)
+BALLS = ("Dragon Ball", 1986, 9), ("Dragon Ball Z", 1989, 9), ("Dragon Ball GT", 1996, 2), ("Dragon Ball Kai", 2009, 2), ("Dragon Ball Super", 2015, 5)
+V = ("V", 1984, 1), ("V", 2009, 2)
+FRASIERS = ("Frasier", 1993, 11), ("Frasier", 2023, 2)
+GALACTICAS = ("Battlestar Galactica", 1978, 1), ("Battlestar Galactica", 2004, 4)
+
+# What was watched: title, year, season (None: a movie), perhaps the episode -> the tracker's shows: title, year, perhaps
+# the last season -> the one that is meant (counted from 1), or ASK.
+TITLES = [
+    # a remake whose original alone is known
+    ("One Piece", 2023, 1, [("One Piece", 1999, 22)], ASK),
+    ("One Piece", 2026, 2, [("One Piece", 1999, 22)], ASK),
+    ("Avatar: The Last Airbender", 2024, 1, [("Avatar: The Last Airbender", 2005, 3)], ASK),
+    ("Frasier", 2023, 1, FRASIERS[:1], ASK),
+    ("Frasier", 2024, 2, FRASIERS[:1], ASK),
+    ("Quantum Leap", 2022, 1, [("Quantum Leap", 1989, 5)], ASK),
+    ("Quantum Leap", 2023, 2, [("Quantum Leap", 1989, 5)], ASK),
+    ("Gossip Girl", 2021, 1, [("Gossip Girl", 2007, 6)], ASK),
+    ("Gossip Girl", 2022, 2, [("Gossip Girl", 2007, 6)], ASK),
+    ("Perry Mason", 2020, 1, [("Perry Mason", 1957, 9)], ASK),
+    ("Perry Mason", 2023, 2, [("Perry Mason", 1957, 9)], ASK),
+    ("Death Note", 2015, 1, [("Death Note", 2006, 1)], ASK),
+    ("Ranma ½", 2024, 1, [("Ranma 1/2", 1989, 7)], ASK),
+    ("Hawaii Five-0", 2010, 1, [("Hawaii Five-O", 1968, 12)], ASK),
+    ("Hawaii Five-O", 2019, 10, [("Hawaii Five-O", 1968, 12)], ASK),
+    ("MacGyver", 2020, 5, [("MacGyver", 1985, 7)], ASK),
+    ("Magnum P.I.", 2023, 5, [("Magnum, P.I.", 1980, 8)], ASK),
+    ("Charmed", 2022, 4, [("Charmed", 1998, 8)], ASK),
+    ("Dynasty", 2021, 4, [("Dynasty", 1981, 9)], ASK),
+    ("Battlestar Galactica", 2008, 4, GALACTICAS[:1], ASK),
+    ("House of Cards", 2013, 1, [("House of Cards", 1990, 1)], ASK),
+    ("House of Cards", 2018, 6, [("House of Cards", 1990, 1)], ASK),
+    ("Lost in Space", 2021, 3, [("Lost in Space", 1965, 3)], ASK),
+    ("One Day at a Time", 2019, 3, [("One Day at a Time", 1975, 9)], ASK),
+    ("Kung Fu", 2021, 1, [("Kung Fu", 1972, 3)], ASK),
+    ("Dallas", 2013, 2, [("Dallas", 1978, 14)], ASK),
+    ("Night Court", 2023, 1, [("Night Court", 1984, 9)], ASK),
+    ("The Equalizer", 2023, 4, [("The Equalizer", 1985, 4)], ASK),
+    ("All Creatures Great and Small", 2021, 2, [("All Creatures Great & Small", 1978, 7)], ASK),
+    ("Poldark", 2016, 2, [("Poldark", 1975, 2)], ASK),
+    ("Fruits Basket", 2020, 2, [("Fruits Basket", 2001, 1)], ASK),
+    ("Hunter x Hunter", 2011, 1, [("Hunter × Hunter", 1999, 3)], ASK),
+    ("Trigun", 2023, 1, [("Trigun", 1998, 1)], ASK),
+    ("Spice and Wolf", 2024, 1, [("Spice & Wolf", 2008, 2)], ASK),
+    ("Ben 10", 2020, 4, [("Ben 10", 2005, 4)], ASK),
+    ("The Twilight Zone", 2019, 1, [("The Twilight Zone", 1959, 5)], ASK),
+    ("DuckTales", 2018, 2, [("DuckTales", 1987, 4)], ASK),
+    ("Teenage Mutant Ninja Turtles", 2012, 1, [("Teenage Mutant Ninja Turtles", 2003, 7)], ASK),
+    ("Teenage Mutant Ninja Turtles", 2017, 5, [("Teenage Mutant Ninja Turtles", 2003, 7)], ASK),
+    ("Shōgun", 2024, 1, [("Shogun", 1980, 1)], ASK),
+    ("Matlock", 2024, 1, [("Matlock", 1986, 9)], ASK),
+    ("Heartbreak High", 2024, 2, [("Heartbreak High", 1994, 7)], ASK),
+    ("Roots", 2016, 1, [("Roots", 1977, 1)], ASK),
+    ("The Wonder Years", 2021, 1, [("The Wonder Years", 1988)], ASK),
+    ("Animaniacs", 2020, 1, [("Animaniacs", 1993, 5)], ASK),
+    # both are known: the year and the season tell which
+    ("Frasier", 2023, 1, FRASIERS, 2),
+    ("Frasier", 2002, 10, FRASIERS, 1),
+    ("Frasier", 2024, 2, FRASIERS, 2),
+    ("Ghosts", 2019, 1, GHOSTS, 1),
+    ("Ghosts", 2021, 3, GHOSTS, 1),
+    ("Ghosts", 2022, 4, GHOSTS, 1),
+    ("Ghosts", 2021, 1, GHOSTS, 2),
+    ("Ghosts", 2022, 2, GHOSTS, 2),
+    ("Ghosts", 2024, 4, GHOSTS, 2),
+    ("Ghosts", 2023, 5, GHOSTS, 1),
+    ("Skins", 2011, 5, SKINS, 1),
+    ("Skins", 2011, 1, SKINS, 2),
+    ("Skins", 2012, 6, SKINS, 1),
+    ("Shameless", 2011, 8, SHAMELESS, 1),
+    ("Shameless", 2011, 1, SHAMELESS, 2),
+    ("Shameless", 2013, 10, SHAMELESS, 1),
+    ("Shameless", 2018, 8, SHAMELESS, 2),
+    ("Doctor Who", 1975, 13, DOCTORS, 1),
+    ("Doctor Who", 2010, 5, DOCTORS, 2),
+    ("Doctor Who", 2021, 13, DOCTORS, 2),
+    ("Doctor Who", 2024, 1, DOCTORS, 3),
+    ("Doctor Who", 2025, 2, DOCTORS, 3),
+    ("Doctor Who", 2025, 2, DOCTORS[:2], ASK),
+    ("Doctor Who", 2024, 1, DOCTORS[1:2], ASK),
+    ("Doctor Who", 2005, 1, DOCTORS[:1], ASK),
+    ("Doctor Who", 2021, 13, DOCTORS[:1], ASK),
+    ("Doctor Who (2005)", 2013, 7, [("Doctor Who", 1963, 26), ("Doctor Who", 2005, 13)], 2),
+    ("Doctor Who (1963)", 1970, 7, DOCTORS, 1),
+    ("Doctor Who", 2013, 0, DOCTORS, 2),
+    ("Doctor Who", 2013, 0, DOCTORS[:1], ASK),
+    ("V", 2009, 1, V, 2),
+    ("V", 2011, 2, V, 2),
+    ("V", 2009, 1, V[:1], ASK),
+    ("V", 1984, 1, V, 1),
+    ("Battlestar Galactica", 2004, 1, GALACTICAS, 2),
+    ("Battlestar Galactica", 1978, 1, GALACTICAS, 1),
+    ("Battlestar Galactica", 2009, 4, GALACTICAS, 2),
+    ("Fullmetal Alchemist", 2003, 1, [("Fullmetal Alchemist", 2003, 1), ("Fullmetal Alchemist: Brotherhood", 2009, 1)], 1),
+    ("Hunter x Hunter", 2011, 1, [("HUNTER×HUNTER", 1999, 1), ("HUNTER×HUNTER", 2011, 3)], 2),
+    ("Hunter x Hunter", 2014, 1, 140, [("Hunter × Hunter", 1999, 1), ("Hunter × Hunter", 2011, 1)], 2),
+    # two namesakes, of which only one is known
+    ("Ghosts", 2021, 1, GHOSTS[:1], ASK),
+    ("Ghosts", 2022, 4, GHOSTS[1:], ASK),
+    ("Ghosts", 2023, 5, GHOSTS[1:], ASK),
+    ("Ghosts", 2019, 1, GHOSTS[1:], ASK),
+    ("Skins", 2011, 5, SKINS[1:], ASK),
+    ("Skins", 2012, 6, SKINS[1:], ASK),
+    ("Skins", 2011, 1, SKINS[:1], ASK),
+    ("Shameless", 2012, 2, SHAMELESS[:1], ASK),
+    ("Shameless", 2012, 9, SHAMELESS[1:], ASK),
+    ("Being Human", 2011, 1, [("Being Human", 2008, 5)], ASK),
+    ("Life on Mars", 2008, 1, [("Life on Mars", 2006, 2)], ASK),
+    ("The Inbetweeners", 2012, 1, [("The Inbetweeners", 2008, 3)], ASK),
+    ("The Returned", 2015, 1, [("The Returned", 2012, 2)], ASK),
+    ("Top Gear", 2010, 1, [("Top Gear", 2002, 33)], ASK),
+    ("Top Gear", 2011, 2, [("Top Gear", 2002, 33)], ASK),
+    ("Euphoria", 2019, 1, [("Euphoria", 2012, 1)], ASK),
+    # countries
+    ("The Office (US)", 2005, 1, [("The Office", 2005, 9)], 1),
+    ("The Office (US)", 2006, 3, [("The Office", 2001, 2)], ASK),
+    ("The Office", 2005, 2, [("The Office (US)", 2005, 9), ("The Office (UK)", 2001, 2)], 1),
+    ("The Office (US)", 2005, 1, [("The Office (UK)", 2001, 2)], ASK),
+    ("Queer as Folk (US)", 2000, 1, [("Queer as Folk", 1999, 2)], ASK),
+    ("Queer as Folk (UK)", 1999, 1, [("Queer as Folk (GB)", 1999, 2)], 1),
+    ("Shameless (US)", 2011, 1, [("Shameless", 2004, 11)], ASK),
+    ("Shameless (US)", 2012, 2, SHAMELESS, 2),
+    ("House of Cards (US)", 2013, 1, [("House of Cards", 2013, 6)], 1),
+    ("Love Island", 2015, 1, [("Love Island UK", 2015, 11)], ASK),
+    ("Love Island", 2019, 1, [("Love Island", 2015, 11)], ASK),
+    ("MasterChef Australia", 2010, 2, [("MasterChef", 2010, 14)], ASK),
+    ("The Traitors (US)", 2023, 1, [("The Traitors", 2022, 3)], ASK),
+    ("The Bachelor (AU)", 2013, 1, [("The Bachelor (US)", 2002, 28)], ASK),
+    ("Kitchen Nightmares (US)", 2007, 1, [("Kitchen Nightmares", 2007, 8)], 1),
+    # late seasons, pauses, two seasons a year, one season for ever
+    ("The Simpsons", 2022, 34, [("The Simpsons", 1989, 36)], 1),
+    ("The Simpsons", 1990, 1, [("The Simpsons", 1989, 1)], 1),
+    ("South Park", 2023, 26, [("South Park", 1997, 26)], 1),
+    ("Law & Order", 2022, 21, ORDER, 1),
+    ("Family Guy", 2005, 4, [("Family Guy", 1999, 22)], 1),
+    ("SpongeBob SquarePants", 2020, 13, [("SpongeBob SquarePants", 1999, 15)], 1),
+    ("Curb Your Enthusiasm", 2017, 9, [("Curb Your Enthusiasm", 2000, 12)], 1),
+    ("Futurama", 2023, 8, [("Futurama", 1999, 10)], 1),
+    ("Futurama", 2010, 6, [("Futurama", 1999, 10)], 1),
+    ("Trailer Park Boys", 2014, 8, [("Trailer Park Boys", 2001, 12)], 1),
+    ("Young Justice", 2019, 3, [("Young Justice", 2010, 4)], ASK),
+    ("Top Gear", 2005, 7, [("Top Gear", 2002, 33)], 1),
+    ("Prison Break", 2017, 5, [("Prison Break", 2005, 5)], 1),
+    ("Prison Break", 2017, 5, [("Prison Break", 2005, 4)], 1),
+    ("Prison Break", 2017, 5, [("Prison Break", 2005)], ASK),
+    ("The X-Files", 2016, 10, [("The X-Files", 1993, 11)], 1),
+    ("Twin Peaks: The Return", 2017, 1, [("Twin Peaks", 1990, 2)], ASK),
+    ("Twin Peaks", 1991, 2, [("Twin Peaks", 1990, 3)], 1),
+    ("Will & Grace", 2017, 9, [("Will and Grace", 1998, 11)], 1),
+    ("Roseanne", 2018, 10, [("Roseanne", 1988, 10)], 1),
+    ("Criminal Minds", 2022, 16, [("Criminal Minds", 2005, 18)], 1),
+    ("Black Mirror", 2023, 6, [("Black Mirror", 2011, 7)], 1),
+    ("True Detective", 2024, 4, [("True Detective", 2014, 4)], 1),
+    ("Fargo", 2023, 5, [("Fargo", 2014, 5)], 1),
+    ("Stranger Things", 2022, 4, [("Stranger Things", 2016, 4)], 1),
+    ("Stranger Things", 2025, 5, [("Stranger Things", 2016, 4)], 1),
+    ("Severance", 2025, 2, [("Severance", 2022, 1)], 1),
+    ("Good Omens", 2023, 2, [("Good Omens", 2019, 2)], 1),
+    ("Sherlock", 2017, 4, [("Sherlock", 2010, 4)], 1),
+    ("Survivor", 2021, 41, [("Survivor", 2000, 47)], 1),
+    ("The Amazing Race", 2012, 20, [("The Amazing Race", 2001, 36)], 1),
+    ("Red Dwarf", 1988, 2, [("Red Dwarf", 1988, 12)], 1),
+    ("Bleach", 2012, 1, 366, [("Bleach", 2004, 1)], 1),
+    ("Detective Conan", 2023, 1, 1100, [("Detective Conan", 1996, 1)], 1),
+    ("MythBusters", 2012, 2012, [("MythBusters", 2003, 2018)], 1),
+    ("Grey's Anatomy", 2022, 19, [("Grey’s Anatomy", 2005, 19)], 1),
+    # sequels and spin-offs
+    ("CSI: NY", 2004, 1, CSI, 3),
+    ("CSI: NY", 2004, 1, CSI[:2], ASK),
+    ("CSI: Vegas", 2021, 1, CSI[:4], ASK),
+    ("CSI: Miami", 2010, 9, CSI, 2),
+    ("CSI", 2003, 4, CSI[:1], ASK),
+    ("NCIS", 2013, 11, NCIS, 1),
+    ("NCIS: Hawai'i", 2021, 1, NCIS, ASK),
+    ("NCIS: Hawaiʻi", 2022, 2, [*NCIS, ("NCIS: Hawai‘i", 2021, 3)], 5),
+    ("NCIS: LA", 2009, 1, NCIS[:1], ASK),
+    ("Law & Order: LA", 2010, 1, ORDER, ASK),
+    ("Law & Order: UK", 2009, 1, ORDER, ASK),
+    ("Law and Order", 1995, 6, ORDER, 1),
+    ("Law & Order Special Victims Unit", 2013, 15, ORDER, 2),
+    ("Law & Order: SVU", 2013, 15, ORDER, ASK),
+    ("Law & Order: LA", 2010, 21, ORDER[:1], ASK),
+    ("Power Book II: Ghost", 2021, 2, POWER, 2),
+    ("Power Book III: Raising Kanan", 2022, 2, POWER, 3),
+    ("Power Book IV: Force", 2022, 1, POWER[:3], ASK),
+    ("Power", 2016, 3, POWER, 1),
+    ("Star Trek The Next Generation", 1990, 4, TREK, 2),
+    ("Star Trek: The Original Series", 1966, 1, TREK, ASK),
+    ("Star Trek: Discovery", 2020, 3, TREK, 3),
+    ("Star Trek: Next Generation", 1990, 4, TREK, 2),
+    ("Star Trek: Picard", 2020, 1, TREK, ASK),
+    ("Star Trek", 1966, 1, TREK, 1),
+    ("Fear the Walking Dead", 2015, 1, DEAD, 2),
+    ("Fear the Walking Dead", 2015, 1, DEAD[:1], ASK),
+    ("The Walking Dead", 2021, 11, DEAD, 1),
+    ("The Walking Dead: Daryl Dixon", 2023, 1, DEAD, ASK),
+    ("Better Call Saul", 2015, 1, [("Breaking Bad", 2008, 5)], ASK),
+    ("9-1-1: Lone Star", 2020, 1, [("9-1-1", 2018, 8)], ASK),
+    ("9-1-1", 2023, 6, [("9-1-1", 2018, 8), ("9-1-1: Lone Star", 2020, 5)], 1),
+    ("24: Legacy", 2017, 1, [("24", 2001, 8)], ASK),
+    ("24", 2010, 8, [("24", 2001, 9)], 1),
+    ("American Horror Stories", 2021, 1, [("American Horror Story", 2011, 12)], ASK),
+    # anime, and titles in other scripts
+    ("Boku no Hero Academia", 2016, 1, [("My Hero Academia", 2016, 7)], ASK),
+    ("My Hero Academia", 2024, 7, [("My Hero Academia", 2016, 7)], 1),
+    ("Attack on Titan: The Final Season", 2020, 1, [("Attack on Titan", 2013, 4)], ASK),
+    ("Attack on Titan", 2020, 4, [("Attack on Titan", 2013, 4)], 1),
+    ("Naruto: Shippuden", 2007, 1, [("Naruto", 2002, 5)], ASK),
+    ("Naruto Shippūden", 2012, 12, [("Naruto", 2002, 5), ("Naruto: Shippuden", 2007, 22)], 2),
+    ("Dragon Ball", 1986, 1, BALLS, 1),
+    ("Dragon Ball Z", 1995, 9, BALLS, 2),
+    ("Dragon Ball GT", 1996, 1, BALLS, 3),
+    ("Dragon Ball Z", 1989, 1, BALLS[:1], ASK),
+    ("Dragon Ball Super", 2017, 1, 90, BALLS, 5),
+    ("Dragonball Z", 1989, 1, BALLS, ASK),
+    ("Dragon Ball Kai", 2009, 1, BALLS[1:2], ASK),
+    ("Bleach: Thousand-Year Blood War", 2022, 1, [("Bleach", 2004, 16)], ASK),
+    ("Tokyo Ghoul √A", 2015, 1, [("Tokyo Ghoul", 2014, 2)], ASK),
+    ("Tokyo Ghoul:re", 2018, 1, [("Tokyo Ghoul", 2014, 2)], ASK),
+    ("SPY×FAMILY", 2022, 1, [("SPY x FAMILY", 2022, 3)], 1),
+    ("進撃の巨人", 2013, 1, [("進撃の巨人", 2013, 4)], 1),
+    ("鬼滅の刃", 2019, 1, [("Demon Slayer", 2019, 4)], ASK),
+    ("오징어 게임", 2021, 1, [("오징어 게임", 2021, 3)], 1),
+    ("Слово пацана", 2023, 1, [("СЛОВО ПАЦАНА", 2023, 1)], 1),
+    ("Метод", 2020, 2, [("Метод", 2015, 2)], 1),
+    ("La casa de papel", 2017, 1, [("Money Heist", 2017, 5)], ASK),
+    ("La Casa de Papel", 2019, 3, [("La casa de papel", 2017, 5)], 1),
+    ("Élite", 2018, 1, [("Elite", 2018, 8)], 1),
+    ("Ófærð", 2015, 1, [("Ofaerd", 2015, 3)], 1),
+    ("Kızıl Goncalar", 2023, 1, [("Kizil Goncalar", 2023, 2)], 1),
+    ("Ślepnąc od świateł", 2018, 1, [("Slepnac od swiatel", 2018, 1)], 1),
+    ("Rita", 2012, 1, [("RITA", 2012, 5)], 1),
+    ("Bron/Broen", 2011, 1, [("Bron | Broen", 2011, 4)], 1),
+    ("Kærlighed", 2020, 1, [("Kaerlighed", 2020, 1)], 1),
+    ("Chłopi", 1972, 1, [("Chlopi", 1972, 1)], 1),
+    ("Đi Về Miền Có Nắng", 2020, 1, [("Di ve mien co nang", 2020, 1)], 1),
+    ("Babylon Berlin", 2022, 4, [("Babylon Berlin", 2017, 4)], 1),
+    # punctuation, articles, numbers, one word or letter
+    ("Æon Flux", 1991, 1, [("Aeon Flux", 1991, 3)], 1),
+    ("M.A.S.H", 1975, 4, [("M*A*S*H", 1972, 11)], 1),
+    ("Marvels Agents of SHIELD", 2013, 1, [("Marvel's Agents of S.H.I.E.L.D.", 2013, 7)], 1),
+    ("Love, Death & Robots", 2019, 1, [("LOVE DEATH + ROBOTS", 2019, 4)], 1),
+    ("Bob´s Burgers", 2011, 1, [("Bob's Burgers", 2011, 14)], 1),
+    ("Rick & Morty", 2021, 5, [("Rick and Morty", 2013, 8)], 1),
+    ("The Batman", 2004, 1, [("Batman", 1966, 3)], ASK),
+    ("The Batman", 2005, 2, [("Batman", 1966, 3), ("The Batman", 2004, 5)], 2),
+    ("4400", 2021, 1, [("The 4400", 2004, 4)], ASK),
+    ("The 4400", 2004, 1, [("4400", 2004, 4)], 1),
+    ("The 4400", None, 1, [("4400", 2021, 1)], ASK),
+    ("The Flash", 2014, 1, [("The Flash", 1990, 1), ("The Flash", 2014, 9)], 2),
+    ("Flash", 2016, 3, [("The Flash", 2011)], ASK),
+    ("The 100", 2014, 1, [("The 100", 2014, 7)], 1),
+    ("You", 2018, 1, [("You", 2018, 5)], 1),
+    ("1923", 2022, 1, [("1883", 2021, 1)], ASK),
+    ("1883", 2021, 1, [("1883", 2021, 1), ("1923", 2022, 2)], 1),
+    ("Class of ’09", 2023, 1, [("Class of '09", 2023, 1)], 1),
+    ("Class of '07", 2023, 1, [("Class of '09", 2023, 1)], ASK),
+    ("Chernobyl", 2019, 1, [("Chernobyl", 2019, 1)], 1),
+    ("Numb3rs", 2005, 1, [("Numbers", 2005, 6)], ASK),
+    # a year in a title, or none
+    ("Castle (2009)", None, 4, [("Castle", None, 1)], ASK),
+    ("Castle (2009)", 2012, 4, [("Castle", None, 8)], ASK),
+    ("Castle", None, 4, [("Castle (2009)", None, 8)], ASK),
+    ("Castle", 2012, 4, [("Castle (2009)", None, 8)], 1),
+    ("Castle", 2012, 4, [("Castle", 2003, 1), ("Castle (2009)", None, 8)], 2),
+    ("Frasier (2023)", 2024, 2, FRASIERS, 2),
+    ("Frasier (2023)", 2023, 1, FRASIERS[:1], ASK),
+    ("Frasier", None, 1, FRASIERS, ASK),
+    ("Breaking Bad", None, 1, [("Breaking Bad", 2008, 5)], 1),
+    ("Breaking Bad", 2010, 3, [("Breaking Bad", None, 5)], 1),
+    ("iCarly", 2023, 3, [("iCarly", 2007, 5), ("iCarly", 2021, 3)], 2),
+    # movies
+    ("Alien³", 1992, None, [("Alien 3", 1992)], 1),
+    ("Aliens", 1986, None, [("Alien", 1979)], ASK),
+    ("Dune", 2021, None, [("Dune", 1984)], ASK),
+    ("Dune", 2021, None, [("Dune", 1984), ("Dune", 2021)], 2),
+    ("Dune: Part Two", 2024, None, [("Dune: Part One", 2021)], ASK),
+    ("Rocky II", 1979, None, [("Rocky III", 1982)], ASK),
+    ("It", 2017, None, [("It", 1990)], ASK),
+    ("It Chapter Two", 2019, None, [("It", 2017)], ASK),
+    ("The Batman", 2022, None, [("Batman", 1989)], ASK),
+    ("Us", 2019, None, [("Us", 2019)], 1),
+    ("The Heat", 2013, None, [("Heat", 1995), ("The Heat", 2013)], 2),
+    ("[REC]²", 2009, None, [("[REC] 2", 2009)], 1),
+    ("Heat", None, None, [("Heat", 1986), ("Heat", 1995)], ASK),
+    ("Amélie", 2002, None, [("Amelie", 2001)], 1),
+    ("Kill Bill: Vol. 2", 2004, None, [("Kill Bill: Vol. 1", 2003)], ASK),
+    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK)]
+
+
+def test_no_title_is_taken_where_a_careful_person_would_see_a_difference():
+    wrong = {}
+    for title, year, season, *episode, shows, expected in TITLES:
+        kind = "movie" if season is None else "episode"
+        want = sb.Show(kind, title, year, own_year=season is None, season=season, episode=(episode or [1])[0])
+        verdict = sb.choose_show(want, [sb.Show(kind, *show[:2], id=i, seasons=max(show[2:], default=0)) for i, show in enumerate(shows, 1)])
+        if (found := verdict.show_id if isinstance(verdict, sb.Match) else ASK) != expected:
+            wrong[title, year, season] = found, expected
+    assert len(TITLES) >= 250 and not wrong
+
+
 def test_an_episodes_own_ids_never_identify_its_show():
     entry = sb.entry_of(scrobble(), 1.0)
     assert entry.guids == "imdb://tt0959621 tmdb://62085 tvdb://349232"
-    assert entry.show == sb.Show("episode", "Breaking Bad", 2008, sb.Ids(), own_year=False)
+    assert entry.show == sb.Show("episode", "Breaking Bad", 2008, sb.Ids(), own_year=False, season=1, episode=1)
     assert (entry.season, entry.episode, entry.subject, entry.show_guid) == (1, 1, "key:1000", "plex://show/bb")
 
 
@@ -4151,7 +4466,7 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     assert entry.guid_of_show == "com.plexapp.agents.thetvdb://81189"
     movie = {"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "guid": "plex://movie/x", "Guid": [{"id": "tmdb://949"}]}
     entry = sb.entry_of(scrobble(movie), 1.0)
-    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949)) and (entry.season, entry.episode, entry.subject) == (0, 0, "key:5")
+    assert entry.show == sb.Show("movie", "Heat", 1995, sb.Ids(949), season=0) and (entry.season, entry.episode, entry.subject) == (0, 0, "key:5")
 
 
 @pytest.mark.parametrize("webhook, accounts, expected", [
@@ -4660,8 +4975,20 @@ def test_castle_and_castle_2009_are_two_shows(store):
         for title, year in (("Castle", 2003), ("Castle (2009)", None)):
             store.add_show(sb.Show("episode", title, year))
     assert finish(store, metadata={**PILOT, "grandparentTitle": "Castle", "year": 2012})[:2] == ("failed", "conflict_created")
-    assert "multiple_matches" in store.one("SELECT kind FROM conflict")
+    assert "ambiguous" in store.one("SELECT kind FROM conflict")["kind"]
     assert sb.upsert_show(store, sb.Show("episode", "The Office (US)")) != sb.upsert_show(store, sb.Show("episode", "The Office (UK)"))
+
+
+def test_the_season_and_those_that_the_tracker_has_tell_whether_a_year_fits(store):
+    with store.transaction():
+        for title, year, seasons in ("Prison Break", 2005, 5), ("Frasier", 1993, 11), ("Futurama", 1999, 0):
+            show_id = store.add_show(sb.Show("episode", title, year))
+            store.add_episodes((show_id, season, 1, "", None, 0) for season in range(1, seasons + 1))
+    watched = {**PILOT, "parentIndex": 5, "index": 1, "year": 2017}
+    assert finish(store, metadata={**watched, "grandparentTitle": "Prison Break"})[:2] == ("success", "marked_watched")
+    for title, season, year in (("Frasier", 2, 2024), ("Futurama", 8, 2023)):
+        other = {**watched, "grandparentTitle": title, "parentIndex": season, "year": year, "grandparentRatingKey": title, "grandparentGuid": ""}
+        assert finish(store, metadata=other) == ("failed", "conflict_created", None), title
 
 
 def test_an_episodes_guid_in_another_database_is_none_of_its_show(store):
