@@ -3409,6 +3409,7 @@ MIGRATIONS = {1: (
         coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN watched w USING (show_id, season, episode) WHERE
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
         SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
+    "UPDATE show SET normal = normal_title(title)",
     "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
@@ -3477,6 +3478,7 @@ class Tracker:
             check_same_thread=False, timeout=DATABASE_S)
         connection.row_factory = self.sqlite3.Row
         connection.create_function("similarity", 2, similarity)
+        connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
         ours, version, tables = (connection.execute(query).fetchone()[0] for query in (
@@ -4297,7 +4299,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                 told += sum(len(row[3]) for row in episodes)
                 new += sum(tracker.add_plays(ids[-1], row, IMPORT) for row in episodes)
                 if sys.stderr.isatty():
-                    print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True, end="\r" if i < len(read) else "\n")
+                    print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True,
+                          end="\r" if i < len(read) else "\n")
             restore_mappings(tracker, whole.get("mappings") or (), ids)
         print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
               file=sys.stderr)

@@ -550,7 +550,7 @@ def database(tmp_path):
     path = tmp_path / "tracker.db"
     file = tmp_path / "shows.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
-    assert tracker(path, "import", file) == "The tracker now has 1 shows, 3 episodes and 1 movies.\n"
+    assert tracker(path, "import", file) == "The tracker now has 1 shows, 3 episodes and 1 movies.\n1 play in the file: 1 new, 0 known before.\n"
     return path
 
 
@@ -4983,7 +4983,7 @@ def test_the_season_and_those_that_the_tracker_has_tell_whether_a_year_fits(stor
     with store.transaction():
         for title, year, seasons in ("Prison Break", 2005, 5), ("Frasier", 1993, 11), ("Futurama", 1999, 0):
             show_id = store.add_show(sb.Show("episode", title, year))
-            store.add_episodes((show_id, season, 1, "", None, 0) for season in range(1, seasons + 1))
+            store.add_episodes(show_id, [(season, 1, "") for season in range(1, seasons + 1)])
     watched = {**PILOT, "parentIndex": 5, "index": 1, "year": 2017}
     assert finish(store, metadata={**watched, "grandparentTitle": "Prison Break"})[:2] == ("success", "marked_watched")
     for title, season, year in (("Frasier", 2, 2024), ("Futurama", 8, 2023)):
@@ -5757,8 +5757,8 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
      "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key; known are shows, movies."), ({"shows": [{}]}, "shows[0] has no title."),
-    ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "the file is not an object."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "{} has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 2147483648."),
     ({"shows": [{"title": "A", "episodes": [{"season": -1, "episode": 1}]}]}, "shows[0].episodes[0].season is out of range."),
@@ -5769,7 +5769,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
     file.write_text(json.dumps(content))
-    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
+    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence.format(file)}\n"
     assert tracker(tmp_path / "t.db", "shows") == "The tracker is empty. `tracker import` reads your Plex library into it.\n"
 
 
@@ -6508,7 +6508,7 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 def test_the_defaults_are_those_of_the_contract():
     assert config() == sb.Config(
         "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 10.0, "", 90, True, False, "", "", "info", "text", False, "", "", 20,
-        None, 1.0)
+        "", None, 1.0)
     assert config().webhooks_a_minute == 0
     assert config("-webhook-secret-file", "f").webhooks_a_minute == config("-tracker-db", "f").webhooks_a_minute == 100
     assert config("-tracker-db", "f", "-rate-limit", "0").webhooks_a_minute == 0
