@@ -2920,6 +2920,7 @@ class Conflict(NamedTuple):
 
 # How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
+GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
 # A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
 # more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
@@ -3003,7 +3004,7 @@ class Entry(NamedTuple):
         """The guid of the show or movie, without ?lang=; "": not given.  A legacy agent's episode has it in its own."""
         legacy = re.match(r"com\.plexapp\.agents\.[^/]*://[^/?]+", self.guid)
         own = self.guid if self.type == MOVIE else legacy[0] if legacy else ""
-        return (self.show_guid or own).partition("?")[0]
+        return re.sub(r"^local://.*", "", self.show_guid or own).partition("?")[0]     # that is only the key again
 
     @property
     def key(self) -> str:
@@ -3060,6 +3061,11 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
     entry = entry_of(play, float(time_of(fields.get("viewedAt"))))
     wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
+
+def disagree(told: Show, known: Show) -> bool:
+    """Whether ids or years speak against it that these are one show."""
+    later = told.year - known.year if told.year and known.year else 0         # a season's year may be much later
+    return told.ids.contradicts(known.ids) or later < -1 or (told.own_year and later > 1)
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
@@ -3504,13 +3510,21 @@ class Tracker:
         return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in self.all(
             f"SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM {table} WHERE {condition}", *values)]
 
-    def match_ids(self, show: Show) -> Match | None:
+    def doubt(self, score: float, *show_ids: int) -> Conflict:
+        """A Conflict: it may be one of these shows, or another."""
+        known = [show for show_id in dict.fromkeys(show_ids) for show in self.shows("id = ?", show_id)]
+        return Conflict("ambiguous", tuple(Candidate(show, score, 0) for show in known))
+
+    def match_ids(self, show: Show) -> Match | Conflict | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
+        # One that contradicts a less certain id is a question: Plex may have two shows with one id at TMDB.
+        doubts: list[int] = []
         for i, (column, confidence) in enumerate(CONFIDENCE.items()):
-            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]):
-                if not known.ids.contradicts(show.ids[:i]):
+            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]) if show.ids[i] else ():
+                if not known.ids.contradicts(show.ids):
                     return Match(known.id, column, confidence)
-        return None
+                doubts += [known.id] * (not known.ids.contradicts(show.ids[:i]))
+        return self.doubt(1.0, *doubts) if doubts else None
 
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
@@ -3520,17 +3534,27 @@ class Tracker:
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
-        # A key belongs to another show now if the guid differs: the library was built anew.
+        # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
         guid = entry.guid_of_show
         return self.one("SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND "
-                        "(:guid = guid OR '' IN (:guid, guid)) OR :guid LIKE 'plex://%' AND guid = :guid) "
+                        "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) "
+                        "OR :guid LIKE 'plex://%' AND guid = :guid) "
                         "ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC",
-                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid)
+                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid, name=entry.name)
 
-    def mapped(self, entry: Entry) -> Match | None:
-        """The show that an entry's show was found to be before; None: not known."""
-        row = self.mapping(entry)
-        return Match(row["show_id"] or 0, "mapping", row["confidence"]) if row else None
+    def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
+        """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
+        # What only a title said is checked each time; once it is doubted, it counts no more until a person answers.
+        row, found = self.mapping(entry), self.match_ids(show)
+        if row and (row["by"] not in GUESSED or row["show_id"] is None):
+            return Match(row["show_id"] or 0, "mapping", row["confidence"])
+        if row is None or isinstance(found, Conflict) or (found and found.show_id == row["show_id"]):
+            return found
+        match = Match(row["show_id"], "mapping", row["confidence"])
+        is_asked = self.one("SELECT 1 FROM conflict WHERE resolution IS NULL AND (server, type, subject) = (?, ?, ?) "
+                            "AND created_at >= ?", entry.server, entry.type, entry.subject, (row["at"] or 0) + 1)
+        doubted = found or is_asked or disagree(show, *self.shows("id = ?", match.show_id))
+        return self.doubt(match.confidence, found.show_id if found else 0, match.show_id) if doubted else match
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
         """Whether the server has this show already, under another guid of Plex's."""
@@ -3554,8 +3578,9 @@ class Tracker:
         return show_id
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
-        """Fill in the ids that a show does not have, and that no other show has."""
-        for column, value in ids._asdict().items():
+        """Fill in the ids that a show does not have, and that no other show has; none if one contradicts."""
+        contradicted = any(known.ids.contradicts(ids) for known in self.shows("id = ?", show_id))
+        for column, value in () if contradicted else ids._asdict().items():
             self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, show_id: int, episodes: Iterable[Sequence[object]]) -> None:
@@ -3649,10 +3674,16 @@ class Tracker:
         mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
                                "conflict.id = ?", conflict_id)
         moved = self.remap(mapping_id, show_id)
+        for show in self.shows("id = ?", conflict_id, table="conflict") if show_id else ():
+            self.learn_ids(show_id, show.ids)
+        self.close_conflict(conflict_id, show_id)
+        return moved
+
+    def close_conflict(self, conflict_id: int, show_id: int) -> None:
+        """Note the answer, and let the entries that wait be finished."""
         self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
-        return moved
 
 def glance(tracker: Tracker) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
@@ -3829,10 +3860,13 @@ class Worker:
 
     def ask(self, entry: Entry) -> Asked:
         """Ask the servers for what is needed to finish an entry; raises PlexError."""
-        # The server is asked only about a show that is not known yet, and for episodes only if that of the entry is
-        # missing; TMDB only about ids that no show in the tracker has.
-        asked = Asked(entry.show)
-        if not (self.tracker.mapped(entry) or self.tracker.match_ids(asked.show)):
+        # The server is asked only about a show that is not known yet for certain, and for episodes only if that of the
+        # entry is missing; TMDB only about ids that no show in the tracker has.
+        asked, row = Asked(entry.show), self.tracker.mapping(entry)
+        if row and row["by"] in GUESSED:
+            with contextlib.suppress(PlexError):      # what is known will do
+                asked = Asked(self.ask_server(entry))
+        elif not (row or self.tracker.match_ids(asked.show)):
             show = self.ask_server(entry)
             asked = Asked(show, None if self.tracker.match_ids(show) else self.ask_tmdb(show))
         verdict = self.decide(entry, asked)
@@ -3842,11 +3876,12 @@ class Worker:
 
     def decide(self, entry: Entry, asked: Asked) -> Match | Conflict:
         """Which of our shows an entry's show is, by what the servers say and what the database knows now."""
-        verdict = self.tracker.mapped(entry) or self.tracker.match_ids(asked.show) or asked.match or \
-            self.tracker.match_title(asked.show)
-        if isinstance(verdict, Match) and verdict.by == "title" and self.tracker.is_another(entry, verdict.show_id):
-            known = self.tracker.shows("id = ?", verdict.show_id)
-            return Conflict("ambiguous", tuple(Candidate(each, TAKEN_ABOVE, 0) for each in known))
+        verdict = self.tracker.known(entry, asked.show) or asked.match or self.tracker.match_title(asked.show)
+        if isinstance(verdict, Match) and verdict.by == "title":
+            if self.tracker.is_another(entry, verdict.show_id):
+                return self.tracker.doubt(TAKEN_ABOVE, verdict.show_id)
+            if self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
+                return self.tracker.doubt(verdict.confidence, verdict.show_id)
         return verdict
 
     def conclude(self, entry: Entry, asked: Asked, verdict: Match | Conflict | PlexError) -> Outcome:
@@ -3860,27 +3895,27 @@ class Worker:
             return Outcome(FAILED, "plex_unreachable", str(verdict), retry=True)
         if not self.may_add(asked.show, verdict):
             return Outcome(FAILED, "conflict_created", conflict_reason(asked.show, verdict))
-        own = entry.season or 0, entry.episode or 0, entry.title, ()
-        outcome = self.mark(entry, asked._replace(episodes=[*asked.episodes, own]),
-                            Match(self.tracker.add_show(asked.show), "new", 1.0))
+        outcome = self.mark(entry, asked, Match(self.tracker.add_show(asked.show), "new", 1.0))
         return outcome._replace(action="auto_added_show") if outcome.action == "marked_watched" else outcome
 
     def mark(self, entry: Entry, asked: Asked, match: Match) -> Outcome:
         """Remember which show is meant, add the episodes that it does not have yet, and mark the entry's."""
         if not match.show_id:
             return Outcome(IGNORED, "auto_mark_disabled", "a person chose to ignore this show")
-        if match.by != "mapping":
+        if match.by in CONFIDENCE:
+            self.tracker.learn_ids(match.show_id, asked.show.ids)
+        if match.by != "mapping" and (match.by not in GUESSED or self.config.auto_mark_watched):
             self.tracker.map(entry, match)
-            if match.by in CONFIDENCE:
-                self.tracker.learn_ids(match.show_id, asked.show.ids)
-        self.tracker.add_episodes(match.show_id, asked.episodes)
+        mapping = self.tracker.mapping(entry)
+        is_certain = mapping and mapping["by"] not in GUESSED     # then Plex vouches that it has this episode
+        own = (entry.season or 0, entry.episode or 0, entry.title[:MAX_TITLE] if entry.type == EPISODE else "")
+        self.tracker.add_episodes(match.show_id, [*asked.episodes, *[own] * bool(is_certain)])
         row = self.tracker.episode(match.show_id, entry.season, entry.episode)
         if row is None:
             return Outcome(FAILED, "episode_not_found", "the show has no such episode, here or on the server; "
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        mapping = self.tracker.mapping(entry)
         self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), HISTORY if entry.event == HISTORY
                                else WEBHOOK, mapping and mapping["id"], entry.id)
         if row["plays"]:
@@ -3929,6 +3964,8 @@ class Worker:
             if token and asked[-1]:
                 self.found[asked] = self.found.get(asked) or find_in_tmdb(token, *asked)
                 for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, self.found[asked]):
+                    if known.ids.contradicts(show.ids):
+                        continue
                     return Match(known.id, column, CONFIDENCE[column])
         return None
 
@@ -3989,13 +4026,17 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
+def same_show(tracker: Tracker, show: Show) -> int:
+    """The id of a show of the same title and year; 0: none."""
+    # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
+    title = parse_title(show.title)
+    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
+        known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
+
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
     """The id of a show in the tracker, added if it is missing; within a transaction."""
-    # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
-    found, title = mapped or tracker.match_ids(show), parse_title(show.title)
-    same = (known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type)
-            if (known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids))
-    show_id = found.show_id if found else next(same, 0) or tracker.add_show(show)
+    found = mapped or tracker.match_ids(show)
+    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
@@ -4004,12 +4045,23 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     # A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
     item = parse_item(fields)
     key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
-    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=item.title, show_title=item.title,
-                  show_key=key, show_guid=guid)
-    match = tracker.mapped(entry)
+    name = item.title if type else item.grandparent_title
+    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,
+                  show_guid=guid)
+    show = Show(type or SHOW, name)
+    if type:
+        show = show._replace(year=number(fields.get("year")), ids=parse_ids((*item_guids(fields), guid)))
+    match = tracker.known(entry, show)
+    if type and match is None and (same := same_show(tracker, show)):
+        match = tracker.doubt(1.0, same) if tracker.is_another(entry, same) else Match(same, "title", 1.0)
+    if isinstance(match, Conflict):
+        if type:
+            tracker.add_conflict(entry, show, match)
+        return
     if type and (match is None or match.show_id):
-        show = Show(type, item.title, number(fields.get("year")), parse_ids((*item_guids(fields), guid)))
-        match = Match(upsert_show(tracker, show, match), "import", match.confidence if match else 1.0)
+        before = tracker.mapping(entry)
+        by = "import" if match is None else before["by"] if match.by == "mapping" else match.by
+        match = Match(upsert_show(tracker, show, match), by, match.confidence if match else 1.0)
         tracker.map(entry, match)
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
@@ -4041,8 +4093,9 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
     with tracker.transaction():
         for row in tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
                                "WHERE resolution IS NULL AND show_id NOT NULL AND "
-                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))"):
-            tracker.resolve(row["id"], row["show_id"])
+                               "(by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
+                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))", *GUESSED):
+            tracker.close_conflict(row["id"], row["show_id"])
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""

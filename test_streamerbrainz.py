@@ -4469,6 +4469,7 @@ def test_titles_that_differ_in_a_number_are_never_taken_for_one_another(store, o
 def test_short_titles_meet_their_qualified_form(store, title, year, known):
     with store.transaction():
         show_id = store.add_show(sb.Show("episode", known, year or 2018))
+        store.add_episodes(show_id, [(1, 1, "")])
     assert finish(store, metadata={**PILOT, "grandparentTitle": title, "year": year or 2018})[2] == show_id
 
 
@@ -4489,7 +4490,9 @@ def test_an_episodes_guid_in_another_database_is_none_of_its_show(store):
 
 
 def test_an_id_that_a_surer_one_contradicts_is_not_believed(store):
-    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396, 5))) == sb.Match(1, "tmdb_id", 1.0)
+    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396))) == sb.Match(1, "tmdb_id", 1.0)
+    asked = store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396, 5)))            # two shows of Plex may have one id at TMDB
+    assert (asked.kind, [(each.show.id, each.score) for each in asked.candidates]) == ("ambiguous", [(1, 1.0)])
     assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(999, 81189))) is None
 
 
@@ -4504,6 +4507,106 @@ def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
         store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="3", show_guid="plex://show/three"), sb.Match(1, "import", 1.0))
     assert finish(store, metadata={**PILOT, "year": None})[1] == "conflict_created"
     assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
+
+
+def mappings(path, *words):
+    """Each mapping: the server's title, our show's id, and by what."""
+    return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
+
+
+def test_a_title_is_remembered_only_where_the_episode_is_there_and_was_marked(database):
+    with Keeper(database, "-no-auto-mark-watched") as keeper:
+        keeper.send()
+        assert rows(database)[0]["action"] == "auto_mark_disabled" and mappings(database) == []
+    with Keeper(database) as keeper:
+        keeper.send({**PILOT, "ratingKey": "2", "index": 9})
+        assert rows(database)[1]["reason"] == "ambiguous: Breaking Bad (2008) may be Breaking Bad (2008) (1.00)" and mappings(database) == []
+        keeper.send({**PILOT, "ratingKey": "3"})
+        assert brief(rows(database)[2])[:2] == ("success", "marked_watched") and mappings(database) == [("Breaking Bad", 1, "title")]
+
+
+@pytest.mark.parametrize("told, action, mapped", [
+    ({"Guid": [{"id": "tmdb://1396"}]}, "already_watched", ("Breaking Bad", 1, "tmdb_id")),                # proved
+    ({"Guid": [{"id": "tmdb://2"}]}, "conflict_created", ("Breaking Bad", 1, "title")), ({"year": 2024}, "conflict_created", ("Breaking Bad", 1, "title")),
+    ({"Guid": [{"id": "tmdb://1396"}, {"id": "tvdb://5"}]}, "conflict_created", ("Breaking Bad", 1, "title")), ({}, "already_watched", ("Breaking Bad", 1, "title"))])
+@pytest.mark.parametrize("by", ["title", "earlier"])
+def test_what_a_title_said_is_doubted_where_ids_or_years_say_otherwise(database, token_file, told, action, mapped, by):
+    with Keeper(database) as keeper:
+        keeper.send()
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE mapping SET by = ?, at = 1", (by,))
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.answers["/library/metadata/1000"] = {"Metadata": [{"guid": PILOT["grandparentGuid"], "title": "Breaking Bad", **told}]}
+        keeper.send({**PILOT, "ratingKey": "2", "index": 2})
+        assert rows(database)[1]["action"] == action
+        assert mappings(database) == [mapped if mapped[2] != "title" else ("Breaking Bad", 1, by)]
+        library.answers["/library/metadata/1000"] = 500                                                    # what was doubted stays so
+        keeper.send({**PILOT, "ratingKey": "3", "index": 2})
+        assert rows(database)[2]["action"] == action
+        if action == "conflict_created":
+            assert "1 play moved" in tracker(database, "resolve", 1, "new") and plays(database) == [0, 0, 1] and plays(database, 3) == [1, 2]
+            library.answers["/library/metadata/1000"] = {"Metadata": [{"title": "Breaking Bad", "year": 2008, "Guid": [{"id": "tmdb://1396"}]}]}
+            keeper.send({**PILOT, "ratingKey": "4", "index": 2})
+            assert brief(rows(database)[3]) == ("success", "already_watched", 1, 2, 3)                      # a person's answer is not doubted
+
+
+def test_a_certain_id_vouches_for_an_episode_that_the_tracker_lacks(database):
+    guid = "com.plexapp.agents.thetvdb://81189/6/{}?lang=en"
+    with Keeper(database) as keeper:
+        for n in (1, 2):
+            keeper.send(legacy(guid.format(n), ratingKey=str(n), parentIndex=6, index=n, title=f"New {n}"))
+        assert [brief(row) for row in rows(database)] == [("success", "marked_watched", 6, n, 1) for n in (1, 2)]
+    assert [each["title"] for each in json.loads(tracker(database, "show", 1, "-json"))[0]["episodes"][3:]] == ["New 1", "New 2"]
+
+
+def test_an_answer_teaches_the_ids_that_came_with_it_but_moves_none(database, token_file):
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        for key, ids in (("7", ["tmdb://777", "tvdb://888"]), ("8", ["tmdb://777", "tvdb://999"])):
+            library.answers[f"/library/metadata/{key}"] = {"Metadata": [{"title": f"Show {key}", "Guid": [{"id": each} for each in ids]}]}
+            keeper.send({**PILOT, "ratingKey": key, "grandparentTitle": f"Show {key}", "grandparentRatingKey": key, "grandparentGuid": f"plex://show/{key}"})
+        tracker(database, "resolve", 1, "new")
+        tracker(database, "resolve", 2, 1)                              # contradicts both: nothing is learned
+        keeper.send({**PILOT, "ratingKey": "9", "index": 5, "grandparentTitle": "?", "grandparentRatingKey": "9", "grandparentGuid": "com.plexapp.agents.thetvdb://888"})
+    shows = json.loads(tracker(database, "export"))["shows"]
+    assert [(show["tmdb_id"], show["tvdb_id"]) for show in shows] == [(1396, 81189), (777, 888)] and rows(database)[2]["show_id"] == 3
+
+
+def test_a_library_that_is_built_anew_asks_nothing_and_what_is_ignored_stays_so(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        shows, leaves = library_of(library, 2, 1, 3)
+        for each in shows:
+            each["Guid"] = []
+        brought(path, library, token_file)
+        tracker(path, "map", 2, "ignore")
+        for each in (*shows, *leaves):                                  # other keys, a film has one of the old
+            each.update({key: str(int(each[key]) + 1) for key in ("ratingKey", "grandparentRatingKey") if key in each}, title="Other " + each["title"])
+        library.answers["/identity"] = {"machineIdentifier": "f" * 40}
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n" and ("Show 1001", None, "person") in mappings(path)
+
+
+def test_two_shows_with_one_id_at_tmdb_and_two_at_tvdb_are_a_question(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        shows, _ = library_of(library, 2, 1, 3)
+        for n, each in enumerate(shows):
+            each["Guid"] = [{"id": "tmdb://5"}, {"id": f"tvdb://{n + 1}"}]
+        for _ in range(2):
+            assert brought(path, library, token_file).startswith("The tracker now has 1 shows, 3 episodes and 1 movies.\n")
+        conflict, = json.loads(tracker(path, "conflicts", "-json"))
+        assert (conflict["title"], [each["title"] for each in conflict["candidates"]]) == ("Show 1001", ["Show 1000"])
+        tracker(path, "resolve", 1, "new")
+        for _ in range(2):
+            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert mappings(path)[1:] == [("Heat", 2, "import"), ("Show 1001", 3, "person")]
+
+
+def test_a_local_guid_proves_nothing(store):
+    local = {**PILOT, "grandparentGuid": "local://1000", "guid": "local://1001"}
+    assert finish(store, metadata=local)[1] == "marked_watched"
+    assert finish(store, metadata={**local, "ratingKey": "2", "index": 2})[1] == "already_watched"
+    assert finish(store, metadata={**local, "ratingKey": "3", "grandparentTitle": "Another"})[1] == "conflict_created"     # the key of an older library
 
 
 def test_two_servers_may_have_the_same_key(store):
@@ -5080,16 +5183,13 @@ def test_an_import_does_what_waited_for_it(tmp_path, token_file):
             brought(path, library, token_file)
             assert brief(rows(path)[0])[:2] == ("success", "marked_watched") and tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n"
             assert send(daemon, {**waiting, "index": 6, "ratingKey": "6"}) == 200
-            assert done(path, 2)[1]["action"] == "episode_not_found"
-            library_of(library, episodes=6)
-            brought(path, library, token_file)
-            assert brief(rows(path)[1])[:2] == ("success", "marked_watched")
+            assert done(path, 2)[1]["action"] == "marked_watched"      # its show is certain, so the episode exists
 
 
 def test_an_import_of_a_file_does_what_waited_for_it_too(store, database, tmp_path):
     severance = {**PILOT, "grandparentTitle": "Severance", "grandparentRatingKey": "7", "grandparentGuid": "plex://show/sev", "year": 2022}
     assert finish(store, metadata=severance)[1] == "conflict_created"
-    assert finish(store, metadata={**PILOT, "ratingKey": "2", "index": 9})[1] == "episode_not_found"
+    assert finish(store, metadata={**PILOT, "ratingKey": "2", "index": 9})[1] == "conflict_created"
     assert finish(store, metadata={**PILOT, "ratingKey": "3", "grandparentTitle": "Unheard Of", "grandparentRatingKey": "8", "grandparentGuid": "plex://show/u"})[1] == "conflict_created"
     file = tmp_path / "more.json"
     file.write_text(json.dumps({"shows": [{"title": "Severance", "year": 2022, "episodes": [{"season": 1, "episode": 1}]},
