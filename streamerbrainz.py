@@ -297,7 +297,9 @@ def picture_path(value: object) -> str:
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
     get = attributes.get
-    return Item(type=text(get("type")), guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
+    # Home videos and what is from YouTube come as movies of the subtype clip.
+    word = text(get("subtype" if get("subtype") == "clip" else "type"))
+    return Item(type=word, guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
                 rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
                 index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
                 parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
@@ -2823,7 +2825,7 @@ SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
 _GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|tvdb|tmdb|imdb)\d?(?:://|-)"
-                   r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
+                   r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,10})/(\d{1,10}))?(?:[/?].*)?", re.ASCII)
 
 class Ids(NamedTuple):
     """The ids of a show or movie in other databases; None: not known."""
@@ -2971,6 +2973,7 @@ SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate
 SCROBBLE, HISTORY = "media.scrobble", "history"
 # Where a play is known from.  HISTORY and LIBRARY are the server's.
 WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
+FOUND = {HISTORY: "recovered", LIBRARY: "marked_in_plex"}     # the events without a webhook, and the action of each
 
 class Entry(NamedTuple):
     """One row of the tracker's journal: a webhook, or a play that only the server's history told of."""
@@ -3067,6 +3070,11 @@ def disagree(told: Show, known: Show) -> bool:
     later = told.year - known.year if told.year and known.year else 0         # a season's year may be much later
     return told.ids.contradicts(known.ids) or later < -1 or (told.own_year and later > 1)
 
+def mark_entry(fields: Mapping[str, Any], server: str) -> Entry:
+    """The Entry of an item that its library says was watched last at lastViewedAt."""
+    entry = entry_of(Webhook(LIBRARY, item=parse_item(fields), server=server, scrobble=parse_scrobble(fields)), 0.0)
+    return entry._replace(received_at=float(time_of(fields.get("lastViewedAt"))))
+
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
     numbers = {"title": 0 if entry.name else None, "season": entry.season, "episode number": entry.episode}
@@ -3080,7 +3088,8 @@ def is_other_account(webhook: Webhook, accounts: str) -> bool:
     """Whether someone else watched.  accounts: as -accounts; "": only the webhook's owner counts; "*": everyone."""
     if accounts in ("", "*"):
         return not accounts and not webhook.user
-    return not {webhook.account.casefold(), webhook.account_id} & split_accounts(accounts)
+    owner = "1" if webhook.user else ""               # to the server; in webhooks it is the id at plex.tv
+    return not {webhook.account.casefold(), webhook.account_id, owner} & split_accounts(accounts)
 
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
@@ -3155,8 +3164,9 @@ def cut(line: str, width: int = 80) -> str:
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
     watched = dict(episodes)
-    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)]
-                    for number in range(min(1, *watched), max(watched) + 1))
+    gaps = max(watched) > 2 * len(watched) + 100      # they are numbered by date: 26041103
+    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in (
+        sorted(watched) if gaps else range(min(1, *watched), max(watched) + 1)))
     name = f"Season {season}" if season else "Specials"
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
@@ -3442,7 +3452,7 @@ class Tracker:
         if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
             self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook'", jump_s, self.since)
             self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
-                       "AND event <> 'history'", jump_s, jump_s, self.since)
+                       "AND event NOT IN ('history', 'library')", jump_s, jump_s, self.since)
         return ahead_s
 
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
@@ -3501,8 +3511,8 @@ class Tracker:
     def knows_play(self, play: Entry) -> bool:
         """Whether a play in the server's history is in the journal already."""
         return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN "
-                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", play.rating_key,
-                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY) is not None
+                        "(?, '') AND event IN (?, ?, ?) AND action IS NOT 'other_account'", play.rating_key,
+                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY, LIBRARY) is not None
 
     # -- shows
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
@@ -3916,11 +3926,14 @@ class Worker:
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), HISTORY if entry.event == HISTORY
-                               else WEBHOOK, mapping and mapping["id"], entry.id)
-        if row["plays"]:
+        source = entry.event if entry.event in FOUND else WEBHOOK
+        added = self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), source,
+                                       mapping and mapping["id"], entry.id)
+        if not added and not row["plays"]:
+            return Outcome(IGNORED, "auto_mark_disabled", "a person took this mark back later", match)
+        if row["plays"] and not (added and source == LIBRARY):
             return Outcome(SUCCESS, "already_watched", "the first date stays", match)
-        return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
+        return Outcome(SUCCESS, FOUND.get(source, "marked_watched"), "", match)
 
     def may_add(self, show: Show, conflict: Conflict) -> bool:
         """Whether a show that is missing in the tracker is certain enough to be added."""
@@ -3971,7 +3984,7 @@ class Worker:
 
     # -- plays without a webhook
     def recover(self) -> bool:
-        """Put plays of the server's history into the journal if no webhook told of them; -> whether it answered."""
+        """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
         # How far the history was read is noted with the entries of each page.
         if not self.plex:
             return True
@@ -3985,10 +3998,45 @@ class Worker:
                         if since <= play.received_at <= until and not self.tracker.knows_play(play):
                             self.tracker.add_entry(play, None)
                     self.tracker.take_note("history", max([since, *(at for at in read if at <= until)]))
+            if accounts is None or "1" in accounts:   # a library tells only what its owner watched
+                self.read_marks(self.plex, server, until)
         except PlexError as error:
             say(logging.DEBUG, f"the server's history was not read: {error}")
             return error.fault not in ("unreachable", "starting")
         return True
+
+    def read_marks(self, plex: PlexServer, server: str, until: int) -> None:
+        """Put what was marked by hand in Plex since the last reading into the journal; raises PlexError."""
+        # Neither a webhook nor the history tells of it.  The first reading only notes how far it came.
+        for section in plex.items("/library/sections"):
+            key, kind = text(section.get("key")), {"movie": 1, "show": 4}.get(text(section.get("type")))
+            if kind:
+                note = f"marks {server} {key}"
+                since, newest, last = self.tracker.note(note), 1, LAST_TIME
+                for page in plex.pages(f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&unwatched=0&"
+                                       "sort=lastViewedAt:desc&includeGuids=1"):
+                    marks = [mark_entry(fields, server) for fields in page.items]
+                    times = [last, *(int(each.received_at) for each in marks)]
+                    newest, last = max([newest, *(at for at in times[1:] if at <= until)]), times[-1]
+                    if times != sorted(times, reverse=True):      # an unknown sort is ignored in silence
+                        newest = since
+                        break
+                    with self.tracker.transaction(lasting=False):
+                        for mark, fields in zip(marks, page.items, strict=True):
+                            if since and since < mark.received_at <= until and self.is_new_mark(mark, fields):
+                                self.tracker.add_entry(mark, None)
+                    if not since or last <= since:
+                        break
+                with self.tracker.transaction(lasting=False):
+                    self.tracker.take_note(note, max(since, newest))
+
+    def is_new_mark(self, mark: Entry, fields: Mapping[str, Any]) -> bool:
+        """Whether a library tells of a play that nobody else told of."""
+        # What was begun again has a new lastViewedAt, too, but no more plays (viewCount) than before.
+        count, row = number(fields.get("viewCount")) or 0, self.tracker.mapping(mark)
+        known = row and self.tracker.episode(row["show_id"], mark.season, mark.episode)
+        return mark.type in (EPISODE, MOVIE) and not missing_word(mark) and not number(fields.get("viewOffset")) and \
+            count > (known["plays"] if known else 0) and not self.tracker.knows_play(mark)
 
     def accounts(self) -> set[str] | None:
         """The ids of -accounts in the server's history; None: all count.  Raises PlexError."""
@@ -3996,9 +4044,12 @@ class Worker:
             return None if self.config.accounts else {"1"}              # 1 is the owner
         assert self.plex
         wanted = split_accounts(self.config.accounts)
+        # An id of plex.tv is known by the name that a webhook gave it.
+        names = wanted | {row[0].casefold() for each in wanted for row in self.tracker.all(
+            "SELECT account FROM webhook_log WHERE account_id = ? ORDER BY id DESC LIMIT 1", each)} - {""}
         try:
             return wanted | {text(each.get("id"), 20) for each in self.plex.items("/accounts")
-                             if text(each.get("name")).casefold() in wanted}
+                             if text(each.get("name")).casefold() in names}
         except PlexError as error:
             if error.fault in ("unreachable", "starting"):
                 raise
@@ -4042,8 +4093,9 @@ def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> in
 
 def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> None:
     """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped."""
-    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
-    item = parse_item(fields)
+    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out, and clips are.
+    if (item := parse_item(fields)).type == "clip":
+        return
     key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
     name = item.title if type else item.grandparent_title
     entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,

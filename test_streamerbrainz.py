@@ -4156,6 +4156,10 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     (scrobble(event="media.play"), "", ("ignored", "event_not_scrobble")),
     (scrobble({**PILOT, "type": "track"}), "", ("ignored", "not_supported_type")),
     (scrobble({**PILOT, "type": "clip"}), "", ("ignored", "not_supported_type")),
+    (scrobble({**PILOT, "type": "movie", "subtype": "clip"}), "", ("ignored", "not_supported_type")), (scrobble(Account={"id": 139, "title": "me"}), "1", None),
+    (scrobble(user=False, Account={"id": 139, "title": "me"}), "1", ("ignored", "other_account")),
+    (scrobble({**PILOT, "parentIndex": 202604, "index": 2 ** 31}), "", None), (scrobble({**PILOT, "index": 2 ** 31 + 1}), "", ("failed", "validation_failed")),
+    (scrobble(legacy("com.plexapp.agents.thetvdb://1/2026/26041103", parentIndex=None, index=None)), "", None),
     (scrobble(None), "", ("ignored", "not_supported_type")),
     (scrobble(user=False), "", ("ignored", "other_account")), (scrobble(user=False), "*", None), (scrobble(user="yes"), "", ("ignored", "other_account")),
     (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "bob, anna", None), (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "7", None),
@@ -4171,6 +4175,7 @@ def test_what_marks_nothing_is_known_at_once(webhook, accounts, expected):
 
 def test_a_season_is_a_grid_that_fits_80_columns():
     assert sb.season_lines(1, [(1, True), (2, False), (4, True)]) == f"Season 1    {'#. #':50}  2 of 3"
+    assert sb.season_lines(202604, [(26041103, True), (26041105, False)]) == f"Season 202604  {'#.':50}  1 of 2"      # by date
     assert sb.season_lines(0, [(3, True)]) == f"Specials    {'  #':50}  1 of 1"
     assert max(map(len, sb.season_lines(12, [(n, True) for n in range(1, 130)]).splitlines())) <= 80
 
@@ -4424,6 +4429,37 @@ def test_what_the_history_has_and_no_webhook_told_is_recovered_once(database, to
     assert show["episodes"][1]["watched"] == [sb.iso_time(now - 7200)] and len(show["episodes"][2]["watched"]) == 2
 
 
+def test_what_is_marked_by_hand_in_plex_is_found_once_with_one_page_when_nothing_is_new(database, token_file):
+    now = int(time.time())
+    marks = [{**PILOT, "viewCount": 1, "lastViewedAt": now - 90000}, {**PILOT, "ratingKey": "7", "index": 9, "viewCount": 1}]      # ticked whole: no time
+    fresh = {**PILOT, "ratingKey": "1002", "index": 2, "viewCount": 2, "lastViewedAt": now - 80000}
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.answers["/library/sections"] = {"Metadata": [{"key": "1", "type": "show"}, {"key": "2", "type": "movie"}, {"key": "3", "type": "artist"}]}
+        library.pages("/status/sessions/history/all", [])
+        library.pages("/library/sections/1/all", marks)
+        library.pages("/library/sections/2/all", [])
+
+        def read():
+            library.requests.clear()
+            assert keeper.worker.recover()
+            keeper.worker.drain()
+            return [row["action"] for row in rows(database)], len([request for request in library.requests if "/all?type" in request])
+        assert read() == ([], 2)                                        # the first time it is only noted how far it came
+        marks.insert(0, fresh)
+        assert read() == (["marked_in_plex"], 2) == read()
+        assert plays(database) == [0, 0, 2]
+        keeper.send()
+        for n, more in enumerate(({}, {"viewOffset": 9000}, {"index": 2, "viewCount": 2}, {"lastViewedAt": now + 90}, {"type": "clip"})):      # told by a webhook; begun; begun; later; a clip
+            marks.insert(0, {**PILOT, "ratingKey": f"{n or 1001}", "viewCount": 5, "lastViewedAt": now - 70 + n, **more})
+        marks[:] = sorted(marks, key=lambda each: -each.get("lastViewedAt", 0))
+        assert read() == (["marked_in_plex", "marked_watched"], 2)
+        marks.insert(0, {**PILOT, "ratingKey": "55", "title": "Heat", "type": "movie", "lastViewedAt": 5, "viewCount": 1})
+        assert read()[0] == ["marked_in_plex", "marked_watched"]        # not sorted: an unknown word is ignored in silence
+    with Library() as library, Keeper(database, *server_flags(library, token_file), "-accounts", "7") as keeper:
+        library.pages("/status/sessions/history/all", [])
+        assert keeper.worker.recover() and not [request for request in library.requests if "sections" in request]
+
+
 def test_a_kill_between_the_answer_and_the_mark_loses_and_doubles_nothing(database):
     sent = 0
     for delay_s, burst in itertools.product((0, 0.0005, 0.002, 0.005, 0.02), (1, 3, 8)):
@@ -4650,15 +4686,16 @@ def test_an_entry_that_another_process_finished_meanwhile_is_not_finished_twice(
     assert plays(database)[1] == 1 and len([line for line in lines if "action=" in line]) == 1
 
 
-@pytest.mark.parametrize("accounts, ids", [("", {"1"}), ("*", None), ("Anna, 12", {"anna", "12", "7"}), ("Nobody", {"nobody"})])
+@pytest.mark.parametrize("accounts, ids", [("", {"1"}), ("*", None), ("Anna, 12", {"anna", "12", "7"}), ("Nobody", {"nobody"}), ("139", {"139", "1"})])
 def test_accounts_are_known_to_the_history_by_their_ids(store, token_file, accounts, ids):
     with Library() as library:
         library.answers["/accounts"] = {"Metadata": [{"id": 1, "name": "me"}, {"id": 7, "name": "Anna"}]}
         plex = sb.PlexServer(library.url, secret_file(token_file).first)
         worker = sb.Worker(config("-tracker-db", "x", "-accounts", accounts), store, plex)
+        finish(store, Account={"id": 139, "title": "Me"})               # the owner's id at plex.tv, in a webhook
         assert worker.accounts() == ids
         del library.answers["/accounts"]
-        assert worker.accounts() == (ids - {"7"} if ids else ids)
+        assert worker.accounts() == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
 
 
 @pytest.mark.parametrize("answer", [404, 403, 500])
@@ -5107,7 +5144,8 @@ def library_of(library, shows=3, seasons=2, episodes=5):
             for n in range(1000, 1000 + shows)]
     leaves = [episode_fields(n, season, number, **({"viewCount": 2, "lastViewedAt": 1600000000 + number} if number < 3 else {}))
               for n in range(1000, 1000 + shows) for season in range(1, 1 + seasons) for number in range(1, 1 + episodes)]
-    films = [{"ratingKey": "5", "type": "movie", "guid": "plex://movie/heat", "title": "Heat", "year": 1995, "viewCount": 1, "Guid": [{"id": "imdb://tt0113277"}]}]
+    films = [{"ratingKey": "4", "type": "movie", "subtype": "clip", "title": "Birthday", "viewCount": 1},
+             {"ratingKey": "5", "type": "movie", "guid": "plex://movie/heat", "title": "Heat", "year": 1995, "viewCount": 1, "Guid": [{"id": "imdb://tt0113277"}]}]
 
     def section(query):
         start, size = int(query["X-Plex-Container-Start"]), int(query["X-Plex-Container-Size"])
