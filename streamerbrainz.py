@@ -1744,6 +1744,7 @@ class Glance(NamedTuple):
     waiting_s: float = 0.0        # age of the oldest entry that the worker has not touched; 0: none
     entries: Mapping[str, int] = MappingProxyType({})     # how many, by status
     broken: str = ""              # why it cannot be read; "": it can
+    refused: bool = False         # the last webhook was answered 503, for it cannot be written
 
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
@@ -1798,6 +1799,7 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
     player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
+    reasons += ["-tracker-db: it cannot be written, so webhooks are refused: is the disk full?"] * tracked.refused
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player.outage:
@@ -2157,6 +2159,7 @@ class Gate:
     def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):
         """a_minute: webhooks from one address; 0: no limit."""
         self.secret, self.a_minute = secret, a_minute
+        self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
         self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
         self.lock = threading.Lock()
@@ -2232,6 +2235,7 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
+MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
 # Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
@@ -2338,8 +2342,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                "address or own name, or a -webhook-secret-file.")
         if path != "/healthz":
             gate.check(self.path.partition("?")[2], address)
+        self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
-            gate.count(gate.tokens, address, gate.a_minute, "webhooks")
+            try:
+                gate.count(gate.tokens, address, gate.a_minute, "webhooks")
+            except WebhookError:                      # it may be a scrobble, which is small: it has no picture
+                self.excess = self.command == "POST" and 0 < (self.length() or 0) <= MAX_SCROBBLE
+                if not self.excess:
+                    raise
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -2353,6 +2363,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
             return
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
+        if self.excess:
+            gate, address = self.server.gate, self.client_address[0]
+            tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
+            gate.count(tokens, address, gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
             self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
         else:
@@ -3695,7 +3709,7 @@ class Tracker:
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
 
-def glance(tracker: Tracker) -> Glance:
+def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
     try:
         with tracker.turn(), tracker.guarded():
@@ -3708,7 +3722,8 @@ def glance(tracker: Tracker) -> Glance:
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
             return Glance(tuple((time_of(at), text(name)) for at, name in marked),
                           tuple((no, named(text(title), year), text(kind)) for no, title, year, kind in asked),
-                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)))
+                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)),
+                          refused=journal is not None and journal.fault is not None)
     except TrackerError as error:
         return Glance(broken=str(error))
 
@@ -4607,6 +4622,7 @@ class Systemd:
 # How long the watcher may take to end (milliseconds, unless it waits for a server).  From one question for our address
 # to the next; and the longest sleep, after which it is asked for, too.
 STOP_S, ADDRESS_S, WAKE_S = 0.3, 10.0, 60.0
+CLOSE_S = 0.5                 # for whoever writes to the tracker when the daemon ends
 
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
@@ -4641,7 +4657,8 @@ def announce(config: Config, port: int, query: str) -> Iterator[None]:
             say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
             said = url
 
-def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock: threading.Lock) -> None:
+def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, trackers: Sequence[Tracker],
+                lock: threading.Lock) -> None:
     """The end, once: in the watcher, or in the thread of the signals if the watcher hangs."""
     with lock:
         if not listener.closing.is_set():
@@ -4649,6 +4666,9 @@ def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock:
             listener.close()
             if hooks:
                 hooks.end()
+            for tracker in trackers:                  # none or one, which is closed so that no -wal stays
+                if tracker.lock.acquire(timeout=CLOSE_S):     # and kept: nobody opens it again
+                    tracker.close()
             say(logging.INFO, "stopped listening")
 
 def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object) -> None:
@@ -4679,13 +4699,16 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
     systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
-    end = functools.partial(say_goodbye, listener, systemd, hooks, threading.Lock())
+    trackers: list[Tracker] = []
+    end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
     tracker = Tracker(path, create=True, patient=True) if path else None
+    trackers += [tracker] if tracker else []
     journal = Journal(tracker, config.accounts) if tracker else None
     worker = Worker(config, tracker, plex) if tracker else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
+    look = functools.partial(glance, tracker, journal) if tracker else None
+    pages = Pages(board, covers, look, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")

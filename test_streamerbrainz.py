@@ -5076,7 +5076,33 @@ def test_a_disk_that_is_full_is_503_and_what_was_acknowledged_is_there(database)
             journal.append(scrobble())
             safe += 1
     assert 0 < safe < 500 and len(rows(database)) == safe
+    status_, healthy = sb.health(status_of(), sb.glance(store, journal), 0.0)
+    assert status_ == 503 and "-tracker-db: it cannot be written, so webhooks are refused: is the disk full?" in healthy["reasons"]
+    store.connection.execute("PRAGMA max_page_count = 1000000")
+    journal.append(scrobble())
+    assert not sb.glance(store, journal).refused
     store.close()
+
+
+def test_a_clean_stop_leaves_no_log_beside_the_database(database):
+    with Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(5) == 0
+    assert [each.name for each in database.parent.glob("tracker.db*")] == ["tracker.db"]
+    with contextlib.closing(sqlite3.connect(database)) as other, Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        other.execute("BEGIN IMMEDIATE")                            # who writes is not waited for long
+        at = time.monotonic()
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(5) == 0 and time.monotonic() - at < 1.5
+
+
+def test_a_hundred_other_webhooks_cost_no_scrobble_and_scrobbles_have_a_limit_too(database):
+    with Process("-tracker-db", database, "-rate-limit", "20") as daemon:
+        assert [send(daemon, event="library.new") for _ in range(100)].count(200) in (20, 21)
+        assert [send(daemon, {**PILOT, "ratingKey": str(n)}) for n in range(40)].count(200) in (20, 21)
+        assert send(daemon, {**PILOT, "summary": "x" * sb.MAX_SCROBBLE}) == 429
 
 
 def test_words_that_are_no_unicode_find_nothing(database):
