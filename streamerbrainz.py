@@ -2632,16 +2632,22 @@ def make_secret(config: Config) -> int:
 
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
+MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
-    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title, "ARTISTS": item.artist,
-              "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
+              "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
+              "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
               "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title,
               "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate,
               "PLEX_BIT_DEPTH": item.bit_depth, "OLD_STATE": change.old_state, "REASON": change.reason}
+    return plain_environment(values)
+
+def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
+    """Variables of a hook, without those that are not given."""
     return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
 
 class Amplifier(NamedTuple):
@@ -2660,10 +2666,13 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
     """The waiting events with one more."""
     # While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
     # takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
+    # What was watched is told, however many changes come.
     changes = [each for each in waiting if each[0] not in SWITCHES]
+    if event == "watched":
+        return [*waiting, (event, environment)][:MAX_WATCHED]
     if event in SWITCHES:
         return changes if len(changes) < len(waiting) else [*waiting, (event, environment)]
-    return [*(each for each in waiting if each[0] in SWITCHES), (event, environment)]
+    return [*(each for each in waiting if each[0] in (*SWITCHES, "watched")), (event, environment)]
 
 # --- the world
 # A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
@@ -2732,7 +2741,7 @@ class Hooks:
     def __init__(self, command: Sequence[str], active_timeout_s: float, level: int = logging.DEBUG):
         """level: of the line that says that the command ran."""
         self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
-        self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Change | dict[str, str]] = queue.SimpleQueue()      # or what tells of `watched`
         self.amplifier, self.latest, self.waiting = Amplifier(), dict[str, str](), Waiting()
         # running: held while a command runs.  ended, and stopping can be read: end() was called.
         self.running, self.stopping, self.ended = threading.Lock(), os.eventfd(0), False
@@ -2762,8 +2771,11 @@ class Hooks:
             self.amplifier = Amplifier()
             self.add("inactive")
 
-    def take(self, change: Change) -> None:
-        """Add the events of a change to those that wait."""
+    def take(self, change: Change | dict[str, str]) -> None:
+        """Add the events of a change, or `watched`, to those that wait."""
+        if isinstance(change, dict):
+            self.waiting = enqueue(self.waiting, "watched", change)
+            return
         event = "track_changed" if change.state == change.old_state else change.state      # librespot's words
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
@@ -3821,6 +3833,7 @@ class Worker:
             if config.tmdb_token_file else None
         self.down: PlexError | None = None            # why nobody is asked any more in this round: all would time out
         self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers
+        self.tell: Callable[[Entry], object] | None = None      # what to call when something was marked as watched
 
     def run(self, written: threading.Event) -> None:
         """Work for ever: on what is due, and on plays without a webhook.  written: set when there is more to do."""
@@ -3882,6 +3895,8 @@ class Worker:
                 "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], outcome.match and
                 outcome.match.show_id, conflict_id, None if wait_s is None else time.time() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
+        if self.tell and outcome.status == SUCCESS and outcome.action != "already_watched":
+            self.tell(entry)
 
     def ask(self, entry: Entry) -> Asked:
         """Ask the servers for what is needed to finish an entry; raises PlexError."""
@@ -4480,8 +4495,8 @@ def tracker_command(config: Config) -> int:
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
-# Needs of Hooks: Hooks, hook_command
-# Needs of Tracker: Journal, Tracker, Worker, glance
+# Needs of Hooks: Hooks, hook_command, plain_environment
+# Needs of Tracker: Entry, Journal, Tracker, Worker, glance
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -4680,6 +4695,12 @@ def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object)
             inbox.put(error)
     threading.Thread(target=carefully, name=name, daemon=True).start()
 
+def watched_environment(entry: Entry) -> dict[str, str]:
+    """What a hook finds in its environment when an episode or movie was marked as watched."""
+    number_of = {"SEASON": entry.season, "EPISODE": entry.episode} if entry.type == EPISODE else {}
+    return plain_environment({"PLAYER_EVENT": "watched", "NAME": entry.title, "SHOW": entry.show_title, **number_of,
+                              "PLEX_TYPE": entry.type, "PLEX_RATING_KEY": entry.rating_key, "TRACK_ID": entry.guid})
+
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there."""
@@ -4719,6 +4740,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
+    if worker and hooks:
+        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
     if journal and worker:
         start("worker", inbox, worker.run, journal.written)
     def tell(status: Status, changes: Sequence[Change]) -> None:

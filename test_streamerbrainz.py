@@ -3834,12 +3834,14 @@ def test_a_hooks_environment_has_librespots_names_and_no_token():
         "PLAYER_EVENT": "playing", "TRACK_ID": "plex://track/1", "NAME": "Karma Police", "ARTISTS": "Radiohead", "ALBUM": "OK Computer",
         "DURATION_MS": "264000", "POSITION_MS": "61000", "PLEX_PLAYER_ID": "m1", "PLEX_PLAYER_TITLE": "Living Room", "PLEX_TYPE": "track",
         "PLEX_RATING_KEY": "101", "PLEX_SAMPLE_RATE": "96000", "PLEX_BIT_DEPTH": "24", "OLD_STATE": STOPPED}
+    assert "ARTISTS" not in sb.hook_environment(change(type="episode", originalTitle="Der Anfang"), "playing")        # a title, no artist
 
 
 @pytest.mark.parametrize("waiting, event, after", [
     ([], "playing", ["playing"]), (["playing"], "paused", ["paused"]), (["active", "playing"], "stopped", ["active", "stopped"]),
     (["active", "playing"], "inactive", ["playing"]), (["stopped"], "inactive", ["stopped", "inactive"]), (["inactive"], "active", []),
-    (["inactive", "stopped"], "active", ["stopped"])])
+    (["inactive", "stopped"], "active", ["stopped"]), (["watched", "playing"], "stopped", ["watched", "stopped"]), (["watched"], "watched", ["watched"] * 2),
+    (["inactive", "watched"], "active", ["watched"]), (["watched"] * 50, "watched", ["watched"] * 50)])
 def test_the_newest_change_wins_and_the_amplifier_is_never_left_wrong(waiting, event, after):
     assert [name for name, _ in sb.enqueue([(name, {}) for name in waiting], event, {})] == after
 
@@ -4427,6 +4429,17 @@ def test_what_the_history_has_and_no_webhook_told_is_recovered_once(database, to
             assert len(rows(database)) == 2
     show, = json.loads(tracker(database, "show", "1", "-json"))
     assert show["episodes"][1]["watched"] == [sb.iso_time(now - 7200)] and len(show["episodes"][2]["watched"]) == 2
+
+
+def test_a_hook_is_told_what_was_marked_as_watched_once(database, tmp_path):
+    hook, told = tmp_path / "hook", tmp_path / "told"
+    hook.write_text(f'#!/bin/sh\necho "$PLAYER_EVENT|$NAME|$SHOW|$SEASON|$EPISODE|$PLEX_RATING_KEY|$ARTISTS" >> {told}\n')
+    hook.chmod(0o755)
+    with Process(*flags(database), "-on-event", hook) as daemon:
+        for more in ({}, {"ratingKey": "2", "index": 2}, {"ratingKey": "5", "type": "movie", "title": "Heat", "year": 1995, "grandparentTitle": None, "Guid": []}):
+            assert send(daemon, {**PILOT, **more}) == 200               # the second was watched before
+        eventually(lambda: told.exists() and told.read_text().count("\n") == 2)
+    assert told.read_text().splitlines() == ["watched|Pilot|Breaking Bad|1|1|1001|", "watched|Heat||||5|"]
 
 
 def test_what_is_marked_by_hand_in_plex_is_found_once_with_one_page_when_nothing_is_new(database, token_file):
