@@ -123,6 +123,7 @@ if sys.version_info < (3, 11):      # noqa: UP036  # older Pythons can read this
 # Threads: none.  Values never change, so every thread may read them.
 
 VERSION = "0.1.0"
+BUILT = 1793491200            # when this program was not there yet (2026-11-01): a clock before it is wrong
 USER_AGENT = f"StreamerBrainz/{VERSION}"      # and the Server header
 PLEX_S = 5.0                  # for one whole answer of a server; Plex in the same house takes milliseconds
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
@@ -476,6 +477,7 @@ class Scrobble(NamedTuple):
     show_guid: str = ""           # grandparentGuid; "": not given (legacy agents)
     guids: tuple[str, ...] = ()   # the item's own in other databases: imdb://, tmdb://, tvdb://
     year: int | None = None       # of the episode, its season or the movie; None: not given
+    viewed_at: int = 0            # lastViewedAt, by the server's clock (Unix s); 0: not given
 
 def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     """The ids in Plex's `Guid`, a list of {"id": "tmdb://1396"}."""
@@ -485,7 +487,7 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
-                    item_guids(attributes), number(attributes.get("year")))
+                    item_guids(attributes), number(attributes.get("year")), time_of(attributes.get("lastViewedAt")))
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
@@ -3476,9 +3478,12 @@ class Tracker:
         ahead_s = clock_ahead_s()
         # Only the daemon does so: another process does not know which entries are older than a jump.
         if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
-            self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook'", jump_s, self.since)
-            self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
-                       "AND event NOT IN ('history', 'library')", jump_s, jump_s, self.since)
+            # What has the server's time, or would lie ahead, was right before (see Journal.append).
+            jump = jump_s, self.since, jump_s, time.time() + CLOCK_JUMP_S
+            self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook' AND at + ? <= ?", *jump)
+            self.write("UPDATE webhook_log SET received_at = received_at + ? WHERE id > ? AND event NOT IN "
+                       "('history', 'library') AND received_at + ? <= ?", *jump)
+            self.write("UPDATE webhook_log SET retry_at = retry_at + ? WHERE id > ? AND retry_at > 0", *jump[:2])
         return ahead_s
 
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
@@ -3767,7 +3772,9 @@ class Journal:
 
     def append(self, webhook: Webhook) -> None:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
-        entry, result = entry_of(webhook, time.time()), queue.SimpleQueue[TrackerError | None]()
+        at, viewed_at = time.time(), webhook.scrobble.viewed_at if webhook.scrobble else 0
+        entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
+        result: queue.SimpleQueue[TrackerError | None] = queue.SimpleQueue()
         outcome = first_outcome(webhook, entry, self.accounts)
         self.waiting.append((entry, outcome, result))
         with self.tracker.turn():                     # if it does not come, the entry may be committed later
@@ -3844,6 +3851,7 @@ class Worker:
             try:
                 with self.tracker.faults():
                     if time.monotonic() >= history_at:
+                        self.bound_times(time.time())
                         history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
                         self.prune()
                     self.drain()
@@ -3857,6 +3865,12 @@ class Worker:
                 say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}",
                     **{} if known else {"traceback": traceback.format_exc()})
                 pause_s, fails = TRACKER_RETRY_S, True
+
+    def bound_times(self, now: float) -> None:
+        """Bring back what a clock that was ahead has put off for years."""
+        with self.tracker.transaction(lasting=False):
+            self.tracker.write("UPDATE webhook_log SET retry_at = ?1 WHERE retry_at > ?1", now + ENTRY_RETRY_MAX_S)
+            self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
 
     def drain(self, again: bool = False) -> int:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""

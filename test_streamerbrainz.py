@@ -4959,6 +4959,29 @@ def test_only_the_daemon_corrects_what_a_clock_gave_that_was_set(database, monke
         store.close()
 
 
+def test_a_clock_before_the_programs_own_date_is_not_believed(database, monkeypatch):
+    real, viewed = time.time, sb.BUILT + 86400
+    with Keeper(database) as keeper:
+        monkeypatch.setattr(time, "time", lambda: real() - 1.7e9)
+        keeper.send({**PILOT, "lastViewedAt": viewed})
+        keeper.send({**PILOT, "ratingKey": "2", "index": 2, "lastViewedAt": sb.BUILT - 9})        # an earlier viewing: our time, which is mended below
+        assert [row["received_at"] for row in rows(database)] == [viewed, pytest.approx(real() - 1.7e9, abs=60)]
+        monkeypatch.setattr(time, "time", real)
+        keeper.send(event="media.play")
+        assert [row["received_at"] for row in rows(database)[:2]] == [viewed, pytest.approx(real(), abs=60)]
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert [at for at, in connection.execute("SELECT at FROM play WHERE source = 'webhook'")] == [viewed, pytest.approx(real(), abs=60)]
+
+
+def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_file):
+    with store.transaction():
+        store.add_entry(sb.entry_of(scrobble(), 1.0), None)
+        store.write("UPDATE webhook_log SET retry_at = 4e9, status = 'failed'")
+        store.take_note("history", 4 * 10 ** 9)
+    sb.Worker(config("-tracker-db", "x"), store, None).bound_times(2e9)
+    assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
+
+
 def test_a_backup_in_the_place_of_the_database_is_opened_without_the_old_ones_log(database):
     backup = database.with_name("backup")
     shutil.copy(database, backup)
