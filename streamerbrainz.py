@@ -4021,8 +4021,6 @@ class Worker:
             if token and asked[-1]:
                 self.found[asked] = self.found.get(asked) or find_in_tmdb(token, *asked)
                 for known in self.tracker.shows("type = ? AND tmdb_id = ?", show.type, self.found[asked]):
-                    if known.ids.contradicts(show.ids):
-                        continue
                     return Match(known.id, column, CONFIDENCE[column])
         return None
 

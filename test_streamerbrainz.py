@@ -4323,7 +4323,7 @@ def test_a_failure_blocks_no_retry_and_nothing_is_marked_where_that_is_switched_
     with Keeper(database, "-no-auto-mark-watched") as keeper:
         for n in (99, 1):
             keeper.send({**PILOT, "index": n})
-    assert [brief(row) for row in rows(database)] == [("failed", "episode_not_found", 1, 99, 1), ("ignored", "auto_mark_disabled", 1, 1, 1)]
+    assert [brief(row) for row in rows(database)] == [("failed", "conflict_created", 1, 99, None), ("ignored", "auto_mark_disabled", 1, 1, 1)]
     with Keeper(database) as keeper:
         keeper.send()
     assert brief(rows(database)[2]) == ("success", "marked_watched", 1, 1, 1)
