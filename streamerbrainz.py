@@ -123,6 +123,7 @@ if sys.version_info < (3, 11):      # noqa: UP036  # older Pythons can read this
 # Threads: none.  Values never change, so every thread may read them.
 
 VERSION = "0.1.0"
+BUILT = 1793491200            # when this program was not there yet (2026-11-01): a clock before it is wrong
 USER_AGENT = f"StreamerBrainz/{VERSION}"      # and the Server header
 PLEX_S = 5.0                  # for one whole answer of a server; Plex in the same house takes milliseconds
 WARN_AGAIN_S = 60.0           # between two equal warnings that strangers can cause
@@ -299,7 +300,9 @@ def picture_path(value: object) -> str:
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
     get = attributes.get
-    return Item(type=text(get("type")), guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
+    # Home videos and what is from YouTube come as movies of the subtype clip.
+    word = text(get("subtype" if get("subtype") == "clip" else "type"))
+    return Item(type=word, guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
                 rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
                 index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
                 parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
@@ -476,6 +479,7 @@ class Scrobble(NamedTuple):
     show_guid: str = ""           # grandparentGuid; "": not given (legacy agents)
     guids: tuple[str, ...] = ()   # the item's own in other databases: imdb://, tmdb://, tvdb://
     year: int | None = None       # of the episode, its season or the movie; None: not given
+    viewed_at: int = 0            # lastViewedAt, by the server's clock (Unix s); 0: not given
 
 def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
     """The ids in Plex's `Guid`, a list of {"id": "tmdb://1396"}."""
@@ -485,7 +489,7 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
-                    item_guids(attributes), number(attributes.get("year")))
+                    item_guids(attributes), number(attributes.get("year")), time_of(attributes.get("lastViewedAt")))
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
@@ -1744,6 +1748,7 @@ class Glance(NamedTuple):
     waiting_s: float = 0.0        # age of the oldest entry that the worker has not touched; 0: none
     entries: Mapping[str, int] = MappingProxyType({})     # how many, by status
     broken: str = ""              # why it cannot be read; "": it can
+    refused: bool = False         # the last webhook was answered 503, for it cannot be written
 
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
@@ -1798,6 +1803,7 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
     # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
     player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
+    reasons += ["-tracker-db: it cannot be written, so webhooks are refused: is the disk full?"] * tracked.refused
     if status.busy_since is not None and at - status.busy_since > STALL_S:
         reasons.append(f"the main loop has been busy for {at - status.busy_since:.0f} s")
     if player.outage:
@@ -2157,6 +2163,7 @@ class Gate:
     def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):
         """a_minute: webhooks from one address; 0: no limit."""
         self.secret, self.a_minute = secret, a_minute
+        self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
         self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
         self.lock = threading.Lock()
@@ -2232,6 +2239,7 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
+MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
 # Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
 # Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
@@ -2338,8 +2346,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                "address or own name, or a -webhook-secret-file.")
         if path != "/healthz":
             gate.check(self.path.partition("?")[2], address)
+        self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
-            gate.count(gate.tokens, address, gate.a_minute, "webhooks")
+            try:
+                gate.count(gate.tokens, address, gate.a_minute, "webhooks")
+            except WebhookError:                      # it may be a scrobble, which is small: it has no picture
+                self.excess = self.command == "POST" and 0 < (self.length() or 0) <= MAX_SCROBBLE
+                if not self.excess:
+                    raise
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
@@ -2353,6 +2367,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
             return
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
+        if self.excess:
+            gate, address = self.server.gate, self.client_address[0]
+            tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
+            gate.count(tokens, address, gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
             self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
         else:
@@ -2618,16 +2636,22 @@ def make_secret(config: Config) -> int:
 
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
+MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
-    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title, "ARTISTS": item.artist,
-              "ALBUM": item.parent_title, "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
+              "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
+              "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
               "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title,
               "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate,
               "PLEX_BIT_DEPTH": item.bit_depth, "OLD_STATE": change.old_state, "REASON": change.reason}
+    return plain_environment(values)
+
+def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
+    """Variables of a hook, without those that are not given."""
     return {name: text(str(value)).replace("\0", "") for name, value in values.items() if value not in ("", None)}
 
 class Amplifier(NamedTuple):
@@ -2646,10 +2670,13 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
     """The waiting events with one more."""
     # While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
     # takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
+    # What was watched is told, however many changes come.
     changes = [each for each in waiting if each[0] not in SWITCHES]
+    if event == "watched":
+        return [*waiting, (event, environment)][:MAX_WATCHED]
     if event in SWITCHES:
         return changes if len(changes) < len(waiting) else [*waiting, (event, environment)]
-    return [*(each for each in waiting if each[0] in SWITCHES), (event, environment)]
+    return [*(each for each in waiting if each[0] in (*SWITCHES, "watched")), (event, environment)]
 
 # --- the world
 # A hook's time (an amplifier takes one second), then from SIGTERM to SIGKILL; the latter when the daemon stops.
@@ -2718,7 +2745,7 @@ class Hooks:
     def __init__(self, command: Sequence[str], active_timeout_s: float, level: int = logging.DEBUG):
         """level: of the line that says that the command ran."""
         self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
-        self.inbox: queue.SimpleQueue[Change] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Change | dict[str, str]] = queue.SimpleQueue()      # or what tells of `watched`
         self.amplifier, self.latest, self.waiting = Amplifier(), dict[str, str](), Waiting()
         # running: held while a command runs.  ended, and stopping can be read: end() was called.
         self.running, self.stopping, self.ended = threading.Lock(), os.eventfd(0), False
@@ -2748,8 +2775,11 @@ class Hooks:
             self.amplifier = Amplifier()
             self.add("inactive")
 
-    def take(self, change: Change) -> None:
-        """Add the events of a change to those that wait."""
+    def take(self, change: Change | dict[str, str]) -> None:
+        """Add the events of a change, or `watched`, to those that wait."""
+        if isinstance(change, dict):
+            self.waiting = enqueue(self.waiting, "watched", change)
+            return
         event = "track_changed" if change.state == change.old_state else change.state      # librespot's words
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
@@ -2825,7 +2855,7 @@ SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
 _GUID = re.compile(r"(?:com\.plexapp\.agents\.(?:hama://)?)?(thetvdb|themoviedb|tvdb|tmdb|imdb)\d?(?:://|-)"
-                   r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,4})/(\d{1,4}))?(?:[/?].*)?", re.ASCII)
+                   r"(tt)?0*([1-9]\d{0,9})(?:/(\d{1,10})/(\d{1,10}))?(?:[/?].*)?", re.ASCII)
 
 class Ids(NamedTuple):
     """The ids of a show or movie in other databases; None: not known."""
@@ -2939,6 +2969,7 @@ class Conflict(NamedTuple):
 
 # How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
+GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
 # A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
 # more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
@@ -3015,6 +3046,7 @@ SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate
 SCROBBLE, HISTORY = "media.scrobble", "history"
 # Where a play is known from.  HISTORY and LIBRARY are the server's.
 WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
+FOUND = {HISTORY: "recovered", LIBRARY: "marked_in_plex"}     # the events without a webhook, and the action of each
 
 class Entry(NamedTuple):
     """One row of the tracker's journal: a webhook, or a play that only the server's history told of."""
@@ -3048,7 +3080,7 @@ class Entry(NamedTuple):
         """The guid of the show or movie, without ?lang=; "": not given.  A legacy agent's episode has it in its own."""
         legacy = re.match(r"com\.plexapp\.agents\.[^/]*://[^/?]+", self.guid)
         own = self.guid if self.type == MOVIE else legacy[0] if legacy else ""
-        return (self.show_guid or own).partition("?")[0]
+        return re.sub(r"^local://.*", "", self.show_guid or own).partition("?")[0]     # that is only the key again
 
     @property
     def key(self) -> str:
@@ -3106,6 +3138,16 @@ def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | N
     wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
     return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
 
+def disagree(told: Show, known: Show) -> bool:
+    """Whether ids or years speak against it that these are one show."""
+    later = told.year - known.year if told.year and known.year else 0         # a season's year may be much later
+    return told.ids.contradicts(known.ids) or later < -1 or (told.own_year and later > 1)
+
+def mark_entry(fields: Mapping[str, Any], server: str) -> Entry:
+    """The Entry of an item that its library says was watched last at lastViewedAt."""
+    entry = entry_of(Webhook(LIBRARY, item=parse_item(fields), server=server, scrobble=parse_scrobble(fields)), 0.0)
+    return entry._replace(received_at=float(time_of(fields.get("lastViewedAt"))))
+
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
     numbers = {"title": 0 if entry.name else None, "season": entry.season, "episode number": entry.episode}
@@ -3119,7 +3161,8 @@ def is_other_account(webhook: Webhook, accounts: str) -> bool:
     """Whether someone else watched.  accounts: as -accounts; "": only the webhook's owner counts; "*": everyone."""
     if accounts in ("", "*"):
         return not accounts and not webhook.user
-    return not {webhook.account.casefold(), webhook.account_id} & split_accounts(accounts)
+    owner = "1" if webhook.user else ""               # to the server; in webhooks it is the id at plex.tv
+    return not {webhook.account.casefold(), webhook.account_id, owner} & split_accounts(accounts)
 
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
@@ -3191,15 +3234,13 @@ def cut(line: str, width: int = 80) -> str:
     ends = list(itertools.accumulate((1 + (unicodedata.east_asian_width(c) in "WF") for c in line), initial=0))
     return line if ends[-1] <= width else line[:sum(end < width for end in ends[1:])] + "\u2026"
 
-MAX_GRID = 2000               # episodes of a season in a grid; higher numbers are dates: 41103
-
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
-    watched, name = dict(episodes), f"Season {season}" if season else "Specials"
-    if max(watched) > MAX_GRID:
-        return f"{name:10}  {sum(watched.values())} of {len(watched)}"
-    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)]
-                    for number in range(min(1, *watched), max(watched) + 1))
+    watched = dict(episodes)
+    gaps = max(watched) > 2 * len(watched) + 100      # they are numbered by date: 26041103
+    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in (
+        sorted(watched) if gaps else range(min(1, *watched), max(watched) + 1)))
+    name = f"Season {season}" if season else "Specials"
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
 
@@ -3616,9 +3657,12 @@ class Tracker:
         ahead_s = clock_ahead_s()
         # Only the daemon does so: another process does not know which entries are older than a jump.
         if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
-            self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook'", jump_s, self.since)
-            self.write("UPDATE webhook_log SET received_at = received_at + ?, retry_at = retry_at + ? WHERE id > ? "
-                       "AND event <> 'history'", jump_s, jump_s, self.since)
+            # What has the server's time, or would lie ahead, was right before (see Journal.append).
+            jump = jump_s, self.since, jump_s, time.time() + CLOCK_JUMP_S
+            self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook' AND at + ? <= ?", *jump)
+            self.write("UPDATE webhook_log SET received_at = received_at + ? WHERE id > ? AND event NOT IN "
+                       "('history', 'library') AND received_at + ? <= ?", *jump)
+            self.write("UPDATE webhook_log SET retry_at = retry_at + ? WHERE id > ? AND retry_at > 0", *jump[:2])
         return ahead_s
 
     def all(self, query: str, *values: object, **named: object) -> list[Any]:
@@ -3677,8 +3721,8 @@ class Tracker:
     def knows_play(self, play: Entry) -> bool:
         """Whether a play in the server's history is in the journal already."""
         return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN "
-                        "(?, '') AND event IN (?, ?) AND action IS NOT 'other_account'", play.rating_key,
-                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY) is not None
+                        "(?, '') AND event IN (?, ?, ?) AND action IS NOT 'other_account'", play.rating_key,
+                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY, LIBRARY) is not None
 
     # -- shows
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
@@ -3686,13 +3730,21 @@ class Tracker:
         return [Show(row["type"], row["title"], row["year"], Ids(*row[3:6]), row["id"]) for row in self.all(
             f"SELECT type, title, year, tmdb_id, tvdb_id, imdb_id, id FROM {table} WHERE {condition}", *values)]
 
-    def match_ids(self, show: Show) -> Match | None:
+    def doubt(self, score: float, *show_ids: int) -> Conflict:
+        """A Conflict: it may be one of these shows, or another."""
+        known = [show for show_id in dict.fromkeys(show_ids) for show in self.shows("id = ?", show_id)]
+        return Conflict("ambiguous", tuple(Candidate(show, score, 0) for show in known))
+
+    def match_ids(self, show: Show) -> Match | Conflict | None:
         """The show that has one of these ids.  One that contradicts a more certain id is not meant."""
+        # One that contradicts a less certain id is a question: Plex may have two shows with one id at TMDB.
+        doubts: list[int] = []
         for i, (column, confidence) in enumerate(CONFIDENCE.items()):
-            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]):
-                if not known.ids.contradicts(show.ids[:i]):
+            for known in self.shows(f"type = ? AND {column} = ?", show.type, show.ids[i]) if show.ids[i] else ():
+                if not known.ids.contradicts(show.ids):
                     return Match(known.id, column, confidence)
-        return None
+                doubts += [known.id] * (not known.ids.contradicts(show.ids[:i]))
+        return self.doubt(1.0, *doubts) if doubts else None
 
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
@@ -3704,17 +3756,27 @@ class Tracker:
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
-        # A key belongs to another show now if the guid differs: the library was built anew.
+        # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
         guid = entry.guid_of_show
         return self.one("SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND "
-                        "(:guid = guid OR '' IN (:guid, guid)) OR :guid LIKE 'plex://%' AND guid = :guid) "
+                        "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) "
+                        "OR :guid LIKE 'plex://%' AND guid = :guid) "
                         "ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC",
-                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid)
+                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid, name=entry.name)
 
-    def mapped(self, entry: Entry) -> Match | None:
-        """The show that an entry's show was found to be before; None: not known."""
-        row = self.mapping(entry)
-        return Match(row["show_id"] or 0, "mapping", row["confidence"]) if row else None
+    def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
+        """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
+        # What only a title said is checked each time; once it is doubted, it counts no more until a person answers.
+        row, found = self.mapping(entry), self.match_ids(show)
+        if row and (row["by"] not in GUESSED or row["show_id"] is None):
+            return Match(row["show_id"] or 0, "mapping", row["confidence"])
+        if row is None or isinstance(found, Conflict) or (found and found.show_id == row["show_id"]):
+            return found
+        match = Match(row["show_id"], "mapping", row["confidence"])
+        is_asked = self.one("SELECT 1 FROM conflict WHERE resolution IS NULL AND (server, type, subject) = (?, ?, ?) "
+                            "AND created_at >= ?", entry.server, entry.type, entry.subject, (row["at"] or 0) + 1)
+        doubted = found or is_asked or disagree(show, *self.shows("id = ?", match.show_id))
+        return self.doubt(match.confidence, found.show_id if found else 0, match.show_id) if doubted else match
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
         """Whether the server has this show already, under another guid of Plex's."""
@@ -3738,8 +3800,9 @@ class Tracker:
         return show_id
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
-        """Fill in the ids that a show does not have, and that no other show has."""
-        for column, value in ids._asdict().items():
+        """Fill in the ids that a show does not have, and that no other show has; none if one contradicts."""
+        contradicted = any(known.ids.contradicts(ids) for known in self.shows("id = ?", show_id))
+        for column, value in () if contradicted else ids._asdict().items():
             self.write(f"UPDATE OR IGNORE show SET {column} = ? WHERE id = ? AND {column} IS NULL", value, show_id)
 
     def add_episodes(self, show_id: int, episodes: Iterable[Sequence[object]]) -> None:
@@ -3833,12 +3896,18 @@ class Tracker:
         mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
                                "conflict.id = ?", conflict_id)
         moved = self.remap(mapping_id, show_id)
+        for show in self.shows("id = ?", conflict_id, table="conflict") if show_id else ():
+            self.learn_ids(show_id, show.ids)
+        self.close_conflict(conflict_id, show_id)
+        return moved
+
+    def close_conflict(self, conflict_id: int, show_id: int) -> None:
+        """Note the answer, and let the entries that wait be finished."""
         self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
                    conflict_id)
-        return moved
 
-def glance(tracker: Tracker) -> Glance:
+def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
     try:
         with tracker.turn(), tracker.guarded():
@@ -3851,7 +3920,8 @@ def glance(tracker: Tracker) -> Glance:
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
             return Glance(tuple((time_of(at), text(name)) for at, name in marked),
                           tuple((no, named(text(title), year), text(kind)) for no, title, year, kind in asked),
-                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)))
+                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)),
+                          refused=journal is not None and journal.fault is not None)
     except TrackerError as error:
         return Glance(broken=str(error))
 
@@ -3883,7 +3953,9 @@ class Journal:
 
     def append(self, webhook: Webhook) -> None:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
-        entry, result = entry_of(webhook, time.time()), queue.SimpleQueue[TrackerError | None]()
+        at, viewed_at = time.time(), webhook.scrobble.viewed_at if webhook.scrobble else 0
+        entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
+        result: queue.SimpleQueue[TrackerError | None] = queue.SimpleQueue()
         outcome = first_outcome(webhook, entry, self.accounts)
         self.waiting.append((entry, outcome, result))
         with self.tracker.turn():                     # if it does not come, the entry may be committed later
@@ -3949,6 +4021,7 @@ class Worker:
             if config.tmdb_token_file else None
         self.down: PlexError | None = None            # why nobody is asked any more in this round: all would time out
         self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers
+        self.tell: Callable[[Entry], object] | None = None      # what to call when something was marked as watched
 
     def run(self, written: threading.Event) -> None:
         """Work for ever: on what is due, and on plays without a webhook.  written: set when there is more to do."""
@@ -3959,6 +4032,7 @@ class Worker:
             try:
                 with self.tracker.faults():
                     if time.monotonic() >= history_at:
+                        self.bound_times(time.time())
                         history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
                         self.prune()
                     self.drain()
@@ -3972,6 +4046,12 @@ class Worker:
                 say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}",
                     **{} if known else {"traceback": traceback.format_exc()})
                 pause_s, fails = TRACKER_RETRY_S, True
+
+    def bound_times(self, now: float) -> None:
+        """Bring back what a clock that was ahead has put off for years."""
+        with self.tracker.transaction(lasting=False):
+            self.tracker.write("UPDATE webhook_log SET retry_at = ?1 WHERE retry_at > ?1", now + ENTRY_RETRY_MAX_S)
+            self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
 
     def drain(self, again: bool = False) -> int:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
@@ -4010,13 +4090,18 @@ class Worker:
                 "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], outcome.match and
                 outcome.match.show_id, conflict_id, None if wait_s is None else time.time() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
+        if self.tell and outcome.status == SUCCESS and outcome.action != "already_watched":
+            self.tell(entry)
 
     def ask(self, entry: Entry) -> Asked:
         """Ask the servers for what is needed to finish an entry; raises PlexError."""
-        # The server is asked only about a show that is not known yet, and for episodes only if that of the entry is
-        # missing; TMDB only about ids that no show in the tracker has.
-        asked = Asked(entry.show)
-        if not (self.tracker.mapped(entry) or self.tracker.match_ids(asked.show)):
+        # The server is asked only about a show that is not known yet for certain, and for episodes only if that of the
+        # entry is missing; TMDB only about ids that no show in the tracker has.
+        asked, row = Asked(entry.show), self.tracker.mapping(entry)
+        if row and row["by"] in GUESSED:
+            with contextlib.suppress(PlexError):      # what is known will do
+                asked = Asked(self.ask_server(entry))
+        elif not (row or self.tracker.match_ids(asked.show)):
             show = self.ask_server(entry)
             asked = Asked(show, None if self.tracker.match_ids(show) else self.ask_tmdb(show))
         verdict = self.decide(entry, asked)
@@ -4026,11 +4111,12 @@ class Worker:
 
     def decide(self, entry: Entry, asked: Asked) -> Match | Conflict:
         """Which of our shows an entry's show is, by what the servers say and what the database knows now."""
-        verdict = self.tracker.mapped(entry) or self.tracker.match_ids(asked.show) or asked.match or \
-            self.tracker.match_title(asked.show)
-        if isinstance(verdict, Match) and verdict.by == "title" and self.tracker.is_another(entry, verdict.show_id):
-            known = self.tracker.shows("id = ?", verdict.show_id)
-            return Conflict("ambiguous", tuple(Candidate(each, TAKEN_ABOVE, 0) for each in known))
+        verdict = self.tracker.known(entry, asked.show) or asked.match or self.tracker.match_title(asked.show)
+        if isinstance(verdict, Match) and verdict.by == "title":
+            if self.tracker.is_another(entry, verdict.show_id):
+                return self.tracker.doubt(TAKEN_ABOVE, verdict.show_id)
+            if self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
+                return self.tracker.doubt(verdict.confidence, verdict.show_id)
         return verdict
 
     def conclude(self, entry: Entry, asked: Asked, verdict: Match | Conflict | PlexError) -> Outcome:
@@ -4044,32 +4130,35 @@ class Worker:
             return Outcome(FAILED, "plex_unreachable", str(verdict), retry=True)
         if not self.may_add(asked.show, verdict):
             return Outcome(FAILED, "conflict_created", conflict_reason(asked.show, verdict))
-        own = entry.season or 0, entry.episode or 0, entry.title, ()
-        outcome = self.mark(entry, asked._replace(episodes=[*asked.episodes, own]),
-                            Match(self.tracker.add_show(asked.show), "new", 1.0))
+        outcome = self.mark(entry, asked, Match(self.tracker.add_show(asked.show), "new", 1.0))
         return outcome._replace(action="auto_added_show") if outcome.action == "marked_watched" else outcome
 
     def mark(self, entry: Entry, asked: Asked, match: Match) -> Outcome:
         """Remember which show is meant, add the episodes that it does not have yet, and mark the entry's."""
         if not match.show_id:
             return Outcome(IGNORED, "auto_mark_disabled", "a person chose to ignore this show")
-        if match.by != "mapping":
+        if match.by in CONFIDENCE:
+            self.tracker.learn_ids(match.show_id, asked.show.ids)
+        if match.by != "mapping" and (match.by not in GUESSED or self.config.auto_mark_watched):
             self.tracker.map(entry, match)
-            if match.by in CONFIDENCE:
-                self.tracker.learn_ids(match.show_id, asked.show.ids)
-        self.tracker.add_episodes(match.show_id, asked.episodes)
+        mapping = self.tracker.mapping(entry)
+        is_certain = mapping and mapping["by"] not in GUESSED     # then Plex vouches that it has this episode
+        own = (entry.season or 0, entry.episode or 0, entry.title[:MAX_TITLE] if entry.type == EPISODE else "")
+        self.tracker.add_episodes(match.show_id, [*asked.episodes, *[own] * bool(is_certain)])
         row = self.tracker.episode(match.show_id, entry.season, entry.episode)
         if row is None:
             return Outcome(FAILED, "episode_not_found", "the show has no such episode, here or on the server; "
                            "`tracker import` tries again", match)
         if not self.config.auto_mark_watched:
             return Outcome(IGNORED, "auto_mark_disabled", "-no-auto-mark-watched is given", match)
-        mapping = self.tracker.mapping(entry)
-        self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), HISTORY if entry.event == HISTORY
-                               else WEBHOOK, mapping and mapping["id"], entry.id)
-        if row["plays"]:
+        source = entry.event if entry.event in FOUND else WEBHOOK
+        added = self.tracker.add_plays(match.show_id, (*row[1:4], (int(entry.received_at),)), source,
+                                       mapping and mapping["id"], entry.id)
+        if not added and not row["plays"]:
+            return Outcome(IGNORED, "auto_mark_disabled", "a person took this mark back later", match)
+        if row["plays"] and not (added and source == LIBRARY):
             return Outcome(SUCCESS, "already_watched", "the first date stays", match)
-        return Outcome(SUCCESS, "recovered" if entry.event == HISTORY else "marked_watched", "", match)
+        return Outcome(SUCCESS, FOUND.get(source, "marked_watched"), "", match)
 
     def may_add(self, show: Show, conflict: Conflict) -> bool:
         """Whether a show that is missing in the tracker is certain enough to be added."""
@@ -4118,7 +4207,7 @@ class Worker:
 
     # -- plays without a webhook
     def recover(self) -> bool:
-        """Put plays of the server's history into the journal if no webhook told of them; -> whether it answered."""
+        """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
         # How far the history was read is noted with the entries of each page.
         if not self.plex:
             return True
@@ -4132,10 +4221,45 @@ class Worker:
                         if since <= play.received_at <= until and not self.tracker.knows_play(play):
                             self.tracker.add_entry(play, None)
                     self.tracker.take_note("history", max([since, *(at for at in read if at <= until)]))
+            if accounts is None or "1" in accounts:   # a library tells only what its owner watched
+                self.read_marks(self.plex, server, until)
         except PlexError as error:
             say(logging.DEBUG, f"the server's history was not read: {error}")
             return error.fault not in ("unreachable", "starting")
         return True
+
+    def read_marks(self, plex: PlexServer, server: str, until: int) -> None:
+        """Put what was marked by hand in Plex since the last reading into the journal; raises PlexError."""
+        # Neither a webhook nor the history tells of it.  The first reading only notes how far it came.
+        for section in plex.items("/library/sections"):
+            key, kind = text(section.get("key")), {"movie": 1, "show": 4}.get(text(section.get("type")))
+            if kind:
+                note = f"marks {server} {key}"
+                since, newest, last = self.tracker.note(note), 1, LAST_TIME
+                for page in plex.pages(f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&unwatched=0&"
+                                       "sort=lastViewedAt:desc&includeGuids=1"):
+                    marks = [mark_entry(fields, server) for fields in page.items]
+                    times = [last, *(int(each.received_at) for each in marks)]
+                    newest, last = max([newest, *(at for at in times[1:] if at <= until)]), times[-1]
+                    if times != sorted(times, reverse=True):      # an unknown sort is ignored in silence
+                        newest = since
+                        break
+                    with self.tracker.transaction(lasting=False):
+                        for mark, fields in zip(marks, page.items, strict=True):
+                            if since and since < mark.received_at <= until and self.is_new_mark(mark, fields):
+                                self.tracker.add_entry(mark, None)
+                    if not since or last <= since:
+                        break
+                with self.tracker.transaction(lasting=False):
+                    self.tracker.take_note(note, max(since, newest))
+
+    def is_new_mark(self, mark: Entry, fields: Mapping[str, Any]) -> bool:
+        """Whether a library tells of a play that nobody else told of."""
+        # What was begun again has a new lastViewedAt, too, but no more plays (viewCount) than before.
+        count, row = number(fields.get("viewCount")) or 0, self.tracker.mapping(mark)
+        known = row and self.tracker.episode(row["show_id"], mark.season, mark.episode)
+        return mark.type in (EPISODE, MOVIE) and not missing_word(mark) and not number(fields.get("viewOffset")) and \
+            count > (known["plays"] if known else 0) and not self.tracker.knows_play(mark)
 
     def accounts(self) -> set[str] | None:
         """The ids of -accounts in the server's history; None: all count.  Raises PlexError."""
@@ -4143,9 +4267,12 @@ class Worker:
             return None if self.config.accounts else {"1"}              # 1 is the owner
         assert self.plex
         wanted = split_accounts(self.config.accounts)
+        # An id of plex.tv is known by the name that a webhook gave it.
+        names = wanted | {row[0].casefold() for each in wanted for row in self.tracker.all(
+            "SELECT account FROM webhook_log WHERE account_id = ? ORDER BY id DESC LIMIT 1", each)} - {""}
         try:
             return wanted | {text(each.get("id"), 20) for each in self.plex.items("/accounts")
-                             if text(each.get("name")).casefold() in wanted}
+                             if text(each.get("name")).casefold() in names}
         except PlexError as error:
             if error.fault in ("unreachable", "starting"):
                 raise
@@ -4173,27 +4300,43 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 
+def same_show(tracker: Tracker, show: Show) -> int:
+    """The id of a show of the same title and year; 0: none."""
+    # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
+    title = parse_title(show.title)
+    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
+        known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
+
 def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
     """The id of a show in the tracker, added if it is missing; within a transaction."""
-    # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
-    found, title = mapped or tracker.match_ids(show), parse_title(show.title)
-    same = (known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type)
-            if (known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids))
-    show_id = found.show_id if found else next(same, 0) or tracker.add_show(show)
+    found = mapped or tracker.match_ids(show)
+    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
 def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> None:
     """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped."""
-    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out.
-    item = parse_item(fields)
+    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out, and clips are.
+    if (item := parse_item(fields)).type == "clip":
+        return
     key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
-    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=item.title, show_title=item.title,
-                  show_key=key, show_guid=guid)
-    match = tracker.mapped(entry)
+    name = item.title if type else item.grandparent_title
+    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,
+                  show_guid=guid)
+    show = Show(type or SHOW, name)
+    if type:
+        show = show._replace(year=number(fields.get("year")), ids=parse_ids((*item_guids(fields), guid)))
+    match = tracker.known(entry, show)
+    if type and match is None and (same := same_show(tracker, show)):
+        match = tracker.doubt(1.0, same) if tracker.is_another(entry, same) else Match(same, "title", 1.0)
+    if isinstance(match, Conflict):
+        if type:
+            tracker.add_conflict(entry, show, match)
+        return
     if type and (match is None or match.show_id):
-        show = Show(type, item.title, number(fields.get("year")), parse_ids((*item_guids(fields), guid)))
-        match = Match(upsert_show(tracker, show, match), "import", match.confidence if match else 1.0)
+        before = tracker.mapping(entry)
+        by = "import" if match is None else before["by"] if match.by == "mapping" else match.by
+        match = Match(upsert_show(tracker, show, match), by, match.confidence if match else 1.0)
         tracker.map(entry, match)
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
@@ -4225,8 +4368,9 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
     with tracker.transaction():
         for row in tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
                                "WHERE resolution IS NULL AND show_id NOT NULL AND "
-                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))"):
-            tracker.resolve(row["id"], row["show_id"])
+                               "(by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
+                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))", *GUESSED):
+            tracker.close_conflict(row["id"], row["show_id"])
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""
@@ -4591,8 +4735,8 @@ def tracker_command(config: Config) -> int:
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
-# Needs of Hooks: Hooks, hook_command
-# Needs of Tracker: Journal, Tracker, Worker, glance
+# Needs of Hooks: Hooks, hook_command, plain_environment
+# Needs of Tracker: Entry, Journal, Tracker, Worker, glance
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -4733,6 +4877,7 @@ class Systemd:
 # How long the watcher may take to end (milliseconds, unless it waits for a server).  From one question for our address
 # to the next; and the longest sleep, after which it is asked for, too.
 STOP_S, ADDRESS_S, WAKE_S = 0.3, 10.0, 60.0
+CLOSE_S = 0.5                 # for whoever writes to the tracker when the daemon ends
 
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
@@ -4767,7 +4912,8 @@ def announce(config: Config, port: int, query: str) -> Iterator[None]:
             say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
             said = url
 
-def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock: threading.Lock) -> None:
+def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, trackers: Sequence[Tracker],
+                lock: threading.Lock) -> None:
     """The end, once: in the watcher, or in the thread of the signals if the watcher hangs."""
     with lock:
         if not listener.closing.is_set():
@@ -4775,6 +4921,9 @@ def say_goodbye(listener: Listener, systemd: Systemd, hooks: Hooks | None, lock:
             listener.close()
             if hooks:
                 hooks.end()
+            for tracker in trackers:                  # none or one, which is closed so that no -wal stays
+                if tracker.lock.acquire(timeout=CLOSE_S):     # and kept: nobody opens it again
+                    tracker.close()
             say(logging.INFO, "stopped listening")
 
 def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object) -> None:
@@ -4785,6 +4934,12 @@ def start(name: str, inbox: Inbox, target: Callable[..., object], *args: object)
         except Exception as error:
             inbox.put(error)
     threading.Thread(target=carefully, name=name, daemon=True).start()
+
+def watched_environment(entry: Entry) -> dict[str, str]:
+    """What a hook finds in its environment when an episode or movie was marked as watched."""
+    number_of = {"SEASON": entry.season, "EPISODE": entry.episode} if entry.type == EPISODE else {}
+    return plain_environment({"PLAYER_EVENT": "watched", "NAME": entry.title, "SHOW": entry.show_title, **number_of,
+                              "PLEX_TYPE": entry.type, "PLEX_RATING_KEY": entry.rating_key, "TRACK_ID": entry.guid})
 
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
@@ -4805,13 +4960,16 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
     systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
-    end = functools.partial(say_goodbye, listener, systemd, hooks, threading.Lock())
+    trackers: list[Tracker] = []
+    end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
     tracker = Tracker(path, create=True, patient=True) if path else None
+    trackers += [tracker] if tracker else []
     journal = Journal(tracker, config.accounts) if tracker else None
     worker = Worker(config, tracker, plex) if tracker else None
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, functools.partial(glance, tracker) if tracker else None, bool(gate.secret), own)
+    look = functools.partial(glance, tracker, journal) if tracker else None
+    pages = Pages(board, covers, look, bool(gate.secret), own)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")
@@ -4822,6 +4980,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
+    if worker and hooks:
+        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
     if journal and worker:
         start("worker", inbox, worker.run, journal.written)
     def tell(status: Status, changes: Sequence[Change]) -> None:

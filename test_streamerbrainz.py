@@ -3836,12 +3836,14 @@ def test_a_hooks_environment_has_librespots_names_and_no_token():
         "PLAYER_EVENT": "playing", "TRACK_ID": "plex://track/1", "NAME": "Karma Police", "ARTISTS": "Radiohead", "ALBUM": "OK Computer",
         "DURATION_MS": "264000", "POSITION_MS": "61000", "PLEX_PLAYER_ID": "m1", "PLEX_PLAYER_TITLE": "Living Room", "PLEX_TYPE": "track",
         "PLEX_RATING_KEY": "101", "PLEX_SAMPLE_RATE": "96000", "PLEX_BIT_DEPTH": "24", "OLD_STATE": STOPPED}
+    assert "ARTISTS" not in sb.hook_environment(change(type="episode", originalTitle="Der Anfang"), "playing")        # a title, no artist
 
 
 @pytest.mark.parametrize("waiting, event, after", [
     ([], "playing", ["playing"]), (["playing"], "paused", ["paused"]), (["active", "playing"], "stopped", ["active", "stopped"]),
     (["active", "playing"], "inactive", ["playing"]), (["stopped"], "inactive", ["stopped", "inactive"]), (["inactive"], "active", []),
-    (["inactive", "stopped"], "active", ["stopped"])])
+    (["inactive", "stopped"], "active", ["stopped"]), (["watched", "playing"], "stopped", ["watched", "stopped"]), (["watched"], "watched", ["watched"] * 2),
+    (["inactive", "watched"], "active", ["watched"]), (["watched"] * 50, "watched", ["watched"] * 50)])
 def test_the_newest_change_wins_and_the_amplifier_is_never_left_wrong(waiting, event, after):
     assert [name for name, _ in sb.enqueue([(name, {}) for name in waiting], event, {})] == after
 
@@ -4473,6 +4475,10 @@ def test_a_legacy_agents_guid_is_the_shows_and_a_movies_ids_are_its_own():
     (scrobble(event="media.play"), "", ("ignored", "event_not_scrobble")),
     (scrobble({**PILOT, "type": "track"}), "", ("ignored", "not_supported_type")),
     (scrobble({**PILOT, "type": "clip"}), "", ("ignored", "not_supported_type")),
+    (scrobble({**PILOT, "type": "movie", "subtype": "clip"}), "", ("ignored", "not_supported_type")), (scrobble(Account={"id": 139, "title": "me"}), "1", None),
+    (scrobble(user=False, Account={"id": 139, "title": "me"}), "1", ("ignored", "other_account")),
+    (scrobble({**PILOT, "parentIndex": 202604, "index": 2 ** 31}), "", None), (scrobble({**PILOT, "index": 2 ** 31 + 1}), "", ("failed", "validation_failed")),
+    (scrobble(legacy("com.plexapp.agents.thetvdb://1/2026/26041103", parentIndex=None, index=None)), "", None),
     (scrobble(None), "", ("ignored", "not_supported_type")),
     (scrobble(user=False), "", ("ignored", "other_account")), (scrobble(user=False), "*", None), (scrobble(user="yes"), "", ("ignored", "other_account")),
     (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "bob, anna", None), (scrobble(user=False, Account={"id": 7, "title": "Anna"}), "7", None),
@@ -4488,6 +4494,7 @@ def test_what_marks_nothing_is_known_at_once(webhook, accounts, expected):
 
 def test_a_season_is_a_grid_that_fits_80_columns():
     assert sb.season_lines(1, [(1, True), (2, False), (4, True)]) == f"Season 1    {'#. #':50}  2 of 3"
+    assert sb.season_lines(202604, [(26041103, True), (26041105, False)]) == f"Season 202604  {'#.':50}  1 of 2"      # by date
     assert sb.season_lines(0, [(3, True)]) == f"Specials    {'  #':50}  1 of 1"
     assert max(map(len, sb.season_lines(12, [(n, True) for n in range(1, 130)]).splitlines())) <= 80
 
@@ -4814,7 +4821,7 @@ def test_a_failure_blocks_no_retry_and_nothing_is_marked_where_that_is_switched_
     with Keeper(database, "-no-auto-mark-watched") as keeper:
         for n in (99, 1):
             keeper.send({**PILOT, "index": n})
-    assert [brief(row) for row in rows(database)] == [("failed", "episode_not_found", 1, 99, 1), ("ignored", "auto_mark_disabled", 1, 1, 1)]
+    assert [brief(row) for row in rows(database)] == [("failed", "conflict_created", 1, 99, None), ("ignored", "auto_mark_disabled", 1, 1, 1)]
     with Keeper(database) as keeper:
         keeper.send()
     assert brief(rows(database)[2]) == ("success", "marked_watched", 1, 1, 1)
@@ -4922,6 +4929,48 @@ def test_what_the_history_has_and_no_webhook_told_is_recovered_once(database, to
     assert show["episodes"][1]["watched"] == [sb.iso_time(now - 7200)] and len(show["episodes"][2]["watched"]) == 2
 
 
+def test_a_hook_is_told_what_was_marked_as_watched_once(database, tmp_path):
+    hook, told = tmp_path / "hook", tmp_path / "told"
+    hook.write_text(f'#!/bin/sh\necho "$PLAYER_EVENT|$NAME|$SHOW|$SEASON|$EPISODE|$PLEX_RATING_KEY|$ARTISTS" >> {told}\n')
+    hook.chmod(0o755)
+    with Process(*flags(database), "-on-event", hook) as daemon:
+        for more in ({}, {"ratingKey": "2", "index": 2}, {"ratingKey": "5", "type": "movie", "title": "Heat", "year": 1995, "grandparentTitle": None, "Guid": []}):
+            assert send(daemon, {**PILOT, **more}) == 200               # the second was watched before
+        eventually(lambda: told.exists() and told.read_text().count("\n") == 2)
+    assert told.read_text().splitlines() == ["watched|Pilot|Breaking Bad|1|1|1001|", "watched|Heat||||5|"]
+
+
+def test_what_is_marked_by_hand_in_plex_is_found_once_with_one_page_when_nothing_is_new(database, token_file):
+    now = int(time.time())
+    marks = [{**PILOT, "viewCount": 1, "lastViewedAt": now - 90000}, {**PILOT, "ratingKey": "7", "index": 9, "viewCount": 1}]      # ticked whole: no time
+    fresh = {**PILOT, "ratingKey": "1002", "index": 2, "viewCount": 2, "lastViewedAt": now - 80000}
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.answers["/library/sections"] = {"Metadata": [{"key": "1", "type": "show"}, {"key": "2", "type": "movie"}, {"key": "3", "type": "artist"}]}
+        library.pages("/status/sessions/history/all", [])
+        library.pages("/library/sections/1/all", marks)
+        library.pages("/library/sections/2/all", [])
+
+        def read():
+            library.requests.clear()
+            assert keeper.worker.recover()
+            keeper.worker.drain()
+            return [row["action"] for row in rows(database)], len([request for request in library.requests if "/all?type" in request])
+        assert read() == ([], 2)                                        # the first time it is only noted how far it came
+        marks.insert(0, fresh)
+        assert read() == (["marked_in_plex"], 2) == read()
+        assert plays(database) == [0, 0, 2]
+        keeper.send()
+        for n, more in enumerate(({}, {"viewOffset": 9000}, {"index": 2, "viewCount": 2}, {"lastViewedAt": now + 90}, {"type": "clip"})):      # told by a webhook; begun; begun; later; a clip
+            marks.insert(0, {**PILOT, "ratingKey": f"{n or 1001}", "viewCount": 5, "lastViewedAt": now - 70 + n, **more})
+        marks[:] = sorted(marks, key=lambda each: -each.get("lastViewedAt", 0))
+        assert read() == (["marked_in_plex", "marked_watched"], 2)
+        marks.insert(0, {**PILOT, "ratingKey": "55", "title": "Heat", "type": "movie", "lastViewedAt": 5, "viewCount": 1})
+        assert read()[0] == ["marked_in_plex", "marked_watched"]        # not sorted: an unknown word is ignored in silence
+    with Library() as library, Keeper(database, *server_flags(library, token_file), "-accounts", "7") as keeper:
+        library.pages("/status/sessions/history/all", [])
+        assert keeper.worker.recover() and not [request for request in library.requests if "sections" in request]
+
+
 def test_a_kill_between_the_answer_and_the_mark_loses_and_doubles_nothing(database):
     sent = 0
     for delay_s, burst in itertools.product((0, 0.0005, 0.002, 0.005, 0.02), (1, 3, 8)):
@@ -4967,6 +5016,7 @@ def test_titles_that_differ_in_a_number_are_never_taken_for_one_another(store, o
 def test_short_titles_meet_their_qualified_form(store, title, year, known):
     with store.transaction():
         show_id = store.add_show(sb.Show("episode", known, year or 2018))
+        store.add_episodes(show_id, [(1, 1, "")])
     assert finish(store, metadata={**PILOT, "grandparentTitle": title, "year": year or 2018})[2] == show_id
 
 
@@ -4999,7 +5049,9 @@ def test_an_episodes_guid_in_another_database_is_none_of_its_show(store):
 
 
 def test_an_id_that_a_surer_one_contradicts_is_not_believed(store):
-    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396, 5))) == sb.Match(1, "tmdb_id", 1.0)
+    assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396))) == sb.Match(1, "tmdb_id", 1.0)
+    asked = store.match_ids(sb.Show("episode", "?", ids=sb.Ids(1396, 5)))            # two shows of Plex may have one id at TMDB
+    assert (asked.kind, [(each.show.id, each.score) for each in asked.candidates]) == ("ambiguous", [(1, 1.0)])
     assert store.match_ids(sb.Show("episode", "?", ids=sb.Ids(999, 81189))) is None
 
 
@@ -5014,6 +5066,106 @@ def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
         store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="3", show_guid="plex://show/three"), sb.Match(1, "import", 1.0))
     assert finish(store, metadata={**PILOT, "year": None})[1] == "conflict_created"
     assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
+
+
+def mappings(path, *words):
+    """Each mapping: the server's title, our show's id, and by what."""
+    return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
+
+
+def test_a_title_is_remembered_only_where_the_episode_is_there_and_was_marked(database):
+    with Keeper(database, "-no-auto-mark-watched") as keeper:
+        keeper.send()
+        assert rows(database)[0]["action"] == "auto_mark_disabled" and mappings(database) == []
+    with Keeper(database) as keeper:
+        keeper.send({**PILOT, "ratingKey": "2", "index": 9})
+        assert rows(database)[1]["reason"] == "ambiguous: Breaking Bad (2008) may be Breaking Bad (2008) (1.00)" and mappings(database) == []
+        keeper.send({**PILOT, "ratingKey": "3"})
+        assert brief(rows(database)[2])[:2] == ("success", "marked_watched") and mappings(database) == [("Breaking Bad", 1, "title")]
+
+
+@pytest.mark.parametrize("told, action, mapped", [
+    ({"Guid": [{"id": "tmdb://1396"}]}, "already_watched", ("Breaking Bad", 1, "tmdb_id")),                # proved
+    ({"Guid": [{"id": "tmdb://2"}]}, "conflict_created", ("Breaking Bad", 1, "title")), ({"year": 2024}, "conflict_created", ("Breaking Bad", 1, "title")),
+    ({"Guid": [{"id": "tmdb://1396"}, {"id": "tvdb://5"}]}, "conflict_created", ("Breaking Bad", 1, "title")), ({}, "already_watched", ("Breaking Bad", 1, "title"))])
+@pytest.mark.parametrize("by", ["title", "earlier"])
+def test_what_a_title_said_is_doubted_where_ids_or_years_say_otherwise(database, token_file, told, action, mapped, by):
+    with Keeper(database) as keeper:
+        keeper.send()
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE mapping SET by = ?, at = 1", (by,))
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.answers["/library/metadata/1000"] = {"Metadata": [{"guid": PILOT["grandparentGuid"], "title": "Breaking Bad", **told}]}
+        keeper.send({**PILOT, "ratingKey": "2", "index": 2})
+        assert rows(database)[1]["action"] == action
+        assert mappings(database) == [mapped if mapped[2] != "title" else ("Breaking Bad", 1, by)]
+        library.answers["/library/metadata/1000"] = 500                                                    # what was doubted stays so
+        keeper.send({**PILOT, "ratingKey": "3", "index": 2})
+        assert rows(database)[2]["action"] == action
+        if action == "conflict_created":
+            assert "1 play moved" in tracker(database, "resolve", 1, "new") and plays(database) == [0, 0, 1] and plays(database, 3) == [1, 2]
+            library.answers["/library/metadata/1000"] = {"Metadata": [{"title": "Breaking Bad", "year": 2008, "Guid": [{"id": "tmdb://1396"}]}]}
+            keeper.send({**PILOT, "ratingKey": "4", "index": 2})
+            assert brief(rows(database)[3]) == ("success", "already_watched", 1, 2, 3)                      # a person's answer is not doubted
+
+
+def test_a_certain_id_vouches_for_an_episode_that_the_tracker_lacks(database):
+    guid = "com.plexapp.agents.thetvdb://81189/6/{}?lang=en"
+    with Keeper(database) as keeper:
+        for n in (1, 2):
+            keeper.send(legacy(guid.format(n), ratingKey=str(n), parentIndex=6, index=n, title=f"New {n}"))
+        assert [brief(row) for row in rows(database)] == [("success", "marked_watched", 6, n, 1) for n in (1, 2)]
+    assert [each["title"] for each in json.loads(tracker(database, "show", 1, "-json"))[0]["episodes"][3:]] == ["New 1", "New 2"]
+
+
+def test_an_answer_teaches_the_ids_that_came_with_it_but_moves_none(database, token_file):
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        for key, ids in (("7", ["tmdb://777", "tvdb://888"]), ("8", ["tmdb://777", "tvdb://999"])):
+            library.answers[f"/library/metadata/{key}"] = {"Metadata": [{"title": f"Show {key}", "Guid": [{"id": each} for each in ids]}]}
+            keeper.send({**PILOT, "ratingKey": key, "grandparentTitle": f"Show {key}", "grandparentRatingKey": key, "grandparentGuid": f"plex://show/{key}"})
+        tracker(database, "resolve", 1, "new")
+        tracker(database, "resolve", 2, 1)                              # contradicts both: nothing is learned
+        keeper.send({**PILOT, "ratingKey": "9", "index": 5, "grandparentTitle": "?", "grandparentRatingKey": "9", "grandparentGuid": "com.plexapp.agents.thetvdb://888"})
+    shows = json.loads(tracker(database, "export"))["shows"]
+    assert [(show["tmdb_id"], show["tvdb_id"]) for show in shows] == [(1396, 81189), (777, 888)] and rows(database)[2]["show_id"] == 3
+
+
+def test_a_library_that_is_built_anew_asks_nothing_and_what_is_ignored_stays_so(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        shows, leaves = library_of(library, 2, 1, 3)
+        for each in shows:
+            each["Guid"] = []
+        brought(path, library, token_file)
+        tracker(path, "map", 2, "ignore")
+        for each in (*shows, *leaves):                                  # other keys, a film has one of the old
+            each.update({key: str(int(each[key]) + 1) for key in ("ratingKey", "grandparentRatingKey") if key in each}, title="Other " + each["title"])
+        library.answers["/identity"] = {"machineIdentifier": "f" * 40}
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n" and ("Show 1001", None, "person") in mappings(path)
+
+
+def test_two_shows_with_one_id_at_tmdb_and_two_at_tvdb_are_a_question(tmp_path, token_file):
+    path = tmp_path / "t.db"
+    with Library() as library:
+        shows, _ = library_of(library, 2, 1, 3)
+        for n, each in enumerate(shows):
+            each["Guid"] = [{"id": "tmdb://5"}, {"id": f"tvdb://{n + 1}"}]
+        for _ in range(2):
+            assert brought(path, library, token_file).startswith("The tracker now has 1 shows, 3 episodes and 1 movies.\n")
+        conflict, = json.loads(tracker(path, "conflicts", "-json"))
+        assert (conflict["title"], [each["title"] for each in conflict["candidates"]]) == ("Show 1001", ["Show 1000"])
+        tracker(path, "resolve", 1, "new")
+        for _ in range(2):
+            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert mappings(path)[1:] == [("Heat", 2, "import"), ("Show 1001", 3, "person")]
+
+
+def test_a_local_guid_proves_nothing(store):
+    local = {**PILOT, "grandparentGuid": "local://1000", "guid": "local://1001"}
+    assert finish(store, metadata=local)[1] == "marked_watched"
+    assert finish(store, metadata={**local, "ratingKey": "2", "index": 2})[1] == "already_watched"
+    assert finish(store, metadata={**local, "ratingKey": "3", "grandparentTitle": "Another"})[1] == "conflict_created"     # the key of an older library
 
 
 def test_two_servers_may_have_the_same_key(store):
@@ -5057,15 +5209,16 @@ def test_an_entry_that_another_process_finished_meanwhile_is_not_finished_twice(
     assert plays(database)[1] == 1 and len([line for line in lines if "action=" in line]) == 1
 
 
-@pytest.mark.parametrize("accounts, ids", [("", {"1"}), ("*", None), ("Anna, 12", {"anna", "12", "7"}), ("Nobody", {"nobody"})])
+@pytest.mark.parametrize("accounts, ids", [("", {"1"}), ("*", None), ("Anna, 12", {"anna", "12", "7"}), ("Nobody", {"nobody"}), ("139", {"139", "1"})])
 def test_accounts_are_known_to_the_history_by_their_ids(store, token_file, accounts, ids):
     with Library() as library:
         library.answers["/accounts"] = {"Metadata": [{"id": 1, "name": "me"}, {"id": 7, "name": "Anna"}]}
         plex = sb.PlexServer(library.url, secret_file(token_file).first)
         worker = sb.Worker(config("-tracker-db", "x", "-accounts", accounts), store, plex)
+        finish(store, Account={"id": 139, "title": "Me"})               # the owner's id at plex.tv, in a webhook
         assert worker.accounts() == ids
         del library.answers["/accounts"]
-        assert worker.accounts() == (ids - {"7"} if ids else ids)
+        assert worker.accounts() == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
 
 
 @pytest.mark.parametrize("answer", [404, 403, 500])
@@ -5316,6 +5469,29 @@ def test_only_the_daemon_corrects_what_a_clock_gave_that_was_set(database, monke
         store.close()
 
 
+def test_a_clock_before_the_programs_own_date_is_not_believed(database, monkeypatch):
+    real, viewed = time.time, sb.BUILT + 86400
+    with Keeper(database) as keeper:
+        monkeypatch.setattr(time, "time", lambda: real() - 1.7e9)
+        keeper.send({**PILOT, "lastViewedAt": viewed})
+        keeper.send({**PILOT, "ratingKey": "2", "index": 2, "lastViewedAt": sb.BUILT - 9})        # an earlier viewing: our time, which is mended below
+        assert [row["received_at"] for row in rows(database)] == [viewed, pytest.approx(real() - 1.7e9, abs=60)]
+        monkeypatch.setattr(time, "time", real)
+        keeper.send(event="media.play")
+        assert [row["received_at"] for row in rows(database)[:2]] == [viewed, pytest.approx(real(), abs=60)]
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert [at for at, in connection.execute("SELECT at FROM play WHERE source = 'webhook'")] == [viewed, pytest.approx(real(), abs=60)]
+
+
+def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_file):
+    with store.transaction():
+        store.add_entry(sb.entry_of(scrobble(), 1.0), None)
+        store.write("UPDATE webhook_log SET retry_at = 4e9, status = 'failed'")
+        store.take_note("history", 4 * 10 ** 9)
+    sb.Worker(config("-tracker-db", "x"), store, None).bound_times(2e9)
+    assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
+
+
 def test_a_backup_in_the_place_of_the_database_is_opened_without_the_old_ones_log(database):
     backup = database.with_name("backup")
     shutil.copy(database, backup)
@@ -5446,7 +5622,33 @@ def test_a_disk_that_is_full_is_503_and_what_was_acknowledged_is_there(database)
             journal.append(scrobble())
             safe += 1
     assert 0 < safe < 500 and len(rows(database)) == safe
+    status_, healthy = sb.health(status_of(), sb.glance(store, journal), 0.0)
+    assert status_ == 503 and "-tracker-db: it cannot be written, so webhooks are refused: is the disk full?" in healthy["reasons"]
+    store.connection.execute("PRAGMA max_page_count = 1000000")
+    journal.append(scrobble())
+    assert not sb.glance(store, journal).refused
     store.close()
+
+
+def test_a_clean_stop_leaves_no_log_beside_the_database(database):
+    with Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(5) == 0
+    assert [each.name for each in database.parent.glob("tracker.db*")] == ["tracker.db"]
+    with contextlib.closing(sqlite3.connect(database)) as other, Process(*flags(database)) as daemon:
+        assert send(daemon) == 200
+        other.execute("BEGIN IMMEDIATE")                            # who writes is not waited for long
+        at = time.monotonic()
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(5) == 0 and time.monotonic() - at < 1.5
+
+
+def test_a_hundred_other_webhooks_cost_no_scrobble_and_scrobbles_have_a_limit_too(database):
+    with Process("-tracker-db", database, "-rate-limit", "20") as daemon:
+        assert [send(daemon, event="library.new") for _ in range(100)].count(200) in (20, 21)
+        assert [send(daemon, {**PILOT, "ratingKey": str(n)}) for n in range(40)].count(200) in (20, 21)
+        assert send(daemon, {**PILOT, "summary": "x" * sb.MAX_SCROBBLE}) == 429
 
 
 def test_words_that_are_no_unicode_find_nothing(database):
@@ -5514,7 +5716,8 @@ def library_of(library, shows=3, seasons=2, episodes=5):
             for n in range(1000, 1000 + shows)]
     leaves = [episode_fields(n, season, number, **({"viewCount": 2, "lastViewedAt": 1600000000 + number} if number < 3 else {}))
               for n in range(1000, 1000 + shows) for season in range(1, 1 + seasons) for number in range(1, 1 + episodes)]
-    films = [{"ratingKey": "5", "type": "movie", "guid": "plex://movie/heat", "title": "Heat", "year": 1995, "viewCount": 1, "Guid": [{"id": "imdb://tt0113277"}]}]
+    films = [{"ratingKey": "4", "type": "movie", "subtype": "clip", "title": "Birthday", "viewCount": 1},
+             {"ratingKey": "5", "type": "movie", "guid": "plex://movie/heat", "title": "Heat", "year": 1995, "viewCount": 1, "Guid": [{"id": "imdb://tt0113277"}]}]
 
     def section(query):
         start, size = int(query["X-Plex-Container-Start"]), int(query["X-Plex-Container-Size"])
@@ -5590,16 +5793,13 @@ def test_an_import_does_what_waited_for_it(tmp_path, token_file):
             brought(path, library, token_file)
             assert brief(rows(path)[0])[:2] == ("success", "marked_watched") and tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n"
             assert send(daemon, {**waiting, "index": 6, "ratingKey": "6"}) == 200
-            assert done(path, 2)[1]["action"] == "episode_not_found"
-            library_of(library, episodes=6)
-            brought(path, library, token_file)
-            assert brief(rows(path)[1])[:2] == ("success", "marked_watched")
+            assert done(path, 2)[1]["action"] == "marked_watched"      # its show is certain, so the episode exists
 
 
 def test_an_import_of_a_file_does_what_waited_for_it_too(store, database, tmp_path):
     severance = {**PILOT, "grandparentTitle": "Severance", "grandparentRatingKey": "7", "grandparentGuid": "plex://show/sev", "year": 2022}
     assert finish(store, metadata=severance)[1] == "conflict_created"
-    assert finish(store, metadata={**PILOT, "ratingKey": "2", "index": 9})[1] == "episode_not_found"
+    assert finish(store, metadata={**PILOT, "ratingKey": "2", "index": 9})[1] == "conflict_created"
     assert finish(store, metadata={**PILOT, "ratingKey": "3", "grandparentTitle": "Unheard Of", "grandparentRatingKey": "8", "grandparentGuid": "plex://show/u"})[1] == "conflict_created"
     file = tmp_path / "more.json"
     file.write_text(json.dumps({"shows": [{"title": "Severance", "year": 2022, "episodes": [{"season": 1, "episode": 1}]},
