@@ -3414,6 +3414,7 @@ SCHEMA = (
         server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL, title TEXT NOT NULL,
         year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT, candidates TEXT NOT NULL, resolution TEXT)""",
     "CREATE UNIQUE INDEX conflict_open ON conflict (server, type, subject) WHERE resolution IS NULL",
+    "CREATE VIEW open_conflict AS SELECT * FROM conflict WHERE resolution IS NULL",
     # The journal: its entries (see Entry), and what became of each (see Outcome).
     # status: NULL: the worker has not begun.  retry_at: when to finish it, or to try again; NULL: it is finished.
     """CREATE TABLE webhook_log (id INTEGER PRIMARY KEY, received_at REAL NOT NULL, event TEXT NOT NULL,
@@ -3433,7 +3434,7 @@ SCHEMA = (
 MIGRATIONS = {1: (
     "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found", "DROP INDEX mapping_show",
     "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
-    *(each for each in SCHEMA if re.search("(TABLE|VIEW) (episode|play|watched|mapping) |INDEX (play|mapping)_", each)),
+    *(each for each in SCHEMA if re.search("(TABLE|INDEX|VIEW) (?!show|conflict|webhook_log|note)", each)),
     "INSERT INTO episode SELECT show_id, season, episode, title, NULL FROM episode_1",
     "INSERT INTO mapping SELECT NULL, server, type, subject, guid, '', show_id, iif(EXISTS (SELECT 1 FROM conflict c "
     "WHERE (c.server, c.type, c.subject) = (m.server, m.type, m.subject) AND resolution IS NOT NULL), 'person', "
@@ -4415,7 +4416,7 @@ def read_whole(path: str) -> tuple[dict[str, Any], History]:
             content = file.read(MAX_FILE + 1)
         if foreign := read_foreign(content, shown_path(path)):
             return {}, foreign
-        whole = checked(json.loads(content), "the file", {"shows": list, "movies": list, "mappings": list})
+        whole = checked(json.loads(content), "the file", dict.fromkeys(("shows", "movies", *MORE_KEYS), list))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"tracker import: {shown_path(path)} cannot be read as JSON ({why(error)}).") from error
     return whole, ([*read_shows(whole)], [])
@@ -4445,7 +4446,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                 if sys.stderr.isatty():
                     print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True,
                           end="\r" if i < len(read) else "\n")
-            restore_mappings(tracker, whole.get("mappings") or (), ids)
+            restore(tracker, whole, ids)
         print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
               file=sys.stderr)
     elif plex is None:
@@ -4481,35 +4482,43 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     watched = episodes[0]["watched"] if episodes else []
     return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched})}
 
-# The keys of a mapping in the JSON form.  show: which one of the shows and movies in the file, from 0; null: ignored.
-MAPPING_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str, "by": str, "show": int}
+# The keys of a mapping and of an open conflict in the JSON form.  show: which one of the shows and movies in the file,
+# from 0; null: ignored.
+SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
+MORE_KEYS = {"mappings": {**SERVER_KEYS, "by": str, "show": int},
+             "conflicts": {**SERVER_KEYS, **SHOW_KEYS, "kind": str}}
 
-def restore_mappings(tracker: Tracker, mappings: Iterable[object], ids: Sequence[int]) -> None:
-    """Bring the mappings of a file in the JSON form; raises ConfigError.  ids: of its shows and movies."""
-    # What is mapped already stays as it is.
-    for i, value in enumerate(mappings):
-        fields = checked(value, f"mappings[{i}]", MAPPING_KEYS)
-        which = fields.get("show")
-        if which is not None and which >= len(ids):
-            raise ConfigError(f"tracker import: mappings[{i}].show is not in the file.")
-        tracker.write("INSERT OR IGNORE INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)", *(
-            text(fields.get(key)) for key in ("server", "type", "key", "guid", "title")),
-            None if which is None else ids[which], text(fields.get("by")) or IMPORT, int(time.time()))
+def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
+    """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
+    # What is mapped or asked already stays as it is.
+    for name, keys in MORE_KEYS.items():
+        for i, value in enumerate(whole.get(name) or ()):
+            fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
+            which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
+            if which is not None and which >= len(ids):
+                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if name == "mappings":
+                tracker.write("INSERT OR IGNORE INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)", *place,
+                              None if which is None else ids[which], text(fields.get("by")) or IMPORT, now)
+            else:
+                tracker.write("INSERT OR IGNORE INTO conflict VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '[]', "
+                              "NULL)", now, text(fields.get("kind")), *place, fields.get("year"), *(
+                                  fields.get(column) for column in CONFIDENCE))
 
 def tracker_export(config: Config, tracker: Tracker) -> int:
-    """Print all shows, movies and mappings in the JSON form, each on its own line; or the plays as Trakt's history."""
+    """Print all but the journal in the JSON form, each show on its own line; or the plays as Trakt's history."""
     kinds = {kind: tracker.shows("type = ? ORDER BY normal, id", kind) for kind in (SHOW, MOVIE)}
     if config.as_ == "trakt":
         entries = trakt_history((show, plays_of(tracker, show.id)) for shows in kinds.values() for show in shows)
         print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
         return 0
     places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
-    mappings = ({"server": row["server"], "type": row["type"], "key": row["subject"], "guid": row["guid"],
-                 "title": row["title"], "by": row["by"], "show": places.get(row["show_id"])}
-                for row in tracker.all("SELECT * FROM mapping ORDER BY id"))
+    more = {name: [{key: places.get(row["show_id"]) if key == "show" else row["subject" if key == "key" else key]
+                    for key in keys} for row in tracker.all(f"SELECT * FROM {table} ORDER BY id")]
+            for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True)}
     for start, rows in (('{"shows": [', (show_fields(tracker, show) for show in kinds[SHOW])),
                         (', "movies": [', (show_fields(tracker, show) for show in kinds[MOVIE])),
-                        (', "mappings": [', mappings)):
+                        *((f', "{name}": [', rows) for name, rows in more.items())):
         print(start)
         for i, row in enumerate(rows):
             print(f"{',' if i else ' '}{json.dumps(row)}")
@@ -4678,6 +4687,7 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
         lines += [f"{row['id']}: {cut(name, 45)} ({row['kind']}, {row['waiting']} waiting)",
                   *(cut(f"{command} {show.id}   # {score:.2f} {printable(named(show.title, show.year))}")
                     for show, score in known), f"{command} new", f"{command} ignore"]
+    lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
 
 def tracker_resolve(config: Config, tracker: Tracker) -> int:

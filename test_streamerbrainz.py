@@ -5945,6 +5945,25 @@ def test_a_backup_is_whole_while_the_daemon_writes_and_can_be_restored(database,
     assert "cannot be written (No such file or directory); name another file." in tracker(database, "backup", "/no/such/copy.db", status=2)
 
 
+def test_an_export_brings_mappings_what_is_ignored_and_open_conflicts(database, tmp_path):
+    file, other = tmp_path / "export.json", tmp_path / "other.db"
+    stranger = {**PILOT, "grandparentTitle": "Stranger", "grandparentRatingKey": "5", "grandparentGuid": "plex://show/stranger"}
+    with Keeper(database) as keeper:
+        keeper.send()
+        keeper.send(stranger)
+        tracker(database, "resolve", 1, "ignore")
+        keeper.send({**stranger, "grandparentTitle": "Other", "grandparentRatingKey": "6", "grandparentGuid": "plex://show/other"})
+    file.write_text(tracker(database, "export"))
+    for _ in range(2):
+        tracker(other, "import", file)
+        assert tracker(other, "export") == file.read_text()
+    with Keeper(other) as keeper:
+        keeper.send({**PILOT, "ratingKey": "1002", "index": 2, "grandparentTitle": "?"})
+        keeper.send(stranger)
+    assert [brief(row)[:2] for row in rows(other)] == [("success", "already_watched"), ("ignored", "auto_mark_disabled")]
+    assert [each["title"] for each in json.loads(tracker(other, "conflicts", "-json"))] == ["Other"]
+
+
 def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path):
     file, other = tmp_path / "export.json", tmp_path / "other.db"
     file.write_text(tracker(database, "export"))
@@ -5957,7 +5976,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
      "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "{} has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 2147483648."),
