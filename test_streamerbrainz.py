@@ -6179,7 +6179,7 @@ def test_an_old_python_is_told_so_in_one_sentence(version, python, word):
 
 # === README and the unit ===
 
-CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Daemon", "Doctor", "Demo", "main")
+CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Doctor", "Demo", "main")
 WORLD = {"time", "os", "sys", "socket", "threading", "queue", "logging", "select", "signal", "subprocess", "tempfile", "shutil", "ssl", "http",
          "urllib.request", "log", "say", "open", "print", "input"}
 
