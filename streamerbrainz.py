@@ -1849,7 +1849,6 @@ def metric_lines(families: Iterable[Family]) -> str:
     return "\n".join(lines) + "\n"
 
 # -- Status -> HTML (layout, status_page)
-MAX_FIELDS = 20               # of a query or a form; ours have 3
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
@@ -1866,9 +1865,9 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem } 
 input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer } summary { margin: .3rem 0 }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: .3rem }
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
-.row > :last-child { flex: none; max-width: 50%; text-align: right }
+.row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
 fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
-fieldset [name=unmark] { background: var(--accent); color: #000 }
+fieldset [value^=unmark] { background: var(--accent); color: #000 }
 """
 
 # The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
@@ -1926,13 +1925,6 @@ def layout(main: str, nonce: str, script: str, here: str | None) -> str:
 <footer class=dim>StreamerBrainz {VERSION}</footer>
 <script nonce="{nonce}">{script}</script></body></html>
 """
-
-def form_fields(query: str) -> dict[str, str]:
-    """The fields of a URL's query or a form, of each name the last; raises WebhookError 400 if they are too many."""
-    try:
-        return {name: text(value) for name, value in urllib.parse.parse_qsl(query, max_num_fields=MAX_FIELDS)}
-    except ValueError as error:
-        raise WebhookError(400, f"More than {MAX_FIELDS} fields are too many.") from error
 
 def clock(ms: int) -> str:
     """A position or duration as people read it: 4:24."""
@@ -2091,7 +2083,7 @@ class Pages:
         """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
         self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
         self.started_at = time.time()
-        # A path may end in /ID: then the number that is asked for follows the query and the Host, or a form's fields.
+        # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
         self.paths: dict[str, Callable[..., Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
             "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
@@ -2142,7 +2134,7 @@ class Pages:
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
 # Needs: Ground
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
-# Needs of Page: Answer, Pages, form_fields
+# Needs of Page: Answer, Pages
 
 # -- Who may send, and how often
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
@@ -2400,7 +2392,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
         if key in pages.paths and self.command == "POST":
             self.check_change(body)
-            self.send(pages.forms[key](form_fields(f"{query}&{bytes(body).decode('utf-8', 'replace')}"), *ids))
+            self.send(pages.forms[key](f"{query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
             return
         if key in pages.paths:
             answer = pages.paths[key](query, self.headers.get("Host", ""), *ids)
@@ -2418,12 +2410,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_change(self, body: Body) -> None:
         """Refuse a form from somewhere else than our own pages, or of who knows no secret; raises WebhookError."""
         # Browsers tell Sec-Fetch-Site to https and localhost only, and with each form its Origin.
-        site, host = self.headers.get("Sec-Fetch-Site"), self.headers.get("Host", "")
+        site, host, origin = (self.headers.get(name, "") for name in ("Sec-Fetch-Site", "Host", "Origin"))
         if not self.server.gate.secret:
-            raise WebhookError(403, "Without a webhook secret nothing can be changed here; `streamerbrainz.py secret` "
-                               "makes one.")
-        if site not in ("same-origin", "none") if site else \
-                self.headers.get("Origin") not in (f"http://{host}", f"https://{host}"):
+            raise WebhookError(403, "Nothing can be changed without a secret; `streamerbrainz.py secret` makes one.")
+        if (site or origin) not in (("same-origin", "none") if site else (f"http://{host}", f"https://{host}")):
             raise WebhookError(403, "Only our own pages may change something here.")
         if len(body) > MAX_FORM or not self.headers.get("Content-Type", "").startswith(FORM_TYPE):
             raise WebhookError(400, f"This is no form ({FORM_TYPE}) of at most {MAX_FORM} bytes.")
@@ -4443,7 +4433,7 @@ def tracker_command(config: Config) -> int:
 # Threads: request threads read, and write what a person corrects.  Each has the tracker for a short turn, which ends
 #   before HTML is made.
 # Needs: Ground
-# Needs of Page: Answer, Pages, form_fields, html_answer, layout
+# Needs of Page: Answer, Pages, html_answer, layout
 # Needs of Tracker: CONFIDENCE, DUPLICATE, FAILED, IGNORED, KINDS, SUCCESS, Tracker, answer_conflict, correct_mapping,
 #   episodes_of, named, normal
 
@@ -4451,23 +4441,20 @@ def tracker_command(config: Config) -> int:
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
 ASK_FIRST = """document.addEventListener("submit", event => {
-  const {name, value} = event.submitter || {};
-  if (name === "unmark" && !confirm("Take back " + value + "?")) event.preventDefault();
+  const word = event.submitter ? event.submitter.value : "";
+  if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault();
 });"""
 Local = Callable[[str, float], str]           # as local_time()
 
-def row_html(what: str, more: str) -> str:
-    """A row of a list, of two pieces of HTML: what it is, and what there is to say."""
-    return f"<li class=row><span>{what}</span><span class=dim>{more}</span></li>"
+def row_html(path: str, name: str, more: str) -> str:
+    """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
+    link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
+    return f"<li class=row><span>{link}</span><span class=dim>{more}</span></li>"
 
-def link_html(path: str, id: int, title: str, year: int | None = None) -> str:
-    """A link to one of our things, by its name."""
-    return f'<a href="/{path}/{id}">{html.escape(named(title, year))}</a>'
-
-def form_html(buttons: Iterable[tuple[str, str, str, str]], may: bool, action: str = "") -> str:
-    """A form of buttons, each with its name, value, word and title.  may: whether this person may change something."""
-    words = "".join(f'<button name={name} value="{value}" title="{html.escape(title)}">{html.escape(word)}</button>'
-                    for name, value, word, title in buttons)
+def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
+    """A form of buttons, each with its value, word and title.  may: whether this person may change something."""
+    words = "".join(f'<button name=word value="{value}" title="{html.escape(title)}">{html.escape(word)}</button>'
+                    for value, word, title in buttons)
     return f"<form method=post{action}><fieldset{'' if may else ' disabled'}>{words}</fieldset></form>"
 
 def search_html(words: str, action: str = "") -> str:
@@ -4479,9 +4466,10 @@ def shows_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     """Shows and movies, each with how much of it was watched, and when last."""
     lines = []
     for row in rows:
-        seen = f"{row['seen']} of {row['episodes']}" if row["type"] == SHOW else "movie" + ", not yet" * (not row["seen"])
+        movie = "movie" if row["seen"] else "movie, not yet"
+        seen = movie if row["type"] == MOVIE else f"{row['seen']} of {row['episodes']}"
         day = "" if row["last_at"] is None else f"<br><time>{local('%Y-%m-%d', row['last_at'])}</time>"
-        lines.append(row_html(link_html("watched", row["id"], row["title"], row["year"]), seen + day))
+        lines.append(row_html(f"watched/{row['id']}", named(row["title"], row["year"]), seen + day))
     return f"<h1>Watched</h1>{search_html(words)}<ul>{''.join(lines)}</ul>"
 
 def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
@@ -4491,15 +4479,15 @@ def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
         plays = [play.partition(" ") for play in (row["plays"] or "").split(",") if play]
         dates = "<br>".join(f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(source)})"
                             for at, _, source in plays)
-        cells.append(("unmark" if plays else "mark", f"{code}E{row['episode']:02}", str(row["episode"]), row["name"]))
-        lines.append(row_html(f"{row['episode']} {html.escape(row['name'])}", dates))
-    left = sum(name == "mark" for name, *_ in cells)
-    whole = ("mark", code, "Mark as watched", "") if left else ("unmark", code, "Take back", "")
+        cells.append((f"{'un' * bool(plays)}mark {code}E{row['episode']:02}", str(row["episode"]), row["name"]))
+        lines.append(row_html("", f"{row['episode']} {row['name']}", dates))
+    left = sum(value.startswith("mark") for value, *_ in cells)
+    whole = form_html([(f"mark {code}", "Mark as watched", "") if left else (f"unmark {code}", "Take back", "")], may)
     if rows[0]["type"] == MOVIE:
-        return f"{form_html([whole], may)}<p>{dates}</p>"
+        return f"{whole}<p>{dates}</p>"
     return (f"<h2 id={code}>{f'Season {season}' if season else 'Specials'} <span class=dim>{len(cells) - left} of "
             f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
-            f"{form_html([whole], may)}<ul>{''.join(lines)}</ul></details>")
+            f"{whole}<ul>{''.join(lines)}</ul></details>")
 
 def show_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     """A show, with what to watch next and its seasons; or a movie."""
@@ -4512,35 +4500,34 @@ def show_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
 
 def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     """Questions or mappings.  One that is open, or alone, has a button for each answer, and a search for others."""
-    lines = []
+    lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
     for row in rows:
+        to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
         said = html.escape(row["said"]) + (local(", %Y-%m-%d", row["at"]) if row["at"] is not None else "")
         if not row["open"] and len(rows) > 1:
-            lines.append(row_html(link_html(path, row["id"], row["title"], row["year"]), said))
+            lines.append(row_html(to, name, said))
             continue
-        answers = [(str(id), named(title, year) + (f" ({score:.2f})" if score else ""))
-                   for id, title, year, score in json.loads(row["choices"])]
-        answers += [("new", f"A new {KINDS[row['type']]}"), ("ignore", "Ignore it"), ("forget", "Forget it")]
-        buttons, action = [("show", *each, "") for each in answers], f' action="/{path}/{row["id"]}"'
-        lines.append(f"<h2>{html.escape(named(row['title'], row['year']))}</h2><p class=dim>{said}</p>"
-                     f"{form_html(buttons[:-1] if path == 'questions' else buttons, may, action)}"
-                     f"{search_html(words, action)}")
-    return f"<h1>{heading}</h1>{search_html(words) if len(rows) > 1 and path == 'mappings' else ''}{''.join(lines)}"
+        buttons = [(str(show_id), named(title, year) + (f" ({score:.2f})" if score else ""), "")
+                   for show_id, title, year, score in json.loads(row["choices"])]
+        buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
+        buttons += [("forget", "Forget it", "")] * (path == "mappings")
+        lines.append(f"<h2>{html.escape(name)}</h2><p class=dim>{said}</p>" + form_html(
+            buttons, may, f' action="/{to}"') + search_html(words, f' action="/{to}"'))
+    return f"<h1>{heading}</h1>{''.join(lines)}"
 
 def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     """What became of each webhook, and why."""
     lines = []
     for row in rows:
-        path, id = ("watched", row["show_id"]) if row["show_id"] else ("questions", row["conflict_id"])
-        name = link_html(path, id, row["name"]) if id else html.escape(row["name"])
+        to = f"watched/{row['show_id']}" if row["show_id"] else f"questions/{row['conflict_id']}"
         is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
         code = f" S{row['season']:02}E{row['episode']:02}" if is_episode else ""
-        reason = f"<br><span class=dim>{html.escape(row['reason'] or '')}</span>"
-        lines.append(row_html(f"<time>{local('%m-%d %H:%M', row['received_at'])}</time> {name}{code}{reason}",
-                              f"{html.escape(row['status'])}<br>{html.escape(row['action'] or '')}"))
+        said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["state"], row["action"] or "", row["reason"] or ""]
+        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", row["name"] + code,
+                              html.escape(" ".join(said))))
     links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
                      for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
-    return f"<h1>What became of each webhook</h1><p>{links}</p><ul>{''.join(lines)}</ul>"
+    return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 # The answers that a person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
 CHOICES = """(SELECT json_group_array(json_array(id, title, year, score)) FROM (SELECT show.id, show.title, show.year,
@@ -4553,7 +4540,8 @@ QUESTIONS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS 
     {CHOICES.format("candidates", "conflict")} FROM conflict"""
 MAPPINGS = f"""SELECT m.id, m.type, ifnull(nullif(m.title, ''), subject) AS title, NULL AS year, at, 0 AS open,
     ifnull(show.title, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, (SELECT count(*) FROM play
-    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")} FROM mapping m LEFT JOIN show ON show.id = show_id"""
+    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")}
+    FROM mapping m LEFT JOIN show ON show.id = show_id"""
 # path -> what makes its HTML, and the query for the rows
 questions_html = functools.partial(cards_html, "Which show is it?", "questions")
 mappings_html = functools.partial(cards_html, "Mappings", "mappings")
@@ -4571,34 +4559,26 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
     "/mappings": (mappings_html, f"{MAPPINGS} WHERE m.title LIKE :like OR show.normal LIKE :like ORDER BY m.id DESC "
                   "LIMIT :most OFFSET :skip"),
     "/mappings/ID": (mappings_html, f"{MAPPINGS} WHERE m.id = :id"),
-    "/log": (log_html, """SELECT received_at, coalesce(status, 'waiting') AS status, action, reason, type, season, episode,
-        show_id, conflict_id, ifnull(nullif(iif(type = 'movie', title, coalesce(nullif(show_title, ''), title)), ''),
-        event) AS name FROM webhook_log WHERE :status IN ('', coalesce(status, 'waiting')) ORDER BY id DESC
-        LIMIT :most OFFSET :skip""")}
+    "/log": (log_html, """SELECT *, coalesce(status, 'waiting') AS state, coalesce(nullif(iif(type = 'movie', '',
+        show_title), ''), nullif(title, ''), event) AS name FROM webhook_log WHERE
+        :status IN ('', state) ORDER BY id DESC LIMIT :most OFFSET :skip""")}
 
 # --- the world
-def mark(tracker: Tracker, show_id: int, fields: Mapping[str, str]) -> str:
-    """Mark an episode or a season of a show, or take its marks back; -> where to go then."""
-    undo = "unmark" in fields
-    season, episode = episodes_of(fields["unmark"] if undo else fields.get("mark", ""))
-    if season is None or not tracker.one("SELECT 1 FROM episode WHERE (show_id, season) = (?, ?) AND episode = "
-                                         "ifnull(?, episode)", show_id, season, episode):
-        raise WebhookError(404, "There is no such episode.")
-    _ = tracker.unmark(show_id, season, episode) if undo else tracker.mark(show_id, season, episode, None)
-    return f"/watched/{show_id}?page={number(fields.get('page')) or 1}#S{season:02}"
+def mark(tracker: Tracker, show_id: int, word: str) -> object:
+    """Do what a button of a show says: "mark S01E02", "unmark S01"; within a transaction.  Raises ConfigError."""
+    name, _, code = word.partition(" ")
+    season, episode = episodes_of(code)
+    if name not in ("mark", "unmark") or season is None or not tracker.one(
+            "SELECT 1 FROM episode WHERE (show_id, season) = (?, ?) AND episode = ifnull(?, episode)", show_id, season,
+            episode):
+        raise ConfigError("there is no such episode.")
+    return tracker.unmark(show_id, season, episode) if name == "unmark" else \
+        tracker.mark(show_id, season, episode, None)
 
-def resolve(tracker: Tracker, conflict_id: int, fields: Mapping[str, str]) -> str:
-    """Answer a question; -> where to go then."""
-    answer_conflict(tracker, conflict_id, fields.get("show", ""))
-    return "/questions"
-
-def correct(tracker: Tracker, mapping_id: int, fields: Mapping[str, str]) -> str:
-    """Correct a mapping; -> where to go then."""
-    correct_mapping(tracker, mapping_id, fields.get("show", ""))
-    return "/mappings"
-
-# path of a form -> what it does, and the table of the number in the path
-FORMS = {"/watched/ID": (mark, "show"), "/questions/ID": (resolve, "conflict"), "/mappings/ID": (correct, "mapping")}
+# path of a form -> the table of the number in it, and what it does with that and the button's word
+FORMS: dict[str, tuple[str, Callable[[Tracker, int, str], object]]] = {
+    "/watched/ID": ("show", mark), "/questions/ID": ("conflict", answer_conflict),
+    "/mappings/ID": ("mapping", correct_mapping)}
 
 class TrackerPages:
     """The pages of the tracker, and their forms.  Its methods run in request threads."""
@@ -4620,35 +4600,38 @@ class TrackerPages:
         except TrackerError as error:
             raise WebhookError(503, "The watch tracker cannot be used now; try again later.") from error
 
-    def show(self, path: str, query: str, host: str, id: int = 0) -> Answer:
-        """A page.  id: the number in its path."""
-        asked, nonce, (make, sql) = form_fields(query), secrets.token_urlsafe(16), VIEWS[path]
-        page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if id else PAGE_ROWS
-        words, status = asked.get("q", ""), asked.get("status", "")
+    def show(self, path: str, query: str, host: str, no: int = 0) -> Answer:
+        """A page.  no: the number in its path."""
+        asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
+        page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
+        words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
         with self.faults():
             with self.tracker.turn():
-                rows = self.tracker.all(sql, id=id, words=words, like=f"%{'%'.join(normal(words).split())}%",
+                rows = self.tracker.all(sql, id=no, words=words, like=f"%{'%'.join(normal(words).split())}%",
                                         status=status, most=size + 1, skip=(page - 1) * size)
             if path.endswith("/ID") and not rows:
                 raise WebhookError(404, "There is no such thing here.")
-            main = make(rows[:size], words, self.pages.has_secret, local_time)
+            main = make(rows[:size], words, may, local_time)
         ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
             ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
-        main += f"<p>{' '.join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)}</p>"
-        if not self.pages.has_secret:
-            main += ("<p class=dim>To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
-                     "secret</code> makes one.</p>")
-        return html_answer(layout(main if rows else f"{main}Nothing.", nonce, ASK_FIRST, path.split("/")[1]), nonce)
+        links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
+        tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
+                              "secret</code> makes one.")
+        content = f"{main}<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+        return html_answer(layout(content, nonce, ASK_FIRST, path.split("/")[1]), nonce)
 
-    def change(self, path: str, fields: dict[str, str], id: int = 0) -> Answer:
+    def change(self, path: str, form: str, no: int = 0) -> Answer:
         """Do what a form says, and show a page again."""
-        work, table = FORMS[path]
+        fields, (table, work) = dict(urllib.parse.parse_qsl(form)), FORMS[path]
+        word = text(fields.get("word"))
         with self.faults(), self.tracker.turn(), self.tracker.transaction():
-            if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", id):
+            if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
                 raise WebhookError(404, "There is no such thing here.")
-            back = work(self.tracker, id, fields)
+            work(self.tracker, no, word)
         self.written.set()
-        return Answer(303, headers={"Location": back, "Cache-Control": "no-store"})
+        place = f"/{no}?page={number(fields.get('page')) or 1}#{word.partition(' ')[2].partition('E')[0]}"
+        return Answer(303, headers={"Location": path.replace("/ID", place if work == mark else ""),
+                                    "Cache-Control": "no-store"})
 
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
