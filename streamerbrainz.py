@@ -16,7 +16,7 @@ function, advance(), is the judge of what they say.  It promises: each true chan
 nothing is reported that was not true; whatever is reported as playing is later reported as stopped, once.
 
     Plex Media Server          (a browser, curl, Prometheus)
-      |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics
+      |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics, /watched and the tracker's others
       v                          v
     Listener ---- bytes -> Webhook -----> inbox <--- signals
       |  a thread for each connection       |   ^
@@ -32,14 +32,15 @@ How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.p
 is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
 of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
 comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
-Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter before it needs it.
+Ground and Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
 
 thread              owns                               never
 main                nothing: it starts the others and  (see outlive_main)
                     ends, to free its memory
 watcher             the PlayerStates and when to look  waits for Plex over PLEX_S
 listener            the listening socket               reads from a connection
-request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
+request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides (but
+                                                       writes what a person corrects in the tracker)
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
@@ -2868,7 +2869,8 @@ def hook(config: Config) -> int:
 # Way: Webhook -> Journal (an Entry in the table webhook_log, on the disk before the 200) -> Worker -> Match | Conflict
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
-#   entries: shows and marks have no other writer in the daemon.  All share one connection to the database, in turn.
+#   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
+#   to the database, in turn.
 # Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance

@@ -5372,7 +5372,7 @@ class Shelf(Site):
 
 
 @pytest.fixture
-def shelf(database, tmp_path):
+def shelf(database, tmp_path, lines):
     with Shelf(database, tmp_path) as site:
         yield site
 
@@ -5514,7 +5514,7 @@ class Browser:
 
         def arrange():
             for low, high in ((ours[0], 3), (theirs[1], 4)):
-                os.dup2(os.dup2(low, high + 60), high)
+                os.dup2(os.dup2(low, high + 200), high)
         self.process = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
                                          f"--user-data-dir={folder}"], preexec_fn=arrange, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(ours[0])
