@@ -16,7 +16,7 @@ function, advance(), is the judge of what they say.  It promises: each true chan
 nothing is reported that was not true; whatever is reported as playing is later reported as stopped, once.
 
     Plex Media Server          (a browser, curl, Prometheus)
-      |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics
+      |  POST /webhooks/plex     |  GET / /now /events /healthz /metrics, /watched and the tracker's others
       v                          v
     Listener ---- bytes -> Webhook -----> inbox <--- signals
       |  a thread for each connection       |   ^
@@ -32,14 +32,15 @@ How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.p
 is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
 of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
 comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
-Ground and Hooks.  If you do not want the tracker, skip that chapter: no chapter before it needs it.
+Ground and Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
 
 thread              owns                               never
 main                nothing: it starts the others and  (see outlive_main)
                     ends, to free its memory
 watcher             the PlayerStates and when to look  waits for Plex over PLEX_S
 listener            the listening socket               reads from a connection
-request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides
+request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides (but
+                                                       writes what a person corrects in the tracker)
 worker              the tracker's shows and marks      asks a server within a transaction
 hooks               the one command that runs          delays the watcher
 stream              its connection to the server       decides
@@ -1856,7 +1857,7 @@ def metric_lines(families: Iterable[Family]) -> str:
             lines.append(f"{name}{f'{{{each}}}' if labels else ''} {float(value):.10g}")
     return "\n".join(lines) + "\n"
 
-# -- Status -> HTML (status_page)
+# -- Status -> HTML (layout, status_page)
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
@@ -1867,6 +1868,15 @@ p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
+a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em }
+a[aria-current] { font-weight: 700 }
+nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem } form { margin: .5rem 0 }
+input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer } summary { margin: .3rem 0 }
+fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: .3rem }
+.row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
+.row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
+fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
+fieldset [value^=unmark] { background: var(--accent); color: #000 }
 """
 
 # The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
@@ -1878,7 +1888,7 @@ const full = url => url.dataset.plain + (secret ? "?token=" + secret : "");
 let since = performance.now(), shown = false;
 const dress = () => {
   for (const b of all("button")) b.hidden = b.id === "show" && !secret;
-  for (const i of all("img[data-src]")) i.src = i.dataset.src + "&token=" + secret;
+  for (const i of all("img[data-src]")) i.src = i.dataset.src + (secret ? "&token=" + secret : "");
   if (shown) by("url").textContent = full(by("url"));
 };
 const refresh = async () => {
@@ -1906,6 +1916,23 @@ const listen = again => {
   stream.onerror = () => { if (stream.readyState === 2) setTimeout(listen, 5000, true); };
 };
 listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
+"""
+
+LINKS = {"": "Now", "watched": "Watched", "questions": "Questions", "mappings": "Mappings", "log": "Log"}
+
+def layout(main: str, nonce: str, script: str, here: str | None) -> str:
+    """A whole page of ours.  nonce: allows our style and script, and no others.
+
+    here: which of LINKS it is; None: without a tracker there are none.
+    """
+    links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>'
+                    for path, name in LINKS.items())
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
+<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main>
+<footer class=dim>StreamerBrainz {VERSION}</footer>
+<script nonce="{nonce}">{script}</script></body></html>
 """
 
 def clock(ms: int) -> str:
@@ -1938,8 +1965,8 @@ def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
     """What was marked as watched, and which conflicts are open."""
     marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {html.escape(name)}</li>"
                      for when, name in tracked.marked)
-    waiting = "".join(f"<li>{html.escape(name)} ({kind}): <code>streamerbrainz.py tracker resolve {conflict_id} "
-                      "new</code>, or ignore, or the show's id</li>" for conflict_id, name, kind in tracked.conflicts)
+    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{html.escape(name)}</a> ({html.escape(kind)})</li>'
+                      for conflict_id, name, kind in tracked.conflicts)
     return (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
             (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
 
@@ -1959,19 +1986,13 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
                       f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
                       f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
-<body><main><section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
+    return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
 <h2>Witnesses</h2><ul>{told}</ul>
 <h2>The URL to paste into Plex</h2>
 <p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
-{tracker_html(tracked, local) if tracked else ''}</main>
-<footer class=dim>StreamerBrainz {VERSION}</footer>
-<script nonce="{nonce}">{SCRIPT}</script></body></html>
-"""
+{tracker_html(tracked, local) if tracked else ''}""", nonce, SCRIPT, "" if tracked else None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
@@ -2055,28 +2076,35 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({"Cache-Control": "no-store"})    # not for all: see send()
     events: Iterator[bytes] | None = None     # instead of a body: it goes on until one side ends it
 
+def html_answer(content: str, nonce: str) -> Answer:
+    """A page as an Answer.  It may load nothing but its own style, script and picture."""
+    # With "no-referrer" a browser would send its own forms without an Origin; see Handler.check_change().
+    policy = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+              f"frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'")
+    return Answer(200, content.encode("utf-8", "replace"), "text/html; charset=utf-8", {
+        "Content-Security-Policy": policy, "Referrer-Policy": "same-origin", "Cache-Control": "no-store"})
+
 class Pages:
-    """What each path shows.  Its methods run in request threads, and change nothing."""
+    """What each path shows.  Its methods run in request threads, and change nothing; forms are of other chapters."""
 
     def __init__(self, board: Board, covers: Covers, glance: Callable[[], Glance] | None, has_secret: bool,
                  own_url: Callable[[str], str]):
         """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
         self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
         self.started_at = time.time()
-        self.paths: dict[str, Callable[[str, str], Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
+        # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
+        self.forms: dict[str, Callable[..., Answer]] = {}
+        self.paths: dict[str, Callable[..., Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
             "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
 
     def page(self, query: str, host: str) -> Answer:
-        """The status page.  It may load nothing but its own style, script and picture."""
+        """The status page."""
         status, nonce = self.board.status, secrets.token_urlsafe(16)
         item, known = status.player.item, self.covers.webhook[0]
         has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
         content = status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce, has_picture,
                               self.glance and self.glance(), local_time)
-        policy = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                  f"frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'")
-        return Answer(200, content.encode("utf-8", "replace"), "text/html; charset=utf-8", {
-            "Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
+        return html_answer(content, nonce)
 
     def now(self, query: str, host: str) -> Answer:
         """What plays, as JSON."""
@@ -2142,6 +2170,14 @@ def given_secrets(query: str) -> list[bytes]:
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
 
+# The name of our cookie, and for how long a browser keeps it.  Bytes of a form: ours have 20.
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096
+
+def cookie_of(secret: str) -> str:
+    """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
+    return hmac.new(secret.encode(), b"cookie", "sha256").hexdigest()
+
 def webhook_url(host: str, port: int) -> str:
     """The URL of our webhooks."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{WEBHOOK_PATH}"
@@ -2187,20 +2223,26 @@ class Gate:
             return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_TEXT]  # type: ignore[index]
         return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
-    def check(self, query: str, address: str) -> None:
-        """Check the secret in a URL's query; raises WebhookError 401, or 429 after many wrong ones."""
+    def check(self, query: str, address: str, cookies: str = "") -> str:
+        """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones.
+
+        -> the cookie that proves the query's secret; "": the query has none.
+        """
         if self.secret is None:
-            return
+            return ""
         tokens, at = self.guesses.get(sender(address), (math.inf, 0.0))
         if spend(tokens, time.monotonic() - at, MAX_GUESSES)[1]:
             time.sleep(GUESS_S)
         with self.lock:
             words = self.secret.renewed()
-        known = [hmac.compare_digest(each, word.encode("ascii")) for each in given_secrets(query) for word in words]
-        if not any(known):
+        told = [word for each in given_secrets(query) for word in words if hmac.compare_digest(each, word.encode())]
+        given = re.findall(rf"(?:^|;) *{COOKIE}=([0-9a-f]+)", cookies)[:MAX_PAIRS]
+        known = [hmac.compare_digest(each, cookie_of(word)) for each in given for word in words]
+        if not told and not any(known):
             self.count(self.guesses, address, MAX_GUESSES, "requests without the secret")
             raise WebhookError(401, "The secret is missing or wrong: the URL must end in ?token= and the secret.",
                                {"WWW-Authenticate": "Secret"})
+        return cookie_of(told[0]) if told else ""
 
 # -- Our own address
 def guess_address(plex_url: str) -> str:
@@ -2344,8 +2386,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        if path != "/healthz":
-            gate.check(self.path.partition("?")[2], address)
+        self.cookie = "" if path == "/healthz" else gate.check(self.path.partition("?")[2], address,
+                                                               ";".join(headers.get_all("Cookie", [])))
         self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             try:
@@ -2357,14 +2399,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
-        path, pages = self.target(), self.server.pages.paths
-        if path != WEBHOOK_PATH and path not in pages:
+        path, pages, query = self.target(), self.server.pages, self.path.partition("?")[2]
+        numbered = re.fullmatch(r"(/\w+/)(\d{1,10})", path, re.ASCII)
+        key, ids = (f"{numbered[1]}ID", [int(numbered[2])]) if numbered else (path, [])
+        if path != WEBHOOK_PATH and key not in pages.paths:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
-        allowed = "POST" if path == WEBHOOK_PATH else "GET, HEAD"
+        allowed = "POST" if path == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
         if self.command not in allowed.split(", "):
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
-        if path in pages:
-            self.send(pages[path](self.path.partition("?")[2], self.headers.get("Host", "")))
+        if key in pages.paths and self.command == "POST":
+            self.check_change(body)
+            self.send(pages.forms[key](f"{query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
+            return
+        if key in pages.paths:
+            answer = pages.paths[key](query, self.headers.get("Host", ""), *ids)
+            kept = {"Set-Cookie": f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"}
+            gives = self.cookie and answer.media_type.startswith("text/html")
+            self.send(answer._replace(headers={**answer.headers, **kept}) if gives else answer)
             return
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
@@ -2376,6 +2427,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.server.keep(webhook, thumb)
             self.send(Answer(200, headers={}))
+
+    def check_change(self, body: Body) -> None:
+        """Refuse a form from somewhere else than our own pages, or of who knows no secret; raises WebhookError."""
+        # Browsers tell Sec-Fetch-Site to https and localhost only, and with each form its Origin.
+        site, host, origin = (self.headers.get(name, "") for name in ("Sec-Fetch-Site", "Host", "Origin"))
+        if not self.server.gate.secret:
+            raise WebhookError(403, "Nothing can be changed without a secret; `streamerbrainz.py secret` makes one.")
+        if (site or origin) not in (("same-origin", "none") if site else (f"http://{host}", f"https://{host}")):
+            raise WebhookError(403, "Only our own pages may change something here.")
+        if len(body) > MAX_FORM or not self.headers.get("Content-Type", "").startswith(FORM_TYPE):
+            raise WebhookError(400, f"This is no form ({FORM_TYPE}) of at most {MAX_FORM} bytes.")
 
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
@@ -2839,7 +2901,8 @@ def hook(config: Config) -> int:
 # Way: Webhook -> Journal (an Entry in the table webhook_log, on the disk before the 200) -> Worker -> Match | Conflict
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
-#   entries: shows and marks have no other writer in the daemon.  All share one connection to the database, in turn.
+#   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
+#   to the database, in turn.
 # Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
@@ -3397,6 +3460,7 @@ SCHEMA = (
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
     "CREATE INDEX play_episode ON play (show_id, season, episode, at)",
+    "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
@@ -4602,21 +4666,29 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
-def tracker_map(config: Config, tracker: Tracker) -> int:
-    """Correct a mapping: it is this show, a new one, to be ignored, or forgotten; what it marked moves along."""
-    mapping_id, word = number(config.words[1]) or 0, config.words[2]
+def correct_mapping(tracker: Tracker, mapping_id: int, word: str) -> tuple[int, int]:
+    """Correct a mapping; within a transaction.  -> the show's id (0: none), and how many plays moved.
+
+    word: a show, "new", "ignore" or "forget".  Raises ConfigError.
+    """
     row = tracker.one("SELECT * FROM mapping WHERE id = ?", mapping_id)
     if row is None:
         raise ConfigError("there is no such mapping; `tracker mappings` prints their ids.")
     known = None if word in ("new", "ignore", "forget") else show_of(tracker, word)
     if known and known.type != row["type"]:
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
+    show_id = known.id if known else tracker.add_show(Show(row["type"], row["title"])) if word == "new" else 0
+    moved = tracker.remap(mapping_id, show_id)
+    if word == "forget":                              # what it marked is judged anew
+        tracker.remap(mapping_id, 0)
+        tracker.write("DELETE FROM mapping WHERE id = ?", mapping_id)
+    return show_id, moved
+
+def tracker_map(config: Config, tracker: Tracker) -> int:
+    """Correct a mapping: it is this show, a new one, to be ignored, or forgotten; what it marked moves along."""
+    mapping_id = number(config.words[1]) or 0
     with tracker.transaction():
-        show_id = known.id if known else tracker.add_show(Show(row["type"], row["title"])) if word == "new" else 0
-        moved = tracker.remap(mapping_id, show_id)
-        if word == "forget":                          # what it marked is judged anew
-            tracker.remap(mapping_id, 0)
-            tracker.write("DELETE FROM mapping WHERE id = ?", mapping_id)
+        show_id, moved = correct_mapping(tracker, mapping_id, config.words[2])
     Worker(config, tracker, server_of(config)).drain(again=True)
     return print_rows(config, [{"mapping": mapping_id, "show_id": show_id or None, "moved": moved}],
                       f"Mapping {mapping_id} is corrected; {plural(moved, 'play')} moved.")
@@ -4690,21 +4762,28 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
 
-def tracker_resolve(config: Config, tracker: Tracker) -> int:
-    """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
-    conflict_id, word = number(config.words[1]) or 0, config.words[2]
+def answer_conflict(tracker: Tracker, conflict_id: int, word: str) -> tuple[int, int]:
+    """Resolve a conflict; within a transaction.  -> the show's id (0: none), and how many plays moved.
+
+    word: a show, "new" or "ignore".  Raises ConfigError.
+    """
     if tracker.one("SELECT 1 FROM conflict WHERE id = ?", conflict_id) is None:
         raise ConfigError("there is no such conflict; `tracker conflicts` prints their ids.")
     show = tracker.shows("id = ?", conflict_id, table="conflict")[0]
     known = None if word in ("new", "ignore") else show_of(tracker, word)
     if known and known.type != show.type:
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
+    show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
+    if show_id:                                       # the person says that these episodes exist
+        tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
+                                                  "conflict_id = ? AND season NOT NULL", conflict_id))
+    return show_id, tracker.resolve(conflict_id, show_id)
+
+def tracker_resolve(config: Config, tracker: Tracker) -> int:
+    """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
+    conflict_id = number(config.words[1]) or 0
     with tracker.transaction():
-        show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
-        if show_id:                                   # the person says that these episodes exist
-            tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
-                                                      "conflict_id = ? AND season NOT NULL", conflict_id))
-        moved = tracker.resolve(conflict_id, show_id)
+        show_id, moved = answer_conflict(tracker, conflict_id, config.words[2])
     done = Worker(config, tracker, server_of(config)).drain(again=True)
     stays = f" {plural(moved, 'play')} moved." if moved else ""
     said = f"{done} waiting webhook{' was' if done == 1 else 's were'} processed."
@@ -4735,6 +4814,212 @@ def tracker_command(config: Config) -> int:
             tracker.guarded():
         return command(config, tracker)
 
+# === Browse: the tracker in a browser (shows_html, show_html, cards_html, log_html, TrackerPages) ===
+# What for: to see what was watched and what became of each webhook, and to correct it by a click.
+# Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
+# Threads: request threads read, and write what a person corrects.  Each has the tracker for a short turn, which ends
+#   before HTML is made.
+# Needs: Ground
+# Needs of Page: Answer, Pages, html_answer, layout
+# Needs of Tracker: CONFIDENCE, DUPLICATE, FAILED, IGNORED, KINDS, SUCCESS, Tracker, answer_conflict, correct_mapping,
+#   episodes_of, named, normal
+
+# Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
+PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
+# A mark that is taken back loses its date.
+ASK_FIRST = """document.addEventListener("submit", event => {
+  const word = event.submitter ? event.submitter.value : "";
+  if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault();
+});"""
+Local = Callable[[str, float], str]           # as local_time()
+
+def row_html(path: str, name: str, more: str) -> str:
+    """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
+    link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
+    return f"<li class=row><span>{link}</span><span class=dim>{more}</span></li>"
+
+def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
+    """A form of buttons, each with its value, word and title.  may: whether this person may change something."""
+    words = "".join(f'<button name=word value="{value}" title="{html.escape(title)}">{html.escape(word)}</button>'
+                    for value, word, title in buttons)
+    return f"<form method=post{action}><fieldset{'' if may else ' disabled'}>{words}</fieldset></form>"
+
+def search_html(words: str, action: str = "") -> str:
+    """A field to search for a title."""
+    return (f'<form{action}><fieldset><input type=search name=q value="{html.escape(words)}" '
+            'placeholder="Words of a title" aria-label="Words of a title"><button>Search</button></fieldset></form>')
+
+def shows_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
+    """Shows and movies, each with how much of it was watched, and when last."""
+    lines = []
+    for row in rows:
+        movie = "movie" if row["seen"] else "movie, not yet"
+        seen = movie if row["type"] == MOVIE else f"{row['seen']} of {row['episodes']}"
+        day = "" if row["last_at"] is None else f"<br><time>{local('%Y-%m-%d', row['last_at'])}</time>"
+        lines.append(row_html(f"watched/{row['id']}", named(row["title"], row["year"]), seen + day))
+    return f"<h1>Watched</h1>{search_html(words)}<ul>{''.join(lines)}</ul>"
+
+def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
+    """A season as a grid: a click marks an episode, or takes its marks back; below it, when each was watched."""
+    cells, lines, season, code = [], [], rows[0]["season"], f"S{rows[0]['season']:02}"
+    for row in rows:
+        plays = [play.partition(" ") for play in (row["plays"] or "").split(",") if play]
+        dates = "<br>".join(f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(source)})"
+                            for at, _, source in plays)
+        cells.append((f"{'un' * bool(plays)}mark {code}E{row['episode']:02}", str(row["episode"]), row["name"]))
+        lines.append(row_html("", f"{row['episode']} {row['name']}", dates))
+    left = sum(value.startswith("mark") for value, *_ in cells)
+    whole = form_html([(f"mark {code}", "Mark as watched", "") if left else (f"unmark {code}", "Take back", "")], may)
+    if rows[0]["type"] == MOVIE:
+        return f"{whole}<p>{dates}</p>"
+    return (f"<h2 id={code}>{f'Season {season}' if season else 'Specials'} <span class=dim>{len(cells) - left} of "
+            f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
+            f"{whole}<ul>{''.join(lines)}</ul></details>")
+
+def show_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
+    """A show, with what to watch next and its seasons; or a movie."""
+    show, episodes = rows[0], [row for row in rows if row["season"] is not None]
+    ids = html.escape(", ".join(f"{column[:4]} {show[column]}" for column in CONFIDENCE if show[column]))
+    following = next((f"<p>Next: S{row['season']:02}E{row['episode']:02} <b>{html.escape(row['name'])}</b></p>"
+                      for row in episodes if row["season"] and not row["plays"]), "")
+    return (f"<h1>{html.escape(named(show['title'], show['year']))}</h1><p class=dim>{ids}</p>{following}" + "".join(
+        season_html(list(group), may, local) for _, group in itertools.groupby(episodes, lambda row: row["season"])))
+
+def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
+    """Questions or mappings.  One that is open, or alone, has a button for each answer, and a search for others."""
+    lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
+    for row in rows:
+        to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
+        said = html.escape(row["said"]) + (local(", %Y-%m-%d", row["at"]) if row["at"] is not None else "")
+        if not row["open"] and len(rows) > 1:
+            lines.append(row_html(to, name, said))
+            continue
+        buttons = [(str(show_id), named(title, year) + (f" ({score:.2f})" if score else ""), "")
+                   for show_id, title, year, score in json.loads(row["choices"])]
+        buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
+        buttons += [("forget", "Forget it", "")] * (path == "mappings")
+        lines.append(f"<h2>{html.escape(name)}</h2><p class=dim>{said}</p>" + form_html(
+            buttons, may, f' action="/{to}"') + search_html(words, f' action="/{to}"'))
+    return f"<h1>{heading}</h1>{''.join(lines)}"
+
+def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
+    """What became of each webhook, and why."""
+    lines = []
+    for row in rows:
+        to = f"watched/{row['show_id']}" if row["show_id"] else f"questions/{row['conflict_id']}"
+        is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
+        code = f" S{row['season']:02}E{row['episode']:02}" if is_episode else ""
+        said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["state"], row["action"] or "", row["reason"] or ""]
+        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", row["name"] + code,
+                              html.escape(" ".join(said))))
+    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
+                     for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
+    return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
+
+# The answers that a person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
+CHOICES = """(SELECT json_group_array(json_array(id, title, year, score)) FROM (SELECT show.id, show.title, show.year,
+    json_extract(value, '$[1]') AS score FROM json_each({}) JOIN show ON show.id = json_extract(value, '$[0]')
+    UNION ALL SELECT * FROM (SELECT id, title, year, NULL FROM show WHERE :words <> '' AND show.type = {}.type AND
+    normal LIKE :like ORDER BY normal LIMIT 20))) AS choices"""
+QUESTIONS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, iif(resolution IS NULL,
+    replace(kind, '_', ' ') || ', ' || (SELECT count(*) FROM webhook_log WHERE conflict_id = conflict.id) || ' waiting',
+    'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said,
+    {CHOICES.format("candidates", "conflict")} FROM conflict"""
+MAPPINGS = f"""SELECT m.id, m.type, ifnull(nullif(m.title, ''), subject) AS title, NULL AS year, at, 0 AS open,
+    ifnull(show.title, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, (SELECT count(*) FROM play
+    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")}
+    FROM mapping m LEFT JOIN show ON show.id = show_id"""
+# path -> what makes its HTML, and the query for the rows
+questions_html = functools.partial(cards_html, "Which show is it?", "questions")
+mappings_html = functools.partial(cards_html, "Mappings", "mappings")
+VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
+    "/watched": (shows_html, """SELECT *, (SELECT count(*) FROM episode WHERE show_id = s.id) AS episodes, (SELECT
+        count(DISTINCT season << 32 | episode) FROM play WHERE show_id = s.id) AS seen FROM (SELECT *, (SELECT max(at)
+        FROM play WHERE show_id = show.id) AS last_at FROM show WHERE normal LIKE :like ORDER BY last_at DESC, normal
+        LIMIT :most OFFSET :skip) s"""),
+    "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
+        || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
+        e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
+        WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
+    "/questions": (questions_html, f"{QUESTIONS} ORDER BY resolution NOT NULL, id DESC LIMIT :most OFFSET :skip"),
+    "/questions/ID": (questions_html, f"{QUESTIONS} WHERE id = :id"),
+    "/mappings": (mappings_html, f"{MAPPINGS} WHERE m.title LIKE :like OR show.normal LIKE :like ORDER BY m.id DESC "
+                  "LIMIT :most OFFSET :skip"),
+    "/mappings/ID": (mappings_html, f"{MAPPINGS} WHERE m.id = :id"),
+    "/log": (log_html, """SELECT *, coalesce(status, 'waiting') AS state, coalesce(nullif(iif(type = 'movie', '',
+        show_title), ''), nullif(title, ''), event) AS name FROM webhook_log WHERE
+        :status IN ('', state) ORDER BY id DESC LIMIT :most OFFSET :skip""")}
+
+# --- the world
+def mark(tracker: Tracker, show_id: int, word: str) -> object:
+    """Do what a button of a show says: "mark S01E02", "unmark S01"; within a transaction.  Raises ConfigError."""
+    name, _, code = word.partition(" ")
+    season, episode = episodes_of(code)
+    if name not in ("mark", "unmark") or season is None or not tracker.one(
+            "SELECT 1 FROM episode WHERE (show_id, season) = (?, ?) AND episode = ifnull(?, episode)", show_id, season,
+            episode):
+        raise ConfigError("there is no such episode.")
+    return tracker.unmark(show_id, season, episode) if name == "unmark" else \
+        tracker.mark(show_id, season, episode, None)
+
+# path of a form -> the table of the number in it, and what it does with that and the button's word
+FORMS: dict[str, tuple[str, Callable[[Tracker, int, str], object]]] = {
+    "/watched/ID": ("show", mark), "/questions/ID": ("conflict", answer_conflict),
+    "/mappings/ID": ("mapping", correct_mapping)}
+
+class TrackerPages:
+    """The pages of the tracker, and their forms.  Its methods run in request threads."""
+
+    def __init__(self, pages: Pages, tracker: Tracker, written: threading.Event):
+        """Adds them to the others.  written: tells the worker that there is more to do."""
+        self.pages, self.tracker, self.written = pages, tracker, written
+        pages.paths |= {path: functools.partial(self.show, path) for path in VIEWS}
+        pages.forms |= {path: functools.partial(self.change, path) for path in FORMS}
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """What is asked for wrongly is 400, and what the disk cannot do now 503."""
+        try:
+            with self.tracker.faults():
+                yield
+        except ConfigError as error:
+            raise WebhookError(400, f"{str(error)[0].upper()}{str(error)[1:]}") from error
+        except TrackerError as error:
+            raise WebhookError(503, "The watch tracker cannot be used now; try again later.") from error
+
+    def show(self, path: str, query: str, host: str, no: int = 0) -> Answer:
+        """A page.  no: the number in its path."""
+        asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
+        page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
+        words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
+        with self.faults():
+            with self.tracker.turn():
+                rows = self.tracker.all(sql, id=no, words=words, like=f"%{'%'.join(normal(words).split())}%",
+                                        status=status, most=size + 1, skip=(page - 1) * size)
+            if path.endswith("/ID") and not rows:
+                raise WebhookError(404, "There is no such thing here.")
+            main = make(rows[:size], words, may, local_time)
+        ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
+            ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
+        links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
+        tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
+                              "secret</code> makes one.")
+        content = f"{main}<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+        return html_answer(layout(content, nonce, ASK_FIRST, path.split("/")[1]), nonce)
+
+    def change(self, path: str, form: str, no: int = 0) -> Answer:
+        """Do what a form says, and show a page again."""
+        fields, (table, work) = dict(urllib.parse.parse_qsl(form)), FORMS[path]
+        word = text(fields.get("word"))
+        with self.faults(), self.tracker.turn(), self.tracker.transaction():
+            if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
+                raise WebhookError(404, "There is no such thing here.")
+            work(self.tracker, no, word)
+        self.written.set()
+        place = f"/{no}?page={number(fields.get('page')) or 1}#{word.partition(' ')[2].partition('E')[0]}"
+        return Answer(303, headers={"Location": path.replace("/ID", place if work == mark else ""),
+                                    "Cache-Control": "no-store"})
+
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
@@ -4747,6 +5032,7 @@ def tracker_command(config: Config) -> int:
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command, plain_environment
 # Needs of Tracker: Entry, Journal, Tracker, Worker, glance
+# Needs of Browse: TrackerPages
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -4980,6 +5266,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
     look = functools.partial(glance, tracker, journal) if tracker else None
     pages = Pages(board, covers, look, bool(gate.secret), own)
+    if tracker and journal:
+        TrackerPages(pages, tracker, journal.written)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")

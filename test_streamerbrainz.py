@@ -6052,6 +6052,279 @@ def test_of_many_shows_the_one_most_alike_is_the_closest_match(store):
             assert scores[found.show.title] == best and found.score == pytest.approx(best, abs=0.01)
 
 
+# === Browse ===
+
+# --- the world
+
+OURS = "Origin: http://pi.lan:3001\n"
+
+
+class Shelf(Site):
+    """A listener with the pages of a tracker, and a worker that hears of each change."""
+
+    def __init__(self, database, folder, has_secret=True):
+        super().__init__(gate=sb.Gate(webhook_secret(folder) if has_secret else None))
+        self.keeper = Keeper(database)
+        self.pages.glance = functools.partial(sb.glance, self.keeper.store)
+        sb.TrackerPages(self.pages, self.keeper.store, self.keeper.journal.written)
+        self.threads.append(threading.Thread(target=self.work, daemon=True))
+        self.ended = False
+
+    def work(self):
+        while not self.ended:
+            if self.keeper.journal.written.wait(0.02):
+                self.keeper.journal.written.clear()
+                self.keeper.worker.drain()
+
+    def __exit__(self, *ends):
+        self.ended = True
+        super().__exit__(*ends)
+        self.keeper.store.close()
+
+    def get(self, path, head=None):
+        """Status and body."""
+        return get(self, path, f"Cookie: {self.cookie}\n" if head is None else head)
+
+    def post(self, path, body="", head=OURS, cookie=None, content_type="application/x-www-form-urlencoded"):
+        """Status, where it leads to, and body."""
+        head = f"Cookie: {self.cookie if cookie is None else cookie}\n{head}"
+        answer = exchange(self, raw(f"POST {path} HTTP/1.1\nHost: pi.lan:3001\nContent-Type: {content_type}\nContent-Length: {len(body)}\n{head}", body.encode()))
+        place = re.search(rb"\r\nLocation: (.*)\r\n", answer)
+        return status(answer), place and place[1].decode(), answer.partition(b"\r\n\r\n")[2].decode()
+
+    @property
+    def cookie(self):
+        return f"x=y; {sb.COOKIE}={sb.cookie_of(SECRET)}"
+
+    def watched(self, show_id=1):
+        return {(row[0], row[1]) for row in self.keeper.store.all("SELECT DISTINCT season, episode FROM play WHERE show_id = ?", show_id)}
+
+
+@pytest.fixture
+def shelf(database, tmp_path, lines):
+    with Shelf(database, tmp_path) as site:
+        yield site
+
+
+STRANGER = {**PILOT, "grandparentTitle": "Braking <b>Bad", "grandparentGuid": None}
+
+
+def test_the_secret_gives_a_cookie_that_does_not_tell_it_and_opens_each_page(shelf, monkeypatch):
+    answer = exchange(shelf, raw(f"GET /?token={SECRET} HTTP/1.1\nHost: x\n"))
+    cookie = re.search(rb"\r\nSet-Cookie: (streamerbrainz=[0-9a-f]{64}); Path=/; Max-Age=\d+; HttpOnly; SameSite=Strict\r\n", answer)[1].decode()
+    assert SECRET not in cookie and cookie in shelf.cookie
+    for path in ("/", "/now", "/watched", "/watched/1", "/questions", "/mappings", "/log"):
+        assert shelf.get(path, f"Cookie: a=b; {cookie}\n")[0] == shelf.get(f"{path}?token={SECRET}", "")[0] == 200
+    assert b"Set-Cookie" not in exchange(shelf, raw(f"GET /now?token={SECRET} HTTP/1.1\nHost: x\n"))
+    assert shelf.get("/now?token=wrong")[0] == 200                  # the cookie is enough
+    monkeypatch.setattr(sb, "MAX_GUESSES", 5)
+    wrong = [f"Cookie: streamerbrainz={word}\n" for word in ("", SECRET, "0" * 64, cookie[15:-1], "\xff", sb.cookie_of("another"))]
+    assert [shelf.get("/watched", head)[0] for head in wrong] == [401] * 5 + [429]      # each is a guess
+    assert shelf.get("/healthz", "")[0] == 200
+
+
+def test_shows_are_listed_the_last_watched_first_found_by_words_and_paged(shelf, monkeypatch):
+    said = shelf.get("/watched")[1]
+    assert '<a href="/watched/1">Breaking Bad (2008)</a>' in said and ">Heat (1995)</a>" in said and 'aria-current=page>Watched' in said
+    said = shelf.get("/watched?q=BREAKING&x=%00%ff")[1]
+    assert "Breaking Bad" in said and "Heat" not in said and 'value="BREAKING"' in said
+    assert "Nothing is here." in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1] and "<script>" not in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1]
+    monkeypatch.setattr(sb, "PAGE_ROWS", 1)
+    pages = [shelf.get(f"/watched?q=&page={page}")[1] for page in ("1", "2", "3", "0", "-1", "9" * 15, "9" * 5000)]
+    assert [("Breaking" in page) + ("Heat" in page) for page in pages] == [1, 1, 0, 1, 1, 0, 1]
+    assert 'page=2">More' in pages[0] and 'page=1">Back' in pages[1] and "More" not in pages[1]
+
+
+def test_an_episode_a_season_and_a_movie_are_marked_and_taken_back(shelf):
+    before = shelf.watched()
+    first, *_ = [code for code in ((1, 1), (1, 2)) if code not in before]
+    code = "S{:02}E{:02}".format(*first)
+    assert f'value="mark {code}"' in shelf.get("/watched/1")[1]
+    assert shelf.post("/watched/1?page=1", f"word=mark+{code}") == (303, f"/watched/1?page=1#{code[:3]}", "")
+    assert first in shelf.watched() and f'value="unmark {code}"' in shelf.get("/watched/1")[1] and "(hand)" in shelf.get("/watched/1")[1]
+    shelf.post("/watched/1", f"word=mark+{code}")                   # a double click
+    assert shelf.keeper.store.one("SELECT count(*) FROM play WHERE source = 'hand'")[0] == 1
+    shelf.post("/watched/1", f"word=unmark+{code}")
+    assert first not in shelf.watched()
+    shelf.post("/watched/1", "word=mark+S01")
+    assert {(1, 1), (1, 2)} <= shelf.watched()
+    shelf.post("/watched/1", "word=unmark+S01")
+    assert not {code for code in shelf.watched() if code[0] == 1} and "Next: S01E01" in shelf.get("/watched/1")[1]
+    for word, seen in (("unmark", set()), ("mark", {(0, 0)})):
+        assert shelf.post("/watched/2", f"word={word}+S00")[0] == 303 and shelf.watched(2) == seen
+
+
+def test_a_question_is_answered_and_again_and_a_mapping_corrected(shelf):
+    shelf.keeper.send(STRANGER)
+    said = shelf.get("/questions")[1]
+    assert "Braking &lt;b&gt;Bad" in said and re.search(r'<button name=word value="1" title="">Breaking Bad \(2008\) \(0\.\d\d\)</button>', said)
+    assert ">Breaking Bad (2008)</button>" in shelf.get("/questions/1?q=breaking")[1] and ">Heat" not in shelf.get("/questions/1?q=heat")[1]
+    before = shelf.watched()
+    assert shelf.post("/questions/1", "word=new")[:2] == (303, "/questions")
+    eventually(lambda: shelf.watched(3) == {(1, 1)})
+    assert "answered: Braking &lt;b&gt;Bad" in shelf.get("/questions")[1] and '<a href="/watched/3">' in shelf.get("/log")[1]
+    shelf.post("/questions/1", "word=1")                            # another mind
+    assert not shelf.watched(3) and shelf.watched() == before | {(1, 1)}
+    said = shelf.get("/mappings?q=braking")[1]
+    assert "Breaking Bad, by person 1.00" in said and 'value="forget"' in said
+    assert shelf.post("/mappings/1", "word=3")[:2] == (303, "/mappings") and shelf.watched(3) == {(1, 1)}
+    shelf.post("/mappings/1", "word=ignore")
+    assert not shelf.watched(3) and "ignored, by person" in shelf.get("/mappings/1")[1]
+    shelf.post("/mappings/1", "word=forget")
+    eventually(lambda: shelf.watched(3) == {(1, 1)})                # judged anew, and there is such a show by now
+    assert ", by title 1.00" in shelf.get("/mappings/1")[1]
+
+
+def test_the_log_says_what_became_of_each_webhook_by_status_and_paged(shelf, monkeypatch):
+    shelf.keeper.send(STRANGER)
+    shelf.keeper.send(event="media.play")
+    shelf.keeper.send({**SONG, "title": "<i>x"}, event="media.rate")
+    said = shelf.get("/log")[1]
+    assert "conflict_created" in said and "event_not_scrobble" in said and "Braking &lt;b&gt;Bad S01E01" in said and "<i>x" not in said and "&lt;i&gt;x" in said
+    assert "event_not_scrobble" not in shelf.get("/log?status=failed")[1] and "Nothing is here." in shelf.get("/log?status=duplicate")[1]
+    monkeypatch.setattr(sb, "PAGE_ROWS", 1)
+    assert [shelf.get(f"/log?page={page}")[1].count("class=row") for page in (1, 2, 3, 4)] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("path, body, code", [
+    ("/watched/99", "word=mark+S01E01", 404), ("/watched/ID", "word=mark+S01E01", 404), ("/watched/1", "word=mark+S09E09", 400), ("/watched/1", "word=mark", 400),
+    ("/watched/1", "", 400), ("/watched/1", "word=drop+S01E01", 400), ("/watched/1", "word=mark+S9999999999E9999999999", 400), ("/watched/1", "%00=%ff&" * 400, 400),
+    ("/questions/9", "word=new", 404), ("/questions/1", "word=99", 400), ("/questions/1", "word=2", 400), ("/questions/1", "", 400), ("/questions/1", "word=%00%ff", 400),
+    ("/mappings/9", "word=new", 404), ("/watched/1", "x" * 5000, 400), ("/watched", "word=1", 405), ("/watched/x", "", 404), ("/watched/12345678901", "", 404),
+    ("/log/1", "", 404), ("/questions/9999999999", "word=" + "9" * 16, 404), ("/questions/1", "word=" + "9" * 16, 400)])
+def test_a_form_that_asks_for_what_is_not_there_is_refused_with_a_sentence(shelf, path, body, code):
+    shelf.keeper.send(STRANGER)
+    before = shelf.watched()
+    found = shelf.post(path, body)
+    assert found[0] == code and found[2].endswith(".\n") and shelf.watched() == before
+    assert shelf.get("/questions")[0] == 200                        # the database is well
+    assert [shelf.get(page)[0] for page in ("/watched/99", "/questions/99", "/mappings/99", "/watched/ID")] == [404] * 4
+
+
+@pytest.mark.parametrize("head, code", [
+    ("", 403), ("Origin: http://evil.example\n", 403), ("Origin: null\n", 403), ("Origin: http://pi.lan\n", 403), ("Origin: http://pi.lan:8080\n", 403),
+    ("Sec-Fetch-Site: cross-site\n", 403), ("Sec-Fetch-Site: same-site\n", 403), (OURS + "Sec-Fetch-Site: cross-site\n", 403), (OURS, 303),
+    ("Origin: https://pi.lan:3001\n", 303), ("Sec-Fetch-Site: same-origin\n", 303), ("Sec-Fetch-Site: none\n", 303)])
+def test_only_our_own_pages_may_change_something(shelf, head, code):
+    before = shelf.watched(2)
+    assert shelf.post("/watched/2", "word=unmark+S00", head)[0] == code and shelf.watched(2) == (set() if code == 303 else before)
+
+
+def test_nobody_without_the_secret_changes_something_nor_does_a_get(shelf, database, tmp_path):
+    shelf.post("/watched/2", "word=mark+S00")
+    before = shelf.watched(2)
+    assert before and [shelf.post("/watched/2", "word=unmark+S00", cookie=cookie)[0] for cookie in ("", "streamerbrainz=wrong")] == [401, 401]
+    assert shelf.post("/watched/2?token=wrong", "word=unmark+S00", cookie="")[0] == 401
+    assert shelf.get("/watched/2?word=unmark+S00")[0] == 200 and shelf.watched(2) == before
+    assert shelf.post("/watched/2", "word=unmark+S00", content_type="text/plain")[0] == 400 and shelf.watched(2) == before
+    assert "<fieldset disabled>" not in shelf.get("/watched/2")[1]
+    assert shelf.post(f"/watched/2?token={SECRET}", "word=unmark+S00", cookie="")[0] == 303 and not shelf.watched(2)
+    with Shelf(database, tmp_path, has_secret=False) as open_to_all:
+        code, said = open_to_all.get("/watched/2")
+        assert code == 200 and "<fieldset disabled>" in said and "<code>streamerbrainz.py secret</code>" in said
+        found = open_to_all.post("/watched/2", "word=mark+S00")
+        assert found[0] == 403 and "streamerbrainz.py secret" in found[2] and not open_to_all.watched(2)
+        assert status(exchange(open_to_all, raw("GET /watched HTTP/1.1\nHost: evil.example\n"))) == 421
+
+
+def test_the_pages_load_nothing_foreign_and_a_tracker_that_is_gone_is_503(shelf, database):
+    for path in ("/watched", "/watched/1", "/questions", "/mappings", "/log"):
+        answer = exchange(shelf, raw(f"GET {path} HTTP/1.1\nHost: x\nCookie: {shelf.cookie}\n"))
+        assert b"\r\nContent-Security-Policy: default-src 'none'; " in answer and b"unsafe" not in answer and not re.search(rb"(src|href)=.?(https?:|//)", answer)
+    database.unlink()
+    assert shelf.get("/watched")[0] == shelf.post("/watched/1", "word=mark+S01")[0] == 503
+
+
+class Browser:
+    """A real Chromium, told what to do through a pipe."""
+
+    def __init__(self, chromium, folder):
+        ours, theirs = os.pipe(), os.pipe()
+
+        def arrange():
+            for low, high in ((ours[0], 3), (theirs[1], 4)):
+                os.dup2(os.dup2(low, high + 200), high)
+        self.process = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                                         f"--user-data-dir={folder}"], preexec_fn=arrange, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.into, self.out, self.session, self.count = os.fdopen(ours[1], "wb", 0), os.fdopen(theirs[0], "rb"), {}, 0
+        target = self.do("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def do(self, method, **words):
+        self.count += 1
+        self.into.write(json.dumps({"id": self.count, "method": method, "params": words, **self.session}).encode() + b"\0")
+        while True:
+            said = json.loads(b"".join(iter(lambda: self.out.read(1).strip(b"\0"), b"")))
+            if said.get("id") == self.count:
+                return said["result"]
+
+    def run(self, script):
+        return self.do("Runtime.evaluate", expression=script, returnByValue=True).get("result", {}).get("value")
+
+    def open(self, url):
+        self.do("Page.navigate", url=url)
+        eventually(lambda: self.run("document.readyState") == "complete" and self.run("location.href") == url)
+
+    def click(self, word, path):
+        """Click on the one link or button of a page that begins with this word."""
+        eventually(lambda: self.run("document.readyState + location.pathname") == f"complete{path}")
+        script = f"e = [...document.querySelectorAll('a, button:enabled')].filter(e => e.textContent.startsWith({json.dumps(word)})); e.length === 1 && !e[0].click()"
+        eventually(lambda: self.run(script))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.into.close()
+        self.out.close()
+
+
+FOREIGN = """<!DOCTYPE html><form action="{url}/watched/1" method=post><input name=word value="mark S01"></form><script>document.forms[0].submit()</script>"""
+
+
+def test_in_a_real_browser_clicks_answer_a_question_and_a_foreign_site_changes_nothing(shelf, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+
+    class Website(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(FOREIGN.format(url=url).encode())
+
+        def log_message(self, *_):
+            pass
+    url, browser = f"http://127.0.0.1:{shelf.port}", Browser(chromium, tmp_path / "chromium")
+    shelf.keeper.send(STRANGER)
+    shelf.post("/watched/1", "word=unmark+S01")
+    try:
+        browser.open(f"{url}/?token={SECRET}")
+        assert browser.run("document.cookie") == ""
+        browser.click("Questions", "/")
+        browser.click("Breaking Bad (2008) (0.", "/questions")
+        eventually(lambda: (1, 1) in shelf.watched())               # what waited
+        eventually(lambda: "answered: Breaking Bad" in (browser.run("document.body.textContent") or ""))
+        browser.click("Watched", "/questions")
+        browser.click("Breaking Bad (2008)", "/watched")
+        browser.click("2", "/watched/1")
+        eventually(lambda: (1, 2) in shelf.watched())
+        shelf.post("/watched/1", "word=unmark+S01")
+        while not shelf.inbox.empty():
+            shelf.inbox.get()
+        with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website)) as website:
+            for host, code in (("127.0.0.1", 403), ("localhost", 401)):     # of the same site, with the cookie; of another one
+                browser.do("Page.navigate", url=f"http://{host}:{website.server_address[1]}/")
+                while (refused := shelf.inbox.get(timeout=30)).path == "/favicon.ico":
+                    pass
+                assert refused.status == code
+    finally:
+        browser.close()
+    assert not {code for code in shelf.watched() if code[0] == 1}
+
+
 # === Daemon ===
 
 # --- the world
@@ -6908,7 +7181,7 @@ def test_an_old_python_is_told_so_in_one_sentence(version, python, word):
 
 # === README and the unit ===
 
-CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Daemon", "Doctor", "Demo", "main")
+CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Doctor", "Demo", "main")
 WORLD = {"time", "os", "sys", "socket", "threading", "queue", "logging", "select", "signal", "subprocess", "tempfile", "shutil", "ssl", "http",
          "urllib.request", "log", "say", "open", "print", "input"}
 
