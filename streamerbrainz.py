@@ -5252,22 +5252,30 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
     if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
         covers.webhook = webhook.item.identity, bytes(thumb)
 
+def start_tracker(config: Config, plex: PlexServer | None, hooks: Hooks | None, inbox: Inbox, trackers: list[Tracker]
+                  ) -> Journal | None:
+    """The journal of the watch tracker, whose worker is at work; None: there is none.  trackers: gets its database."""
+    if not config.tracker_db:
+        return None
+    trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
+    journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
+    if hooks:
+        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
+    start("worker", inbox, worker.run, journal.written)
+    return journal
+
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
-    systemd, board, covers, path = Systemd(os.environ), Board(), Covers(plex), config.tracker_db
-    trackers: list[Tracker] = []
+    systemd, board, covers, trackers = Systemd(os.environ), Board(), Covers(plex), list[Tracker]()
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
-    tracker = Tracker(path, create=True, patient=True) if path else None
-    trackers += [tracker] if tracker else []
-    journal = Journal(tracker, config.accounts) if tracker else None
-    worker = Worker(config, tracker, plex) if tracker else None
+    journal = start_tracker(config, plex, hooks, inbox, trackers)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    look = functools.partial(glance, tracker, journal) if tracker else None
+    look = functools.partial(glance, journal.tracker, journal) if journal else None
     pages = Pages(board, covers, look, bool(gate.secret), own)
-    if tracker and journal:
-        TrackerPages(pages, tracker, journal.written)
+    if journal:
+        TrackerPages(pages, journal.tracker, journal.written)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")
@@ -5278,10 +5286,6 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("stream", inbox, watch_stream, plex, inbox)
     if hooks:
         start("hooks", inbox, hooks.run)
-    if worker and hooks:
-        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
-    if journal and worker:
-        start("worker", inbox, worker.run, journal.written)
     def tell(status: Status, changes: Sequence[Change]) -> None:
         if hooks:
             for change in changes:

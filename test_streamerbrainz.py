@@ -6258,7 +6258,7 @@ class Browser:
         while True:
             said = json.loads(b"".join(iter(lambda: self.out.read(1).strip(b"\0"), b"")))
             if said.get("id") == self.count:
-                return said["result"]
+                return said.get("result", {})          # none: the page has just changed
 
     def run(self, script):
         return self.do("Runtime.evaluate", expression=script, returnByValue=True).get("result", {}).get("value")
