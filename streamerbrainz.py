@@ -2968,6 +2968,10 @@ def normal(title: str) -> str:
     """A title by which it is sought: of "The Office" and "office!", it is "office"."""
     return parts(title)[0]
 
+def has_words(title: object, words: str) -> bool:
+    """Whether a title has all these words, which are normal."""
+    return all(word in text(title).casefold() for word in words.split())
+
 class Title(NamedTuple):
     """A title, split into its parts: "The Office (US) (2005)".  Two titles are equal if their first two are."""
     normal: str                   # office
@@ -3208,8 +3212,8 @@ def disagree(told: Show, known: Show) -> bool:
 
 def mark_entry(fields: Mapping[str, Any], server: str) -> Entry:
     """The Entry of an item that its library says was watched last at lastViewedAt."""
-    entry = entry_of(Webhook(LIBRARY, item=parse_item(fields), server=server, scrobble=parse_scrobble(fields)), 0.0)
-    return entry._replace(received_at=float(time_of(fields.get("lastViewedAt"))))
+    scrobble = parse_scrobble(fields)
+    return entry_of(Webhook(LIBRARY, item=parse_item(fields), server=server, scrobble=scrobble), scrobble.viewed_at)
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
@@ -3459,8 +3463,7 @@ SCHEMA = (
     # mapping_id: the mapping by which its show was found; entry_id: the row of webhook_log that made it; NULL: none.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
-    "CREATE INDEX play_episode ON play (show_id, season, episode, at)",
-    "CREATE INDEX play_show ON play (show_id, at)",
+    "CREATE INDEX play_episode ON play (show_id, season, episode, at)", "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
@@ -3470,8 +3473,7 @@ SCHEMA = (
     """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
         guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
         confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
-    "CREATE INDEX mapping_show ON mapping (show_id)",
-    "CREATE INDEX mapping_guid ON mapping (guid) WHERE guid LIKE 'plex://%'",
+    "CREATE INDEX mapping_show ON mapping (show_id)", "CREATE INDEX mapping_guid ON mapping (guid) WHERE guid LIKE 'plex://%'",
     # A question to a person.  server to guid: as in mapping; title to imdb_id: as in show.
     # candidates: JSON, [[show_id, score], ...].  resolution: a show's id, or "ignore"; NULL: it is open.
     """CREATE TABLE conflict (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, kind TEXT NOT NULL,
@@ -3521,6 +3523,8 @@ MIGRATIONS = {1: (
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
 # 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
+# The condition of the episodes of a show, season (None: of all) or episode.
+SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"
 # Two scrobbles of an item within five minutes are one; as in the contract.
 DUPLICATE_S = 300.0
 # What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
@@ -3537,11 +3541,8 @@ class Tracker:
     # process has the old one.  Methods that write must be called within transaction().
 
     def __init__(self, path: str, create: bool = False, write: bool = True, patient: bool = False):
-        """Open the file; raises ConfigError if that is not a tracker.
-
-        write: False: it is only read, and nobody who writes is waited for.  patient: a damaged, locked or full one is
-        no error now; each use tries to open it.
-        """
+        """Open the file; raises ConfigError if that is no tracker.  write: False: nobody who writes is waited for."""
+        # patient: a damaged, locked or full file is no error now; each use tries to open it.
         import sqlite3  # here: the daemon without -tracker-db does not pay for it
         self.path, self.may_write, self.patient = os.path.realpath(path), write, patient
         self.lock, self.sqlite3, self.starts = threading.RLock(), sqlite3, True
@@ -3584,6 +3585,7 @@ class Tracker:
             check_same_thread=False, timeout=DATABASE_S)
         connection.row_factory = self.sqlite3.Row
         connection.create_function("similarity", 2, similarity)
+        connection.create_function("has_words", 2, has_words)
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
@@ -3700,11 +3702,8 @@ class Tracker:
 
     @contextlib.contextmanager
     def transaction(self, lasting: bool = True) -> Iterator[None]:
-        """Commit all that is written within it, or nothing.
-
-        lasting: the commit waits for the disk; if not, the next lasting one takes it along.  A file that was deleted
-        or replaced is noticed before and after: SQLite itself would go on to write into the deleted one.
-        """
+        """Commit all that is written within it, or nothing.  lasting: wait for the disk; else the next such does so."""
+        # A file that was deleted or replaced is noticed before and after: SQLite itself would go on to write into it.
         with self.guarded():
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
@@ -3838,7 +3837,7 @@ class Tracker:
         if row is None or isinstance(found, Conflict) or (found and found.show_id == row["show_id"]):
             return found
         match = Match(row["show_id"], "mapping", row["confidence"])
-        is_asked = self.one("SELECT 1 FROM conflict WHERE resolution IS NULL AND (server, type, subject) = (?, ?, ?) "
+        is_asked = self.one("SELECT 1 FROM open_conflict WHERE (server, type, subject) = (?, ?, ?) "
                             "AND created_at >= ?", entry.server, entry.type, entry.subject, (row["at"] or 0) + 1)
         doubted = found or is_asked or disagree(show, *self.shows("id = ?", match.show_id))
         return self.doubt(match.confidence, found.show_id if found else 0, match.show_id) if doubted else match
@@ -3872,30 +3871,26 @@ class Tracker:
 
     def add_episodes(self, show_id: int, episodes: Iterable[Sequence[object]]) -> None:
         """Add or complete episodes of a show, each by its season, number and title."""
-        self.connection.executemany(
-            f"INSERT INTO episode VALUES ({show_id}, ?, ?, ?, NULL) ON CONFLICT DO UPDATE SET "
-            "title = coalesce(nullif(excluded.title, ''), title)", (each[:3] for each in episodes))
+        self.connection.executemany(f"INSERT INTO episode VALUES ({show_id}, ?, ?, ?, NULL) ON CONFLICT DO UPDATE SET "
+                                    "title = ifnull(nullif(excluded.title, ''), title)", (row[:3] for row in episodes))
 
     def add_plays(self, show_id: int, row: EpisodeRow, source: str, mapping_id: int | None = None,
                   entry_id: int | None = None) -> int:
         """Add an episode, and those of its plays that are not known yet; -> how many plays were added."""
-        season, number, title, told = row
-        self.add_episodes(show_id, [(season, number, title)])
+        place, told = (show_id, *row[:2]), row[3]
+        self.add_episodes(show_id, [row])
         if not told:
             return 0
-        unmarked, = self.one("SELECT unmarked_at FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", show_id,
-                             season, number)
+        unmarked, = self.one("SELECT unmarked_at FROM episode WHERE (show_id, season, episode) = (?, ?, ?)", *place)
         if unmarked is not None and source in (LIBRARY, HISTORY, IMPORT):
             told = tuple(at for at in told if at is not None and at > unmarked)
-        known = [(row["at"], row["source"]) for row in self.all(
-            "SELECT at, source FROM play WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, number)]
-        more, dates = new_plays(known, told, source)
+        known = self.all("SELECT at, source FROM play WHERE (show_id, season, episode) = (?, ?, ?)", *place)
+        more, dates = new_plays([(at, by) for at, by in known], told, source)
         for date in dates:
             self.write("UPDATE play SET at = ?, source = ? WHERE id = (SELECT min(id) FROM play WHERE at IS NULL AND "
-                       "(show_id, season, episode) = (?, ?, ?))", date, source, show_id, season, number)
+                       "(show_id, season, episode) = (?, ?, ?))", date, source, *place)
         for at in more:
-            self.write("INSERT INTO play VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", show_id, season, number, at, source,
-                       mapping_id, entry_id)
+            self.write("INSERT INTO play VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", *place, at, source, mapping_id, entry_id)
         return len(more)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
@@ -3907,18 +3902,14 @@ class Tracker:
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None) -> int:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
-                        "WHERE show_id = :show AND season = ifnull(:season, season) AND episode = ifnull(:no, episode) "
-                        "AND (plays IS NULL OR (:no NOT NULL AND :at NOT NULL))", show=show_id, season=season,
-                        no=episode, at=at)
+                        f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
         when = int(time.time() if at is None else at)
         return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
 
     def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
         """Take the marks of a show (a season, an episode; None: of all) back; -> how many plays that were."""
-        some = ("show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)",
-                (show_id, season, episode))
-        self.write(f"UPDATE episode SET unmarked_at = ? WHERE {some[0]}", int(time.time()), *some[1])
-        return int(self.write(f"DELETE FROM play WHERE {some[0]}", *some[1]).rowcount)
+        self.write(f"UPDATE episode SET unmarked_at = ? WHERE {SOME}", int(time.time()), show_id, season, episode)
+        return int(self.write(f"DELETE FROM play WHERE {SOME}", show_id, season, episode).rowcount)
 
     def remap(self, mapping_id: int, show_id: int) -> int:
         """Correct which show is meant (0: ignore it); the plays by this mapping move along; -> how many."""
@@ -3943,8 +3934,8 @@ class Tracker:
     # -- conflicts
     def add_conflict(self, entry: Entry, show: Show, conflict: Conflict) -> tuple[int, bool]:
         """The id of the open conflict about an entry's show, and whether it is new."""
-        if known := self.one("SELECT id FROM conflict WHERE server = ? AND type = ? AND subject = ? AND "
-                             "resolution IS NULL", entry.server, entry.type, entry.subject):
+        if known := self.one("SELECT id FROM open_conflict WHERE (server, type, subject) = (?, ?, ?)",
+                             entry.server, entry.type, entry.subject):
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         return self.insert(
@@ -3979,8 +3970,7 @@ def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
             marked = tracker.all("SELECT received_at, CASE type WHEN 'movie' THEN title ELSE printf('%s S%02dE%02d', "
                                  "show_title, season, episode) END FROM webhook_log WHERE status = 'success' "
                                  "ORDER BY id DESC LIMIT 5")
-            asked = tracker.all("SELECT id, title, year, kind FROM conflict WHERE resolution IS NULL "
-                                "ORDER BY id LIMIT 5")
+            asked = tracker.all("SELECT id, title, year, kind FROM open_conflict ORDER BY id LIMIT 5")
             counts = tracker.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1")
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
             return Glance(tuple((time_of(at), text(name)) for at, name in marked),
@@ -4431,11 +4421,11 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
     for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
         worker.finish(entry)
     with tracker.transaction():
-        for row in tracker.all("SELECT conflict.id, show_id FROM conflict JOIN mapping USING (server, type, subject) "
-                               "WHERE resolution IS NULL AND show_id NOT NULL AND "
-                               "(by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
-                               "(mapping.guid = conflict.guid OR '' IN (mapping.guid, conflict.guid))", *GUESSED):
-            tracker.close_conflict(row["id"], row["show_id"])
+        for conflict_id, show_id in tracker.all(
+                "SELECT c.id, show_id FROM open_conflict c JOIN mapping m USING (server, type, subject) WHERE "
+                "show_id NOT NULL AND (by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
+                "(m.guid = c.guid OR '' IN (m.guid, c.guid))", *GUESSED):
+            tracker.close_conflict(conflict_id, show_id)
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""
@@ -4450,13 +4440,6 @@ def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, An
         if wrong:
             raise ConfigError(f"tracker import: {place}{wrong}.")
     return value
-
-def read_show(fields: Mapping[str, Any], type: str, place: str) -> Show:
-    """A Show in the JSON form; raises ConfigError."""
-    if not fields.get("title"):
-        raise ConfigError(f"tracker import: {place} has no title.")
-    return Show(type, text(fields["title"]), fields.get("year"),
-                Ids(*(fields.get(column) or None for column in CONFIDENCE)))
 
 def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     """An episode in the JSON form; raises ConfigError.  What is watched was played at least once."""
@@ -4473,8 +4456,7 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
 
 def read_whole(path: str) -> tuple[dict[str, Any], History]:
-    """A file in the JSON form, and the shows and movies, each with its episodes, in it or a foreign file."""
-    # Raises ConfigError.
+    """A file in the JSON form ({}: a foreign one), and the shows and movies in it; raises ConfigError."""
     try:
         with open("/dev/stdin" if path == "-" else path, "rb") as file:
             content = file.read(MAX_FILE + 1)
@@ -4487,14 +4469,19 @@ def read_whole(path: str) -> tuple[dict[str, Any], History]:
 
 def read_shows(whole: Mapping[str, Any]) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form; raises ConfigError."""
-    for i, value in enumerate(whole.get("shows") or ()):
-        show = checked(value, f"shows[{i}]", {**SHOW_KEYS, "episodes": list})
-        places = {f"shows[{i}].episodes[{j}]": each for j, each in enumerate(show.get("episodes") or ())}
-        episodes = [read_episode(checked(each, place, EPISODE_KEYS), place) for place, each in places.items()]
-        yield read_show(show, SHOW, f"shows[{i}]"), episodes
-    for i, value in enumerate(whole.get("movies") or ()):
-        movie, place = checked(value, f"movies[{i}]", {**SHOW_KEYS, **PLAY_KEYS}), f"movies[{i}]"
-        yield read_show(movie, MOVIE, place), [read_episode({**movie, "season": 0, "episode": 0}, place)]
+    kinds: tuple[tuple[str, str, Mapping[str, type]], ...] = (
+        ("shows", SHOW, {"episodes": list}), ("movies", MOVIE, PLAY_KEYS))
+    for name, kind, more in kinds:
+        for i, value in enumerate(whole.get(name) or ()):
+            place = f"{name}[{i}]"
+            fields = checked(value, place, {**SHOW_KEYS, **more})
+            places = {f"{place}.episodes[{j}]": each for j, each in enumerate(fields.get("episodes") or ())}
+            episodes = [read_episode(checked(each, where, EPISODE_KEYS), where) for where, each in places.items()] \
+                if kind == SHOW else [read_episode({**fields, "season": 0, "episode": 0}, place)]
+            if not fields.get("title"):
+                raise ConfigError(f"tracker import: {place} has no title.")
+            ids = Ids(*(fields.get(column) or None for column in CONFIDENCE))
+            yield Show(kind, text(fields["title"]), fields.get("year"), ids), episodes
 
 def tracker_import(config: Config, tracker: Tracker) -> int:
     """Bring shows, movies and what was watched: from a file, or from the server."""
@@ -4529,6 +4516,22 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
 # -- Commands: export, shows, show, log, conflicts, resolve
 # A type in the database -> what a person calls it.
 KINDS = {SHOW: "show", MOVIE: "movie"}
+# What commands print and pages show, of titles with :words.  The answers that a person may choose, [[id, title, year,
+# score], ...], are the candidates, and what was searched for.
+SHOWS = """SELECT id, type, title, year, tmdb_id, tvdb_id, imdb_id, (SELECT count(DISTINCT season << 32 | episode) FROM
+    play WHERE show_id = s.id) AS watched, (SELECT count(*) FROM episode WHERE show_id = s.id) AS episodes,
+    last_watched_at FROM (SELECT *, (SELECT max(at) FROM play WHERE show_id = show.id) AS last_watched_at FROM show
+    WHERE has_words(normal || ' ' || title, :words) ORDER BY last_watched_at DESC, normal LIMIT :most OFFSET :skip) s"""
+CHOICES = """(SELECT json_group_array(json_array(id, title, year, score)) FROM (SELECT show.id, show.title, show.year,
+    json_extract(value, '$[1]') AS score FROM json_each({}) JOIN show ON show.id = json_extract(value, '$[0]')
+    UNION ALL SELECT * FROM (SELECT id, title, year, NULL FROM show WHERE :words <> '' AND show.type = {}.type AND
+    has_words(normal, :words) ORDER BY normal LIMIT 20)))"""
+QUESTIONS = f"""SELECT id, created_at, kind, type, title, year, (SELECT count(*) FROM webhook_log WHERE conflict_id =
+    c.id) AS waiting, {CHOICES.format("c.candidates", "c")} AS candidates, resolution FROM conflict c"""
+ENTRIES = """SELECT received_at, event, account, title, season, episode, coalesce(status, 'waiting') AS status, action,
+    reason, show_id, type, show_title AS show, conflict_id FROM webhook_log WHERE
+    :status IN ('', coalesce(status, 'waiting')) AND (:show = '' OR show_id = :show_id OR (:show_id IS NULL AND
+    has_words(iif(type = 'movie', title, show_title), :show))) ORDER BY id DESC LIMIT :most OFFSET :skip"""
 
 def plays_of(tracker: Tracker, show_id: int) -> list[EpisodeRow]:
     """The episodes of a show or movie, each with its plays."""
@@ -4580,20 +4583,14 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     more = {name: [{key: places.get(row["show_id"]) if key == "show" else row["subject" if key == "key" else key]
                     for key in keys} for row in tracker.all(f"SELECT * FROM {table} ORDER BY id")]
             for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True)}
-    for start, rows in (('{"shows": [', (show_fields(tracker, show) for show in kinds[SHOW])),
-                        (', "movies": [', (show_fields(tracker, show) for show in kinds[MOVIE])),
-                        *((f', "{name}": [', rows) for name, rows in more.items())):
-        print(start)
-        for i, row in enumerate(rows):
-            print(f"{',' if i else ' '}{json.dumps(row)}")
+    shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
+    for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
+        print(f'{", " if i else "{"}"{name}": [')
+        for j, row in enumerate(rows):
+            print(f"{',' if j else ' '}{json.dumps(row)}")
         print("]")
     print("}")
     return 0
-
-def of_words(words: Iterable[str], column: str = "normal || ' ' || show.title") -> tuple[str, list[str]]:
-    """The SQL condition, and its values, for titles that have all these words."""
-    some = normal(text(" ".join(words))).split()
-    return " AND ".join(["1", *[f"{column} LIKE ?"] * len(some)]), [f"%{word}%" for word in some]
 
 def plural(count: int, word: str) -> str:
     """How many of something: "1 play", "2 plays"."""
@@ -4601,13 +4598,8 @@ def plural(count: int, word: str) -> str:
 
 def tracker_shows(config: Config, tracker: Tracker) -> int:
     """Print each show and movie, the last watched first."""
-    words = config.words[1:]
-    condition, values = of_words(words)
-    rows = [dict(row) for row in tracker.all(
-        "SELECT show.id, type, show.title, year, tmdb_id, tvdb_id, imdb_id, count(plays) AS watched, count(episode) AS "
-        "episodes, max(last_at) AS last_watched_at FROM show LEFT JOIN episode ON show_id = show.id LEFT JOIN watched "
-        f"USING (show_id, season, episode) WHERE {condition} GROUP BY show.id ORDER BY max(last_at) DESC NULLS LAST, "
-        "normal", *values)]
+    words = normal(text(" ".join(config.words[1:])))
+    rows = [dict(row) for row in tracker.all(SHOWS, words=words, most=-1, skip=0)]
     lines = ["   ID  WATCHED     LAST        TITLE"]
     for row in rows:
         movie = f"movie: {'yes' if row['watched'] else 'no'}"
@@ -4621,8 +4613,8 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
 def show_of(tracker: Tracker, *words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
     found = tracker.shows("id = ?", number(words[0]) or 0) if len(words) == 1 else []
-    condition, values = of_words(words)
-    found = found or tracker.shows(f"{condition} ORDER BY normal LIMIT 9", *values)
+    found = found or tracker.shows("has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9",
+                                   normal(text(" ".join(words))))
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4652,11 +4644,11 @@ def tracker_mark(config: Config, tracker: Tracker) -> int:
 
 def tracker_mappings(config: Config, tracker: Tracker) -> int:
     """Print which of our shows each show of the servers is, and by what it was found."""
-    condition, values = of_words(config.words[1:], "show.normal || ' ' || show.title || ' ' || mapping.title")
     rows = [dict(row) for row in tracker.all(
         "SELECT mapping.id, server, mapping.type, mapping.title, subject, guid, show_id, show.title AS show, year, by, "
         "confidence, at, (SELECT count(*) FROM play WHERE mapping_id = mapping.id) AS plays FROM mapping LEFT JOIN "
-        f"show ON show.id = show_id WHERE {condition} ORDER BY mapping.id", *values)]
+        "show ON show.id = show_id WHERE has_words(printf('%s %s %s', show.normal, show.title, mapping.title), ?) "
+        "ORDER BY mapping.id", normal(text(" ".join(config.words[1:]))))]
     lines = ["   ID  BY        CONF  DAY         THE SERVER'S -> OURS"]
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
@@ -4666,32 +4658,42 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
-def correct_mapping(tracker: Tracker, mapping_id: int, word: str) -> tuple[int, int]:
-    """Correct a mapping; within a transaction.  -> the show's id (0: none), and how many plays moved.
+def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]:
+    """Answer a question (table: conflict) or correct a mapping; -> the show's id (0: none), how many plays moved.
 
-    word: a show, "new", "ignore" or "forget".  Raises ConfigError.
+    word: a show, "new", "ignore", or of a mapping "forget".  Within a transaction; raises ConfigError.
     """
-    row = tracker.one("SELECT * FROM mapping WHERE id = ?", mapping_id)
+    row, is_mapping = tracker.one(f"SELECT * FROM {table} WHERE id = ?", no), table == "mapping"
     if row is None:
-        raise ConfigError("there is no such mapping; `tracker mappings` prints their ids.")
-    known = None if word in ("new", "ignore", "forget") else show_of(tracker, word)
+        raise ConfigError(f"there is no such {table}; `tracker {table}s` prints their ids.")
+    known = None if word in ("new", "ignore", *["forget"] * is_mapping) else show_of(tracker, word)
     if known and known.type != row["type"]:
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
-    show_id = known.id if known else tracker.add_show(Show(row["type"], row["title"])) if word == "new" else 0
-    moved = tracker.remap(mapping_id, show_id)
+    show_id = known.id if known else 0
+    if word == "new":
+        show_id = tracker.add_show(Show(row["type"], row["title"])) if is_mapping else \
+            upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0])
+    if show_id and not is_mapping:                    # the person says that these episodes exist
+        tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
+                                                  "conflict_id = ? AND season NOT NULL", no))
+    moved = tracker.remap(no, show_id) if is_mapping else tracker.resolve(no, show_id)
     if word == "forget":                              # what it marked is judged anew
-        tracker.remap(mapping_id, 0)
-        tracker.write("DELETE FROM mapping WHERE id = ?", mapping_id)
+        tracker.remap(no, 0)
+        tracker.write("DELETE FROM mapping WHERE id = ?", no)
     return show_id, moved
 
-def tracker_map(config: Config, tracker: Tracker) -> int:
-    """Correct a mapping: it is this show, a new one, to be ignored, or forgotten; what it marked moves along."""
-    mapping_id = number(config.words[1]) or 0
+def tracker_correct(config: Config, tracker: Tracker) -> int:
+    """Say which show is meant, by a mapping or in a conflict; what was marked before moves along."""
+    table, no = {"map": "mapping", "resolve": "conflict"}[config.words[0]], number(config.words[1]) or 0
     with tracker.transaction():
-        show_id, moved = correct_mapping(tracker, mapping_id, config.words[2])
-    Worker(config, tracker, server_of(config)).drain(again=True)
-    return print_rows(config, [{"mapping": mapping_id, "show_id": show_id or None, "moved": moved}],
-                      f"Mapping {mapping_id} is corrected; {plural(moved, 'play')} moved.")
+        show_id, moved = correct(tracker, table, no, config.words[2])
+    done, plays = Worker(config, tracker, server_of(config)).drain(again=True), plural(moved, "play")
+    row = {table: no, "show_id": show_id or None}
+    if table == "mapping":
+        return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected; {plays} moved.")
+    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed."
+    return print_rows(config, [{**row, "done": done}],
+                      f"Conflict {no} is resolved. {said}{f' {plays} moved.' if moved else ''}")
 
 def tracker_backup(config: Config, tracker: Tracker) -> int:
     """Copy the database into a new file, whoever writes meanwhile."""
@@ -4734,13 +4736,8 @@ def log_lines(row: Mapping[str, Any]) -> str:
 
 def tracker_log(config: Config, tracker: Tracker) -> int:
     """Print what became of the last webhooks, the newest last."""
-    rows = tracker.all(
-        "SELECT received_at, event, account, title, season, episode, coalesce(status, 'waiting') AS status, action, "
-        "reason, show_id, type, show_title AS show, conflict_id FROM webhook_log WHERE "
-        "(:status = '' OR coalesce(status, 'waiting') = :status) AND (:show = '' OR show_id = :show_id OR "
-        "(:show_id IS NULL AND iif(type = 'movie', title, show_title) LIKE :like)) ORDER BY id DESC LIMIT :last",
-        status=config.status, show=text(config.show), show_id=number(config.show), last=config.last or -1,
-        like=f"%{'%'.join(text(config.show).split())}%")[::-1]
+    rows = tracker.all(ENTRIES, status=config.status, show=text(config.show).casefold(), show_id=number(config.show),
+                       most=config.last or -1, skip=0)[::-1]
     nothing = "No entry matches." if config.status or config.show else "No webhook has arrived yet."
     return print_rows(config, [{**row, "received_at": iso_time(row["received_at"])} for row in rows],
                       "\n".join(map(log_lines, rows)) or nothing)
@@ -4748,55 +4745,25 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
 def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     """Print the open conflicts, each with the commands that resolve it."""
     rows, lines = [], []
-    for row in map(dict, tracker.all(
-            "SELECT id, created_at, kind, type, title, year, (SELECT count(*) FROM webhook_log WHERE conflict_id = "
-            "conflict.id) AS waiting, candidates FROM conflict WHERE resolution IS NULL ORDER BY id")):
-        known = [(show, score) for show_id, score in json.loads(row["candidates"])
-                 for show in tracker.shows("id = ?", show_id)]
-        rows.append(row | {"created_at": iso_time(row["created_at"]), "type": KINDS[row["type"]], "candidates": [
-            {"show_id": show.id, "title": show.title, "year": show.year, "score": score} for show, score in known]})
+    for row in tracker.all(f"SELECT * FROM ({QUESTIONS}) WHERE resolution IS NULL ORDER BY id", words=""):
+        known = json.loads(row["candidates"])
+        rows.append({**row, "created_at": iso_time(row["created_at"]), "type": KINDS[row["type"]], "candidates": [
+            dict(zip(("show_id", "title", "year", "score"), each, strict=True)) for each in known]})
+        rows[-1].pop("resolution")
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
         lines += [f"{row['id']}: {cut(name, 45)} ({row['kind']}, {row['waiting']} waiting)",
-                  *(cut(f"{command} {show.id}   # {score:.2f} {printable(named(show.title, show.year))}")
-                    for show, score in known), f"{command} new", f"{command} ignore"]
+                  *(cut(f"{command} {show_id}   # {score:.2f} {printable(named(title, year))}")
+                    for show_id, title, year, score in known), f"{command} new", f"{command} ignore"]
     lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
-
-def answer_conflict(tracker: Tracker, conflict_id: int, word: str) -> tuple[int, int]:
-    """Resolve a conflict; within a transaction.  -> the show's id (0: none), and how many plays moved.
-
-    word: a show, "new" or "ignore".  Raises ConfigError.
-    """
-    if tracker.one("SELECT 1 FROM conflict WHERE id = ?", conflict_id) is None:
-        raise ConfigError("there is no such conflict; `tracker conflicts` prints their ids.")
-    show = tracker.shows("id = ?", conflict_id, table="conflict")[0]
-    known = None if word in ("new", "ignore") else show_of(tracker, word)
-    if known and known.type != show.type:
-        raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
-    show_id = 0 if word == "ignore" else known.id if known else upsert_show(tracker, show)
-    if show_id:                                       # the person says that these episodes exist
-        tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
-                                                  "conflict_id = ? AND season NOT NULL", conflict_id))
-    return show_id, tracker.resolve(conflict_id, show_id)
-
-def tracker_resolve(config: Config, tracker: Tracker) -> int:
-    """Resolve a conflict: it is this show, a new one, or to be ignored.  A second answer replaces the first."""
-    conflict_id = number(config.words[1]) or 0
-    with tracker.transaction():
-        show_id, moved = answer_conflict(tracker, conflict_id, config.words[2])
-    done = Worker(config, tracker, server_of(config)).drain(again=True)
-    stays = f" {plural(moved, 'play')} moved." if moved else ""
-    said = f"{done} waiting webhook{' was' if done == 1 else 's were'} processed."
-    return print_rows(config, [{"conflict": conflict_id, "show_id": show_id or None, "done": done}],
-                      f"Conflict {conflict_id} is resolved. {said}{stays}")
 
 # command -> its function, and its words: those in brackets may be left out
 TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
     "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "backup": (tracker_backup, "FILE"),
     "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."), "log": (tracker_log, ""),
     "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
-    "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_map, "MAPPING SHOW|new|ignore|forget"),
-    "conflicts": (tracker_conflicts, ""), "resolve": (tracker_resolve, "ID SHOW|new|ignore")}
+    "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_correct, "MAPPING SHOW|new|ignore|forget"),
+    "conflicts": (tracker_conflicts, ""), "resolve": (tracker_correct, "ID SHOW|new|ignore")}
 READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
 
 def tracker_command(config: Config) -> int:
@@ -4821,8 +4788,8 @@ def tracker_command(config: Config) -> int:
 #   before HTML is made.
 # Needs: Ground
 # Needs of Page: Answer, Pages, html_answer, layout
-# Needs of Tracker: CONFIDENCE, DUPLICATE, FAILED, IGNORED, KINDS, SUCCESS, Tracker, answer_conflict, correct_mapping,
-#   episodes_of, named, normal
+# Needs of Tracker: CHOICES, CONFIDENCE, DUPLICATE, ENTRIES, FAILED, IGNORED, KINDS, QUESTIONS, SHOWS, SOME,
+#   SUCCESS, Tracker, correct, episodes_of, named, normal
 
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
@@ -4853,9 +4820,9 @@ def shows_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     """Shows and movies, each with how much of it was watched, and when last."""
     lines = []
     for row in rows:
-        movie = "movie" if row["seen"] else "movie, not yet"
-        seen = movie if row["type"] == MOVIE else f"{row['seen']} of {row['episodes']}"
-        day = "" if row["last_at"] is None else f"<br><time>{local('%Y-%m-%d', row['last_at'])}</time>"
+        movie, last_at = "movie" if row["watched"] else "movie, not yet", row["last_watched_at"]
+        seen = movie if row["type"] == MOVIE else f"{row['watched']} of {row['episodes']}"
+        day = "" if last_at is None else f"<br><time>{local('%Y-%m-%d', last_at)}</time>"
         lines.append(row_html(f"watched/{row['id']}", named(row["title"], row["year"]), seen + day))
     return f"<h1>Watched</h1>{search_html(words)}<ul>{''.join(lines)}</ul>"
 
@@ -4895,7 +4862,7 @@ def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bo
             lines.append(row_html(to, name, said))
             continue
         buttons = [(str(show_id), named(title, year) + (f" ({score:.2f})" if score else ""), "")
-                   for show_id, title, year, score in json.loads(row["choices"])]
+                   for show_id, title, year, score in json.loads(row["candidates"])]
         buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
         buttons += [("forget", "Forget it", "")] * (path == "mappings")
         lines.append(f"<h2>{html.escape(name)}</h2><p class=dim>{said}</p>" + form_html(
@@ -4909,46 +4876,36 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
         to = f"watched/{row['show_id']}" if row["show_id"] else f"questions/{row['conflict_id']}"
         is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
         code = f" S{row['season']:02}E{row['episode']:02}" if is_episode else ""
-        said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["state"], row["action"] or "", row["reason"] or ""]
-        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", row["name"] + code,
+        name = (row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]
+        said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["status"], row["action"] or "", row["reason"] or ""]
+        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name + code,
                               html.escape(" ".join(said))))
     links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
                      for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
-# The answers that a person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
-CHOICES = """(SELECT json_group_array(json_array(id, title, year, score)) FROM (SELECT show.id, show.title, show.year,
-    json_extract(value, '$[1]') AS score FROM json_each({}) JOIN show ON show.id = json_extract(value, '$[0]')
-    UNION ALL SELECT * FROM (SELECT id, title, year, NULL FROM show WHERE :words <> '' AND show.type = {}.type AND
-    normal LIKE :like ORDER BY normal LIMIT 20))) AS choices"""
-QUESTIONS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, iif(resolution IS NULL,
-    replace(kind, '_', ' ') || ', ' || (SELECT count(*) FROM webhook_log WHERE conflict_id = conflict.id) || ' waiting',
-    'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said,
-    {CHOICES.format("candidates", "conflict")} FROM conflict"""
+CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
+    replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id =
+    resolution), resolution)) AS said FROM ({QUESTIONS})"""
 MAPPINGS = f"""SELECT m.id, m.type, ifnull(nullif(m.title, ''), subject) AS title, NULL AS year, at, 0 AS open,
     ifnull(show.title, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, (SELECT count(*) FROM play
-    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")}
-    FROM mapping m LEFT JOIN show ON show.id = show_id"""
+    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM mapping m
+    LEFT JOIN show ON show.id = show_id"""
 # path -> what makes its HTML, and the query for the rows
 questions_html = functools.partial(cards_html, "Which show is it?", "questions")
 mappings_html = functools.partial(cards_html, "Mappings", "mappings")
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
-    "/watched": (shows_html, """SELECT *, (SELECT count(*) FROM episode WHERE show_id = s.id) AS episodes, (SELECT
-        count(DISTINCT season << 32 | episode) FROM play WHERE show_id = s.id) AS seen FROM (SELECT *, (SELECT max(at)
-        FROM play WHERE show_id = show.id) AS last_at FROM show WHERE normal LIKE :like ORDER BY last_at DESC, normal
-        LIMIT :most OFFSET :skip) s"""),
+    "/watched": (shows_html, SHOWS),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": (questions_html, f"{QUESTIONS} ORDER BY resolution NOT NULL, id DESC LIMIT :most OFFSET :skip"),
-    "/questions/ID": (questions_html, f"{QUESTIONS} WHERE id = :id"),
-    "/mappings": (mappings_html, f"{MAPPINGS} WHERE m.title LIKE :like OR show.normal LIKE :like ORDER BY m.id DESC "
-                  "LIMIT :most OFFSET :skip"),
+    "/questions": (questions_html, f"{CARDS} ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"),
+    "/questions/ID": (questions_html, f"{CARDS} WHERE id = :id"),
+    "/mappings": (mappings_html, f"{MAPPINGS} WHERE has_words(m.title, :words) OR has_words(show.normal, :words) "
+                  "ORDER BY m.id DESC LIMIT :most OFFSET :skip"),
     "/mappings/ID": (mappings_html, f"{MAPPINGS} WHERE m.id = :id"),
-    "/log": (log_html, """SELECT *, coalesce(status, 'waiting') AS state, coalesce(nullif(iif(type = 'movie', '',
-        show_title), ''), nullif(title, ''), event) AS name FROM webhook_log WHERE
-        :status IN ('', state) ORDER BY id DESC LIMIT :most OFFSET :skip""")}
+    "/log": (log_html, ENTRIES)}
 
 # --- the world
 def mark(tracker: Tracker, show_id: int, word: str) -> object:
@@ -4956,16 +4913,13 @@ def mark(tracker: Tracker, show_id: int, word: str) -> object:
     name, _, code = word.partition(" ")
     season, episode = episodes_of(code)
     if name not in ("mark", "unmark") or season is None or not tracker.one(
-            "SELECT 1 FROM episode WHERE (show_id, season) = (?, ?) AND episode = ifnull(?, episode)", show_id, season,
-            episode):
+            f"SELECT 1 FROM episode WHERE {SOME}", show_id, season, episode):
         raise ConfigError("there is no such episode.")
     return tracker.unmark(show_id, season, episode) if name == "unmark" else \
         tracker.mark(show_id, season, episode, None)
 
-# path of a form -> the table of the number in it, and what it does with that and the button's word
-FORMS: dict[str, tuple[str, Callable[[Tracker, int, str], object]]] = {
-    "/watched/ID": ("show", mark), "/questions/ID": ("conflict", answer_conflict),
-    "/mappings/ID": ("mapping", correct_mapping)}
+# path of a form -> the table of the number in it
+FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}
 
 class TrackerPages:
     """The pages of the tracker, and their forms.  Its methods run in request threads."""
@@ -4994,8 +4948,8 @@ class TrackerPages:
         words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
         with self.faults():
             with self.tracker.turn():
-                rows = self.tracker.all(sql, id=no, words=words, like=f"%{'%'.join(normal(words).split())}%",
-                                        status=status, most=size + 1, skip=(page - 1) * size)
+                rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
+                                        most=size + 1, skip=(page - 1) * size)
             if path.endswith("/ID") and not rows:
                 raise WebhookError(404, "There is no such thing here.")
             main = make(rows[:size], words, may, local_time)
@@ -5009,15 +4963,18 @@ class TrackerPages:
 
     def change(self, path: str, form: str, no: int = 0) -> Answer:
         """Do what a form says, and show a page again."""
-        fields, (table, work) = dict(urllib.parse.parse_qsl(form)), FORMS[path]
+        fields, table = dict(urllib.parse.parse_qsl(form)), FORMS[path]
         word = text(fields.get("word"))
         with self.faults(), self.tracker.turn(), self.tracker.transaction():
             if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
                 raise WebhookError(404, "There is no such thing here.")
-            work(self.tracker, no, word)
+            if table == "show":
+                mark(self.tracker, no, word)
+            else:
+                correct(self.tracker, table, no, word)
         self.written.set()
         place = f"/{no}?page={number(fields.get('page')) or 1}#{word.partition(' ')[2].partition('E')[0]}"
-        return Answer(303, headers={"Location": path.replace("/ID", place if work == mark else ""),
+        return Answer(303, headers={"Location": path.replace("/ID", place if table == "show" else ""),
                                     "Cache-Control": "no-store"})
 
 # === Daemon: all of it together (run, players) ===
