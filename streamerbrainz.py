@@ -3176,8 +3176,7 @@ class Outcome(NamedTuple):
     retry: bool = False           # the failure may pass: try again later
 
 # An entry whose server cannot be asked is tried again after 30 s, for a server restarts in that time.  Each pause is
-# twice as long as the one before, up to an hour: a server that was away all evening is found again within it.  Thirty
-# attempts take a day.
+# twice as long as the last, up to an hour: one that was away all evening is found within it.  30 attempts take a day.
 ENTRY_RETRY_MIN_S, ENTRY_RETRY_MAX_S, MAX_ATTEMPTS = 30.0, 3600.0, 30
 
 def retry_after_s(attempts: int) -> float | None:
@@ -3370,11 +3369,10 @@ def yamtrack_plays(rows: Iterable[Mapping[str, str]]) -> Iterator[Play]:
         if kind == SHOW or (kind == MOVIE and row["status"] == "Completed"):
             ids = Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id)
             show = Show(kind, text(row["title"]), None, ids)
-            season, episode, title = (row["season_number"], row["episode_number"], "") if kind == SHOW else \
-                ("0", "0", show.title)
+            place = (row["season_number"], row["episode_number"], "") if kind == SHOW else ("0", "0", show.title)
             at = next(filter(None, map(row.get, YAMTRACK_TIMES)), UNKNOWN_TIME)
             for word in (at, *[UNKNOWN_TIME] * min(number(row.get("repeats")) or 0, 99)):    # 2024: watched again
-                yield play_of(key, show, season, episode, title, word)
+                yield play_of(key, show, *place, word)
         elif kind not in ("tv", "season"):
             yield "a movie that is not completed" if kind == MOVIE else "media such as anime, manga, games and books"
 
@@ -3517,8 +3515,8 @@ MIGRATIONS = {1: (
         coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN watched w USING (show_id, season, episode) WHERE
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
         SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
-    "UPDATE show SET normal = normal_title(title)",
-    "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
+    "UPDATE show SET normal = normal_title(title)", "DROP TABLE episode_1", "DROP TABLE mapping_1",
+    "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
 # 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
@@ -3899,7 +3897,7 @@ class Tracker:
                         "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
 
     # -- what a person corrects
-    def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None) -> int:
+    def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
                         f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
@@ -3957,19 +3955,17 @@ class Tracker:
         self.close_conflict(conflict_id, show_id)
         return moved
 
-    def close_conflict(self, conflict_id: int, show_id: int) -> None:
+    def close_conflict(self, no: int, show_id: int) -> None:
         """Note the answer, and let the entries that wait be finished."""
-        self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), conflict_id)
-        self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'",
-                   conflict_id)
+        self.write("UPDATE conflict SET resolution = ? WHERE id = ?", str(show_id or "ignore"), no)
+        self.write("UPDATE webhook_log SET retry_at = 0 WHERE conflict_id = ? AND action = 'conflict_created'", no)
 
 def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
     """What the pages, /healthz and /metrics show of a tracker: one short reading, which raises nothing."""
     try:
         with tracker.turn(), tracker.guarded():
-            marked = tracker.all("SELECT received_at, CASE type WHEN 'movie' THEN title ELSE printf('%s S%02dE%02d', "
-                                 "show_title, season, episode) END FROM webhook_log WHERE status = 'success' "
-                                 "ORDER BY id DESC LIMIT 5")
+            marked = tracker.all("SELECT received_at, iif(type = 'movie', title, printf('%s S%02dE%02d', show_title, "
+                                 "season, episode)) FROM webhook_log WHERE status = 'success' ORDER BY id DESC LIMIT 5")
             asked = tracker.all("SELECT id, title, year, kind FROM open_conflict ORDER BY id LIMIT 5")
             counts = tracker.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1")
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
@@ -4349,8 +4345,7 @@ IMPORT_S = 60.0               # for one page of an import: a small NAS takes sec
 # are added to shows), and Plex's number and parameter for them.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
-# The keys of a show or movie in the JSON form of import and export, and their types; and what else tells of a play and
-# of an episode.
+# The keys of a show or movie in the JSON form of import and export, and their types; and those of plays and episodes.
 SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
@@ -4469,12 +4464,10 @@ def read_whole(path: str) -> tuple[dict[str, Any], History]:
 
 def read_shows(whole: Mapping[str, Any]) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form; raises ConfigError."""
-    kinds: tuple[tuple[str, str, Mapping[str, type]], ...] = (
-        ("shows", SHOW, {"episodes": list}), ("movies", MOVIE, PLAY_KEYS))
-    for name, kind, more in kinds:
+    for name, kind in (("shows", SHOW), ("movies", MOVIE)):
         for i, value in enumerate(whole.get(name) or ()):
             place = f"{name}[{i}]"
-            fields = checked(value, place, {**SHOW_KEYS, **more})
+            fields = checked(value, place, {**SHOW_KEYS, **(PLAY_KEYS if kind == MOVIE else {"episodes": list})})
             places = {f"{place}.episodes[{j}]": each for j, each in enumerate(fields.get("episodes") or ())}
             episodes = [read_episode(checked(each, where, EPISODE_KEYS), where) for where, each in places.items()] \
                 if kind == SHOW else [read_episode({**fields, "season": 0, "episode": 0}, place)]
@@ -4659,10 +4652,8 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
 def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]:
-    """Answer a question (table: conflict) or correct a mapping; -> the show's id (0: none), how many plays moved.
-
-    word: a show, "new", "ignore", or of a mapping "forget".  Within a transaction; raises ConfigError.
-    """
+    """Answer a conflict or correct a mapping (table); -> the show's id (0: none), and how many plays moved."""
+    # word: a show, "new", "ignore", or of a mapping "forget".  Within a transaction; raises ConfigError.
     row, is_mapping = tracker.one(f"SELECT * FROM {table} WHERE id = ?", no), table == "mapping"
     if row is None:
         raise ConfigError(f"there is no such {table}; `tracker {table}s` prints their ids.")
@@ -4771,14 +4762,13 @@ def tracker_command(config: Config) -> int:
     name = config.words[0] if config.words else ""
     if name not in TRACKER_COMMANDS:
         raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
-    (command, words), create = TRACKER_COMMANDS[name], name == "import"
+    (command, words), may_write = TRACKER_COMMANDS[name], name not in READ_ONLY
     most = 99 if "..." in words else len(words.split())
     if not len(words.split()) - words.count("[") <= len(config.words) - 1 <= most:
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
-    with contextlib.closing(Tracker(config.tracker_db, create, write=name not in READ_ONLY)) as tracker, \
-            tracker.guarded():
+    with contextlib.closing(Tracker(config.tracker_db, name == "import", may_write)) as tracker, tracker.guarded():
         return command(config, tracker)
 
 # === Browse: the tracker in a browser (shows_html, show_html, cards_html, log_html, TrackerPages) ===
@@ -4796,8 +4786,7 @@ PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
 ASK_FIRST = """document.addEventListener("submit", event => {
   const word = event.submitter ? event.submitter.value : "";
-  if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault();
-});"""
+  if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault(); });"""
 Local = Callable[[str, float], str]           # as local_time()
 
 def row_html(path: str, name: str, more: str) -> str:
@@ -4886,11 +4875,13 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
 
 CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
     replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id =
-    resolution), resolution)) AS said FROM ({QUESTIONS})"""
-MAPPINGS = f"""SELECT m.id, m.type, ifnull(nullif(m.title, ''), subject) AS title, NULL AS year, at, 0 AS open,
+    resolution), resolution)) AS said FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC
+    LIMIT :most OFFSET :skip"""
+MAPPINGS = f"""SELECT m.id, m.type, iif(m.title = '', subject, m.title) AS title, NULL AS year, at, 0 AS open,
     ifnull(show.title, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, (SELECT count(*) FROM play
     WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM mapping m
-    LEFT JOIN show ON show.id = show_id"""
+    LEFT JOIN show ON show.id = show_id WHERE iif(:id IS NULL, has_words(m.title, :words) OR
+    has_words(show.normal, :words), m.id = :id) ORDER BY m.id DESC LIMIT :most OFFSET :skip"""
 # path -> what makes its HTML, and the query for the rows
 questions_html = functools.partial(cards_html, "Which show is it?", "questions")
 mappings_html = functools.partial(cards_html, "Mappings", "mappings")
@@ -4900,11 +4891,8 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": (questions_html, f"{CARDS} ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"),
-    "/questions/ID": (questions_html, f"{CARDS} WHERE id = :id"),
-    "/mappings": (mappings_html, f"{MAPPINGS} WHERE has_words(m.title, :words) OR has_words(show.normal, :words) "
-                  "ORDER BY m.id DESC LIMIT :most OFFSET :skip"),
-    "/mappings/ID": (mappings_html, f"{MAPPINGS} WHERE m.id = :id"),
+    "/questions": (questions_html, CARDS), "/questions/ID": (questions_html, CARDS),
+    "/mappings": (mappings_html, MAPPINGS), "/mappings/ID": (mappings_html, MAPPINGS),
     "/log": (log_html, ENTRIES)}
 
 # --- the world
@@ -4915,8 +4903,7 @@ def mark(tracker: Tracker, show_id: int, word: str) -> object:
     if name not in ("mark", "unmark") or season is None or not tracker.one(
             f"SELECT 1 FROM episode WHERE {SOME}", show_id, season, episode):
         raise ConfigError("there is no such episode.")
-    return tracker.unmark(show_id, season, episode) if name == "unmark" else \
-        tracker.mark(show_id, season, episode, None)
+    return tracker.unmark(show_id, season, episode) if name == "unmark" else tracker.mark(show_id, season, episode)
 
 # path of a form -> the table of the number in it
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}
@@ -4941,8 +4928,8 @@ class TrackerPages:
         except TrackerError as error:
             raise WebhookError(503, "The watch tracker cannot be used now; try again later.") from error
 
-    def show(self, path: str, query: str, host: str, no: int = 0) -> Answer:
-        """A page.  no: the number in its path."""
+    def show(self, path: str, query: str, host: str, no: int | None = None) -> Answer:
+        """A page.  no: the number in its path; None: it has none."""
         asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
         page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
         words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
