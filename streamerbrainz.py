@@ -3324,7 +3324,7 @@ Play = tuple[object, Show, int, int, str, int | None] | str
 
 def play_of(key: object, show: Show, season: object, episode: object, title: object, watched_at: object) -> Play:
     """A Play in foreign words.  Numbers can be dates (26041103); a time before 1971 is not known."""
-    place = [each for each in map(number, map(text, (season, episode))) if each is not None and each <= 2**31]
+    place = [each for each in map(number, map(text, (season, episode))) if each is not None and each <= MAX_NUMBER]
     word = text(watched_at)       # a day alone: noon in Greenwich is that day nearly everywhere
     try:
         at = unix_time(f"{word}T12:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", word, re.ASCII) else word)
@@ -3944,9 +3944,8 @@ class Tracker:
     def resolve(self, conflict_id: int, show_id: int) -> int:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
         # If it was answered before: what was marked then moves along; -> how many plays.
-        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, ?, 'person', 1.0, ? FROM "
-                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid", show_id or None,
-                   int(time.time()), conflict_id)
+        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person', 1.0, NULL FROM "
+                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid", conflict_id)
         mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
                                "conflict.id = ?", conflict_id)
         moved = self.remap(mapping_id, show_id)
@@ -4158,7 +4157,11 @@ class Worker:
         verdict = self.decide(entry, asked)
         wanted = self.may_add(asked.show, verdict) if isinstance(verdict, Conflict) else \
             verdict.show_id and self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None
-        return asked._replace(episodes=self.episodes(entry)) if wanted else asked
+        if not wanted:
+            return asked
+        leaves = self.library(entry, entry.show_key if entry.type == EPISODE else "", "/allLeaves")
+        rows = filter(None, (episode_row(fields, 0.0) for fields in leaves))
+        return asked._replace(episodes=[(*row[:2], row[2][:MAX_TITLE], ()) for row in rows])
 
     def decide(self, entry: Entry, asked: Asked) -> Match | Conflict:
         """Which of our shows an entry's show is, by what the servers say and what the database knows now."""
@@ -4227,11 +4230,6 @@ class Worker:
                 return show._replace(title=text(fields.get("title")) or show.title, year=year or show.year, ids=ids,
                                      own_year=year is not None or show.own_year)
         return show
-
-    def episodes(self, entry: Entry) -> list[EpisodeRow]:
-        """Each episode that our server has of an entry's show, none of them watched; raises PlexError."""
-        leaves = self.library(entry, entry.show_key if entry.type == EPISODE else "", "/allLeaves")
-        return [(*row[:2], row[2][:MAX_TITLE], ()) for row in (episode_row(each, 0.0) for each in leaves) if row]
 
     def library(self, entry: Entry, key: str, path: str) -> Iterator[Mapping[str, Any]]:
         """What our server's library has about a rating key; nothing for an entry of another server: its keys differ."""
@@ -4509,12 +4507,16 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
 # -- Commands: export, shows, show, log, conflicts, resolve
 # A type in the database -> what a person calls it.
 KINDS = {SHOW: "show", MOVIE: "movie"}
-# What commands print and pages show, of titles with :words.  The answers that a person may choose, [[id, title, year,
-# score], ...], are the candidates, and what was searched for.
+# What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
+# person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
 SHOWS = """SELECT id, type, title, year, tmdb_id, tvdb_id, imdb_id, (SELECT count(DISTINCT season << 32 | episode) FROM
     play WHERE show_id = s.id) AS watched, (SELECT count(*) FROM episode WHERE show_id = s.id) AS episodes,
     last_watched_at FROM (SELECT *, (SELECT max(at) FROM play WHERE show_id = show.id) AS last_watched_at FROM show
     WHERE has_words(normal || ' ' || title, :words) ORDER BY last_watched_at DESC, normal LIMIT :most OFFSET :skip) s"""
+MAPPINGS = """SELECT m.id, server, m.type, m.title, subject, guid, show_id, show.title AS show, year, by, confidence,
+    at, (SELECT count(*) FROM play WHERE mapping_id = m.id) AS plays FROM mapping m LEFT JOIN show ON show.id = show_id
+    WHERE iif(:id IS NULL, has_words(printf('%s %s %s', show.normal, show.title, m.title), :words), m.id = :id)
+    ORDER BY m.id DESC LIMIT :most OFFSET :skip"""
 CHOICES = """(SELECT json_group_array(json_array(id, title, year, score)) FROM (SELECT show.id, show.title, show.year,
     json_extract(value, '$[1]') AS score FROM json_each({}) JOIN show ON show.id = json_extract(value, '$[0]')
     UNION ALL SELECT * FROM (SELECT id, title, year, NULL FROM show WHERE :words <> '' AND show.type = {}.type AND
@@ -4637,11 +4639,8 @@ def tracker_mark(config: Config, tracker: Tracker) -> int:
 
 def tracker_mappings(config: Config, tracker: Tracker) -> int:
     """Print which of our shows each show of the servers is, and by what it was found."""
-    rows = [dict(row) for row in tracker.all(
-        "SELECT mapping.id, server, mapping.type, mapping.title, subject, guid, show_id, show.title AS show, year, by, "
-        "confidence, at, (SELECT count(*) FROM play WHERE mapping_id = mapping.id) AS plays FROM mapping LEFT JOIN "
-        "show ON show.id = show_id WHERE has_words(printf('%s %s %s', show.normal, show.title, mapping.title), ?) "
-        "ORDER BY mapping.id", normal(text(" ".join(config.words[1:]))))]
+    words = normal(text(" ".join(config.words[1:])))
+    rows = [dict(row) for row in tracker.all(MAPPINGS, id=None, words=words, most=-1, skip=0)][::-1]
     lines = ["   ID  BY        CONF  DAY         THE SERVER'S -> OURS"]
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
@@ -4778,8 +4777,8 @@ def tracker_command(config: Config) -> int:
 #   before HTML is made.
 # Needs: Ground
 # Needs of Page: Answer, Pages, html_answer, layout
-# Needs of Tracker: CHOICES, CONFIDENCE, DUPLICATE, ENTRIES, FAILED, IGNORED, KINDS, QUESTIONS, SHOWS, SOME,
-#   SUCCESS, Tracker, correct, episodes_of, named, normal
+# Needs of Tracker: CHOICES, CONFIDENCE, DUPLICATE, ENTRIES, FAILED, IGNORED, KINDS, MAPPINGS, QUESTIONS,
+#   SHOWS, SOME, SUCCESS, Tracker, correct, episodes_of, named, normal
 
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
@@ -4865,10 +4864,9 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
         to = f"watched/{row['show_id']}" if row["show_id"] else f"questions/{row['conflict_id']}"
         is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
         code = f" S{row['season']:02}E{row['episode']:02}" if is_episode else ""
-        name = (row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]
+        name = ((row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]) + code
         said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["status"], row["action"] or "", row["reason"] or ""]
-        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name + code,
-                              html.escape(" ".join(said))))
+        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name, html.escape(" ".join(said))))
     links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
                      for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
@@ -4877,11 +4875,9 @@ CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open
     replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id =
     resolution), resolution)) AS said FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC
     LIMIT :most OFFSET :skip"""
-MAPPINGS = f"""SELECT m.id, m.type, iif(m.title = '', subject, m.title) AS title, NULL AS year, at, 0 AS open,
-    ifnull(show.title, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, (SELECT count(*) FROM play
-    WHERE mapping_id = m.id)) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM mapping m
-    LEFT JOIN show ON show.id = show_id WHERE iif(:id IS NULL, has_words(m.title, :words) OR
-    has_words(show.normal, :words), m.id = :id) ORDER BY m.id DESC LIMIT :most OFFSET :skip"""
+MAPPING_CARDS = f"""SELECT id, type, iif(title = '', subject, title) AS title, NULL AS year, at, 0 AS open,
+    ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, plays) AS said,
+    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 # path -> what makes its HTML, and the query for the rows
 questions_html = functools.partial(cards_html, "Which show is it?", "questions")
 mappings_html = functools.partial(cards_html, "Mappings", "mappings")
@@ -4892,7 +4888,7 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
     "/questions": (questions_html, CARDS), "/questions/ID": (questions_html, CARDS),
-    "/mappings": (mappings_html, MAPPINGS), "/mappings/ID": (mappings_html, MAPPINGS),
+    "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS),
     "/log": (log_html, ENTRIES)}
 
 # --- the world
