@@ -3944,7 +3944,7 @@ class Tracker:
     def resolve(self, conflict_id: int, show_id: int) -> int:
         """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
         # If it was answered before: what was marked then moves along; -> how many plays.
-        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person', 1.0, NULL FROM "
+        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person', 1, NULL FROM "
                    "conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid", conflict_id)
         mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
                                "conflict.id = ?", conflict_id)
