@@ -1921,10 +1921,7 @@ listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 
 LINKS = {"": "Now", "watched": "Watched", "questions": "Questions", "mappings": "Mappings", "log": "Log"}
 
 def layout(main: str, nonce: str, script: str, here: str | None) -> str:
-    """A whole page of ours.  nonce: allows our style and script, and no others.
-
-    here: which of LINKS it is; None: without a tracker there are none.
-    """
+    """A whole page of ours.  nonce: allows our style and script only.  here: which of LINKS; None: no tracker."""
     links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>'
                     for path, name in LINKS.items())
     return f"""<!DOCTYPE html>
@@ -2224,10 +2221,8 @@ class Gate:
         return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
     def check(self, query: str, address: str, cookies: str = "") -> str:
-        """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones.
-
-        -> the cookie that proves the query's secret; "": the query has none.
-        """
+        """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones."""
+        # -> the cookie that proves the query's secret; "": the query has none.
         if self.secret is None:
             return ""
         tokens, at = self.guesses.get(sender(address), (math.inf, 0.0))
@@ -2951,11 +2946,10 @@ def parse_ids(guids: Iterable[str]) -> Ids:
 
 # Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
 # trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
-SPELT = {
-    0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
-    **dict.fromkeys(map(ord, "&+"), " and "),
-    **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""),
-    **{code: f" {chr(code)}" for code in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
+SPELT = {0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
+         **dict.fromkeys(map(ord, "&+"), " and "),
+         **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""),
+         **{code: f" {chr(code)}" for code in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
 
 def parts(title: str) -> tuple[str, str]:
     """A title without case, accents, punctuation and leading article; and that article."""
@@ -4067,8 +4061,7 @@ class Worker:
 
     def __init__(self, config: Config, tracker: Tracker, plex: PlexServer | None):      # None: none can be asked
         self.config, self.tracker, self.plex = config, tracker, plex
-        self.tmdb_token = SecretFile("-tmdb-token-file", config.tmdb_token_file).first \
-            if config.tmdb_token_file else None
+        self.tmdb_token = SecretFile("-tmdb-token-file", path).first if (path := config.tmdb_token_file) else None
         self.down: PlexError | None = None            # why nobody is asked any more in this round: all would time out
         self.found: dict[tuple[str, str, object], int | None] = {}       # TMDB's answers
         self.tell: Callable[[Entry], object] | None = None      # what to call when something was marked as watched
@@ -4882,14 +4875,13 @@ MAPPING_CARDS = f"""SELECT id, type, iif(title = '', subject, title) AS title, N
 questions_html = functools.partial(cards_html, "Which show is it?", "questions")
 mappings_html = functools.partial(cards_html, "Mappings", "mappings")
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
-    "/watched": (shows_html, SHOWS),
+    "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
     "/questions": (questions_html, CARDS), "/questions/ID": (questions_html, CARDS),
-    "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS),
-    "/log": (log_html, ENTRIES)}
+    "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
 
 # --- the world
 def mark(tracker: Tracker, show_id: int, word: str) -> object:
