@@ -391,8 +391,10 @@ class Running(Site):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """A free port, and none that the system gives to what connects meanwhile (those are 32768 and more)."""
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.SystemRandom().randrange(10_000, 32_000))) as probe:
+            return probe.getsockname()[1]
 
 
 class Process:
