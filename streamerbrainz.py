@@ -994,9 +994,9 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
 
 def repeats(player: PlayerState, session: Session, said: str) -> bool:
     """Whether a notification repeats what is known of a session; of what the player plays, that is what we reported."""
-    believed = player.state if session.session_key == player.session_key and player.plays(session.item.identity) else \
-        PLAYING if session.state == BUFFERING else session.state
-    return TRANSITIONS[believed, said] in (believed, None)
+    ours = session.session_key == player.session_key and player.plays(session.item.identity)
+    believed = player.state if ours else PLAYING if session.state == BUFFERING else session.state
+    return TRANSITIONS[believed, said] in (believed, None) and (ours or said != PLAYING or player.state == PLAYING)
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
@@ -1014,7 +1014,7 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
     if before and before.session.state == PLAYING and session.must_move and before.seen_at < before.since + LIFE_S:
         # It played on, and the last look may be long ago: where it was renewed last tells when, if it did not pause.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
-        alive_at = at if moved_s < 0 else min(at, max(before.seen_at, before.since + moved_s))
+        alive_at = at if moved_s < 0 else min(at, max(before.alive_at, before.seen_at, before.since + moved_s))
     return Trace(session, at, alive_at, same[0].born if same else at, at, told)
 
 def frozen(trace: Trace, at: float) -> bool:

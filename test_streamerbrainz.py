@@ -1295,6 +1295,25 @@ def test_where_a_position_was_renewed_last_tells_when_its_session_lived_last():
     assert judge.said() == [(PAUSED, B)]                   # 7 crashed long ago
 
 
+def test_what_the_stream_said_of_a_session_is_not_forgotten_at_the_next_look():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml(key="7"))
+    for wait_s, offset in ((10, 10000), (8, 0), (10, 10000)):      # the item begins again, and no look comes
+        judge.wait(wait_s)
+        judge.note(PLAYING, view_offset=offset)
+    judge.wait(1)
+    judge.note(PLAYING, "102", key="8")                    # a cast
+    judge.show(session_xml(key="7", offset="10000"), session_xml(key="8", item=OTHER))
+    judge.wait(5)
+    judge.note(STOPPED, "102", key="8")
+    judge.show(session_xml(key="7", offset="10000"))
+    judge.wait(4)
+    assert judge.said() == [(PLAYING, A), (PLAYING, B)]    # it has not stopped; whether it lives is told soon
+    judge.note(PLAYING, view_offset=20000)
+    judge.wait(0)
+    assert judge.said() == [(PLAYING, A)]
+
+
 def test_a_pause_that_the_stream_repeats_is_no_pause_that_a_crash_left_behind():
     judge = Judge(poll_interval_s=0.0)
     judge.show(session_xml(key="7"))
