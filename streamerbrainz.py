@@ -734,8 +734,7 @@ BUFFERING_S = 2.0             # from one look to the next while a player buffers
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
 # How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
 MAX_CLAIMS, MAX_SESSIONS = 16, 16
-# The same after a notification that does not say whose it is, until a look shows its session.
-WHOSE_S = (FOREIGN_S, 2.5)
+WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
 # that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
@@ -1081,7 +1080,10 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
     if state == BUFFERING and any(claim.state == PLAYING for claim in about):
         state = PLAYING                               # two witnesses agree: it is starting
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
-    said = [(chosen.since, session.view_offset, chosen.since),
+    told = player.state == state == PLAYING and player.plays(session.item.identity) and (       # before, by the stream
+        player.session_key, player.view_offset) == (session.session_key, session.view_offset)
+    shown_at = min(player.moved_at, chosen.since) if told else chosen.since
+    said = [(shown_at, session.view_offset, shown_at),
             *((claim.at, claim.view_offset, claim.at) for claim in about)]
     if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
         goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)
@@ -3957,8 +3959,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                       f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
-# A type in the database -> what a person calls it.
-KINDS = {SHOW: "show", MOVIE: "movie"}
+KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
@@ -4481,8 +4482,7 @@ DAEMON = "not asked: the daemon does not listen"
 # What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
 # does.  Then doctor sends a webhook there, and ARRIVES proves it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
-# How much two clocks may differ: NTP keeps them within a second.
-CLOCK_S = 60.0
+CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
               "Server.log the lines with `Webhook: Error delivering payload`")
 

@@ -1295,6 +1295,16 @@ def test_where_a_position_was_renewed_last_tells_when_its_session_lived_last():
     assert judge.said() == [(PAUSED, B)]                   # 7 crashed long ago
 
 
+def test_a_position_that_the_stream_told_keeps_its_time_when_a_look_shows_it_later():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml())
+    judge.wait(20)
+    judge.note(PLAYING, view_offset=20000)
+    judge.show(session_xml(offset="20000"))
+    judge.wait(15)                                         # the slow look comes 10 s after the note
+    assert judge.looks == 2 and sb.position_ms(judge.player, judge.at) == 35000
+
+
 def test_what_the_stream_said_of_a_session_is_not_forgotten_at_the_next_look():
     judge = Judge(poll_interval_s=30.0)
     judge.show(session_xml(key="7"))
