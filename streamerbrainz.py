@@ -743,8 +743,7 @@ BUFFERING_S = 2.0             # from one look to the next while a player buffers
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
 # How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
 MAX_CLAIMS, MAX_SESSIONS = 16, 16
-# The same after a notification that does not say whose it is, until a look shows its session.
-WHOSE_S = (FOREIGN_S, 2.5)
+WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
 # that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
@@ -1003,9 +1002,9 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
 
 def repeats(player: PlayerState, session: Session, said: str) -> bool:
     """Whether a notification repeats what is known of a session; of what the player plays, that is what we reported."""
-    believed = player.state if session.session_key == player.session_key and player.plays(session.item.identity) else \
-        PLAYING if session.state == BUFFERING else session.state
-    return TRANSITIONS[believed, said] in (believed, None)
+    ours = session.session_key == player.session_key and player.plays(session.item.identity)
+    believed = player.state if ours else PLAYING if session.state == BUFFERING else session.state
+    return TRANSITIONS[believed, said] in (believed, None) and (ours or said != PLAYING or player.state == PLAYING)
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
@@ -1023,7 +1022,7 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
     if before and before.session.state == PLAYING and session.must_move and before.seen_at < before.since + LIFE_S:
         # It played on, and the last look may be long ago: where it was renewed last tells when, if it did not pause.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
-        alive_at = at if moved_s < 0 else min(at, max(before.seen_at, before.since + moved_s))
+        alive_at = at if moved_s < 0 else min(at, max(before.alive_at, before.seen_at, before.since + moved_s))
     return Trace(session, at, alive_at, same[0].born if same else at, at, told)
 
 def frozen(trace: Trace, at: float) -> bool:
@@ -1090,7 +1089,10 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
     if state == BUFFERING and any(claim.state == PLAYING for claim in about):
         state = PLAYING                               # two witnesses agree: it is starting
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
-    said = [(chosen.since, session.view_offset, chosen.since),
+    told = player.state == state == PLAYING and player.plays(session.item.identity) and (       # before, by the stream
+        player.session_key, player.view_offset) == (session.session_key, session.view_offset)
+    shown_at = min(player.moved_at, chosen.since) if told else chosen.since
+    said = [(shown_at, session.view_offset, shown_at),
             *((claim.at, claim.view_offset, claim.at) for claim in about)]
     if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
         goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)
@@ -5355,8 +5357,7 @@ DAEMON = "not asked: the daemon does not listen"
 # What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
 # does.  Then doctor sends a webhook there, and ARRIVES proves it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
-# How much two clocks may differ: NTP keeps them within a second.
-CLOCK_S = 60.0
+CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
               "Server.log the lines with `Webhook: Error delivering payload`")
 
