@@ -910,7 +910,7 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     """The player after a sign of life of the session that a claim is about, and of no other."""
     # A webhook names no session: it may mean what plays, but wakes no ghost of the same item, or of the item before.
     key = claim.session_key or (player.session_key if player.state != STOPPED else None)
-    return player._replace(traces=tuple(
+    return player if claim.state == STOPPED else player._replace(traces=tuple(
         trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False)
         if trace.session.session_key == key and claim.about(trace.session) else trace for trace in player.traces))
 
@@ -959,11 +959,10 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not ours or state is None:
         return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    player = revived(player, claim, at) if state != STOPPED else player
     # It may tell what was reported before it came, and is over since: a claim for one look.
     known = player.state == state and player.plays(claim.identity)
     late = not known and any(each.matches(claim) for each in player.proof.changes)
-    return claimed(player, claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
+    return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -984,7 +983,7 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
         return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
     if not known and state == STOPPED:                # of an item that is over already
         return player, ()
-    alive = revived(player, said, at) if state != STOPPED else player
+    alive = revived(player, said, at)
     if not known or not all(repeats(player, trace.session, notification.state) for trace in known):
         return claimed(alive, said, at), ()
     if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
@@ -993,9 +992,10 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
 
 def repeats(player: PlayerState, session: Session, said: str) -> bool:
     """Whether a notification repeats what is known of a session; of what the player plays, that is what we reported."""
-    ours = session.session_key == player.session_key and player.plays(session.item.identity)
-    believed = player.state if ours else PLAYING if session.state == BUFFERING else session.state
-    return TRANSITIONS[believed, said] in (believed, None) and (ours or said != PLAYING or player.state == PLAYING)
+    # That another one plays is news while what we reported does not: a new item has buffered, and begins.
+    reported = session.session_key == player.session_key and player.plays(session.item.identity)
+    believed = player.state if reported else PLAYING if session.state == BUFFERING else session.state
+    return TRANSITIONS[believed, said] in (believed, None) and (reported or said != PLAYING or player.state == PLAYING)
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
@@ -1066,7 +1066,7 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     if any(claim.ours for claim in met):
         player = look_no_later(player, at + CONFIRM_S)
     if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + STILL_S))
+        player = look_no_later(player, max(max(chosen.since, chosen.alive_at) + FROZEN_S, at + STILL_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
     for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead
@@ -1082,8 +1082,7 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
     told = player.state == state == PLAYING and player.plays(session.item.identity) and (       # before, by the stream
         player.session_key, player.view_offset) == (session.session_key, session.view_offset)
-    shown_at = min(player.moved_at, chosen.since) if told else chosen.since
-    said = [(shown_at, session.view_offset, shown_at),
+    said = [(-math.inf if told else chosen.since, session.view_offset, chosen.since),
             *((claim.at, claim.view_offset, claim.at) for claim in about)]
     if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
         goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)

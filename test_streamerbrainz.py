@@ -1305,6 +1305,20 @@ def test_a_position_that_the_stream_told_keeps_its_time_when_a_look_shows_it_lat
     assert judge.looks == 2 and sb.position_ms(judge.player, judge.at) == 35000
 
 
+def test_a_new_item_that_buffered_while_the_last_one_was_paused_begins_when_the_stream_says_so():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(PAUSED, key="7"))
+    judge.wait(5)
+    judge.note(STOPPED)
+    judge.show(session_xml(BUFFERING, key="8", item=OTHER))
+    judge.wait(sb.FROZEN_S + 5)                            # nobody looks any more
+    assert judge.said() == [(PAUSED, A)]
+    judge.show(session_xml(PLAYING, key="8", item=OTHER))
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(0)
+    assert judge.said() == [(PLAYING, B)]
+
+
 def test_what_the_stream_said_of_a_session_is_not_forgotten_at_the_next_look():
     judge = Judge(poll_interval_s=30.0)
     judge.show(session_xml(key="7"))
@@ -1331,7 +1345,7 @@ def test_a_pause_that_the_stream_repeats_is_no_pause_that_a_crash_left_behind():
     judge.note(PLAYING, "102", key="8")
     judge.show(session_xml(PAUSED, key="7", offset="5000"), session_xml(key="8", offset="0", item=OTHER))
     judge.wait(0.2)
-    judge.note(PAUSED, view_offset=5000)                        # a look has shown it already, and 8 beside it
+    judge.note(PAUSED, view_offset=5000)                   # a look has shown it already, and 8 beside it
     judge.wait(1)
     judge.show(session_xml(PAUSED, key="7", offset="5000"))
     judge.note(STOPPED, "102", key="8")
@@ -2359,8 +2373,7 @@ class Evening:
             if not again and not unknown and (seen.get(k, math.inf) - since > (75 if crashed else 1.5)) and ends[k] - since > (75 if crashed else 0.7):
                 found.append(("missed" if k not in seen else "late", since, truth[k][1:3]))
         found += [("storm", one, "") for one, other in zip(self.looks, self.looks[20:], strict=False) if other - one <= 10.0]
-        untold = self.final[0] == STOPPED and self.ways.lost and truth[-1][1] == PAUSED       # as above
-        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED and not untold:
+        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED:
             found.append(("final", self.LENGTH, (self.final, truth[-1][1:3])))
         return found
 
@@ -2388,7 +2401,7 @@ def test_random_evenings():
         changes += 0 if evening.ways.mild else sum(isinstance(report, Change) for _, report in evening.reports)
         found += [(seed, *each) for each in evening.problems()]
     false = [each for each in found if each[1] == "false" and each[0] % 2 == 0]
-    worst = [each for each in found if each not in false] + (false if len(false) > 1 + changes / 10_000 else [])      # 1: by chance
+    worst = [each for each in found if each not in false] + (false if len(false) > changes / 10_000 else [])
     print(f"seeds {first} to {first + count - 1}: {changes} changes in harsh evenings, {len(false)} of them false")
     for seed, kind, *_ in worst[:3]:
         print(f"seed {seed}, {kind}; it needs no more than: {shrunk(seed, kind)}")
