@@ -1305,6 +1305,67 @@ def test_a_position_that_the_stream_told_keeps_its_time_when_a_look_shows_it_lat
     assert judge.looks == 2 and sb.position_ms(judge.player, judge.at) == 35000
 
 
+def test_a_look_that_shows_an_older_position_on_the_same_line_does_not_set_the_player_back():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml(offset="0"))
+    judge.wait(10)
+    judge.note(PLAYING, view_offset=10000)
+    judge.wait(10)
+    judge.note(PLAYING, view_offset=20000)
+    judge.show(session_xml(offset="10000"))                # behind the stream by one renewal
+    judge.wait(3)
+    judge.hear("media.play")
+    judge.wait(0)
+    assert sb.position_ms(judge.player, judge.at) == 23000
+
+
+def test_sessions_that_lag_do_not_undo_a_seek_that_the_stream_told():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml(offset="0"))
+    judge.wait(10)
+    judge.note(BUFFERING, view_offset=120000)
+    judge.show(session_xml(BUFFERING, offset="11000"))
+    judge.hear("media.play")
+    judge.wait(0.5)
+    judge.note(PLAYING, view_offset=120000)
+    judge.show(session_xml(offset="12000"))
+    judge.wait(0.5)
+    judge.hear("media.play")
+    judge.wait(0)
+    assert sb.position_ms(judge.player, judge.at) == 120500
+    judge.wait(3)
+    judge.show(session_xml(offset="15000"))                # and later a look shows another: a seek back, untold
+    judge.wait(35)
+    assert sb.position_ms(judge.player, judge.at) < 60000
+
+
+def test_what_the_stream_told_of_a_session_counts_when_it_becomes_what_the_player_does():
+    judge = Judge(poll_interval_s=30.0)                    # two rooms
+    judge.show(session_xml(key="7", offset="0"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(5)
+    judge.note(PLAYING, view_offset=5000)
+    judge.show(session_xml(key="7", offset="5000"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(4)
+    judge.note(STOPPED, "102", key="8")
+    judge.show(session_xml(key="7", offset="5000"))
+    judge.wait(0)
+    assert judge.said() == [(PLAYING, B), (PLAYING, A)]
+    assert sb.position_ms(judge.player, judge.at) == 9000
+
+
+def test_an_item_that_begins_again_costs_no_series_of_looks():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(offset="50000"))
+    judge.wait(5)
+    judge.note(STOPPED, view_offset=55000)
+    judge.show(session_xml(offset="0"))
+    judge.wait(0.1)
+    judge.note(PLAYING, view_offset=0)                     # the stream is in order: the stop is over
+    judge.wait(10)
+    assert judge.said() == [(PLAYING, A)] and judge.looks <= 4
+    assert sb.position_ms(judge.player, judge.at) == 10000
+
+
 def test_a_new_item_that_buffered_while_the_last_one_was_paused_begins_when_the_stream_says_so():
     judge = Judge(poll_interval_s=0.0)
     judge.show(session_xml(PAUSED, key="7"))
@@ -1465,7 +1526,7 @@ def test_a_late_webhook_that_lagging_sessions_bear_out_does_not_end_the_looking(
     judge.hear("media.resume")                             # a double of an old one
     judge.wait(1.2)
     judge.show(session_xml(PAUSED, offset="2"))
-    judge.wait(sb.CONFIRM_S)
+    judge.wait(sb.LAG_S)
     assert judge.said() == [(PLAYING, A), (PAUSED, A)]
 
 
