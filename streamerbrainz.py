@@ -566,10 +566,8 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
                    scrobble=parse_scrobble(metadata) if event == "media.scrobble" else None)
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
-    """The Webhook in a request's body, and a view of its JPEG (empty: none); raises WebhookError.
-
-    Plex sends multipart/form-data; proxies and testers send plain JSON.
-    """
+    """The Webhook in a request's body, and a view of its JPEG (empty: none); raises WebhookError."""
+    # Plex sends multipart/form-data; proxies and testers send plain JSON.
     if len(content_type) > MAX_CONTENT_TYPE:
         raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
     header = email.message.Message()
@@ -715,8 +713,8 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 # All that decides what is reported stands here.  There are three witnesses:
 #   a webhook       says that something happened.  It can be lost, doubled, late or out of order.
 #   a notification  of the event stream says each change at once.  The stream can break.
-#   a look          at /status/sessions says what is so now.  Sessions lag behind a webhook by up to
-#                   2 s, and a player that crashed stays in them for 3 to 30 minutes.
+#   a look          at /status/sessions says what is so now.  Sessions lag behind by up to LAG_S, their positions by up
+#                   to LIFE_S, and a player that crashed stays in them for 3 to 30 minutes.
 # Where there is a server to ask, only a look changes what is believed.  A webhook or a notification is
 # a reason to look at once, and a Claim.  Where there is no server, the webhooks decide.  Three rules do the most:
 #   A claim waits for the sessions that it is about: until they agree, we look again for some seconds.
@@ -736,9 +734,9 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
 # From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
 FOREIGN_S = 1.0
-LATE_S = 10.0                 # how late a webhook may come; 5 s were seen
+LAG_S, LATE_S = 2.0, 10.0     # how late sessions show a change, seldom later; how late a webhook comes (5 s were seen)
 BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
-# When to look again, after a claim, while the sessions do not agree with it.  Sessions lag by up to 2 s, seldom longer.
+# When to look again, after a claim, while the sessions do not agree with it: for LAG_S and somewhat longer.
 # Steps of 0.4 s find a change that lasts only 2 s; steps that double would miss it, and shorter ones use up MAX_LOOKS.
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
 # How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
@@ -747,19 +745,14 @@ WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say 
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
 # that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
-# From a look that agrees with a claim to one more look.  A doubled webhook of the last change may agree with sessions
-# that lag: pause, then an old "resume" again, while the sessions still say playing.
-CONFIRM_S = 2.0
 # A session that plays shows life after LIFE_S at the latest: Plex renews its position, and repeats its notification,
 # each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
 LIFE_S = 16.0
-# How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  When a
-# look sees it stand still, the next one comes when FROZEN_S are over, and not before STILL_S: it may have just begun
-# again, at 0 (see schedule).  By then a track on repeat may be at that position again, if its length divides the wait:
-# 10, 20 and 40 s divide 40.  41 is a prime: only 41 s can.
+# How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  After a
+# look that sees it stand still the next one comes STILL_S later at the soonest, for it may have just begun again, at 0.
+# On repeat it is there again, too, if the track's length divides the wait: 10, 20 and 40 s divide 40; 41 is a prime.
 FROZEN_S, STILL_S = 41.0, 14.0
-# A change and its webhook come within PROOF_S of each other.  A single webhook may be lost, or never sent: only so many
-# that are missing in a row make a warning.
+# A change and its webhook come within PROOF_S of each other.  One may be lost: so many missing in a row make a warning.
 PROOF_S, PROOF_MISSES = 10.0, 3
 # How many webhooks wait for a look to show their change, and how many of the last delays are kept for their median.
 MAX_EARLY, MAX_DELAYS = 20, 20
@@ -814,6 +807,7 @@ class Trace(NamedTuple):
     born: float                   # when its session_key was first seen
     seen_at: float                # when the last look was that showed it
     told: bool = False            # a witness told of its state, too: that is no pause that a crash left behind
+    said: tuple[tuple[float, int], ...] = ()      # the view_offset that the stream told last, and when; (): none
     stale: bool = False           # a newer session began after its last sign of life; until the next such sign
 
 class Expected(NamedTuple):
@@ -919,8 +913,9 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     """The player after a sign of life of the session that a claim is about, and of no other."""
     # A webhook names no session: it may mean what plays, but wakes no ghost of the same item, or of the item before.
     key = claim.session_key or (player.session_key if player.state != STOPPED else None)
-    return player._replace(traces=tuple(
-        trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False)
+    return player if claim.state == STOPPED else player._replace(traces=tuple(
+        trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False,
+                       said=trace.said if claim.view_offset is None else ((at, claim.view_offset),))
         if trace.session.session_key == key and claim.about(trace.session) else trace for trace in player.traces))
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
@@ -968,11 +963,10 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not ours or state is None:
         return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    player = revived(player, claim, at) if state != STOPPED else player
     # It may tell what was reported before it came, and is over since: a claim for one look.
     known = player.state == state and player.plays(claim.identity)
     late = not known and any(each.matches(claim) for each in player.proof.changes)
-    return claimed(player, claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
+    return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
@@ -993,7 +987,9 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
         return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
     if not known and state == STOPPED:                # of an item that is over already
         return player, ()
-    alive = revived(player, said, at) if state != STOPPED else player
+    # The stream is in order: what it said before of this item in this session is over.
+    player = player._replace(claims=tuple(each for each in player.claims if each[1:4] != said[1:4]))
+    alive = revived(player, said, at)
     if not known or not all(repeats(player, trace.session, notification.state) for trace in known):
         return claimed(alive, said, at), ()
     if said.view_offset is not None and player.session_key in {trace.session.session_key for trace in known}:
@@ -1002,9 +998,10 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
 
 def repeats(player: PlayerState, session: Session, said: str) -> bool:
     """Whether a notification repeats what is known of a session; of what the player plays, that is what we reported."""
-    ours = session.session_key == player.session_key and player.plays(session.item.identity)
-    believed = player.state if ours else PLAYING if session.state == BUFFERING else session.state
-    return TRANSITIONS[believed, said] in (believed, None) and (ours or said != PLAYING or player.state == PLAYING)
+    # That another one plays is news while what we reported does not: a new item has buffered, and begins.
+    reported = session.session_key == player.session_key and player.plays(session.item.identity)
+    believed = player.state if reported else PLAYING if session.state == BUFFERING else session.state
+    return TRANSITIONS[believed, said] in (believed, None) and (reported or said != PLAYING or player.state == PLAYING)
 
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
@@ -1023,7 +1020,7 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
         # It played on, and the last look may be long ago: where it was renewed last tells when, if it did not pause.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
         alive_at = at if moved_s < 0 else min(at, max(before.alive_at, before.seen_at, before.since + moved_s))
-    return Trace(session, at, alive_at, same[0].born if same else at, at, told)
+    return Trace(session, at, alive_at, same[0].born if same else at, at, told, before.said if before else ())
 
 def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
@@ -1055,7 +1052,7 @@ def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
 
-    A claim that is not met: again after RELOOK_S.  One that is met: once more after CONFIRM_S.  A position that has not
+    A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
     moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
     """
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
@@ -1073,33 +1070,42 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
         marks = (*(first + wait_s for wait_s in waits_s[claim.ours]), claim.at + waits_s[claim.ours][-1])
         player = look_no_later(player, next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):
-        player = look_no_later(player, at + CONFIRM_S)
+        player = look_no_later(player, at + LAG_S)    # a doubled, older claim may agree with sessions that lag
     if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + STILL_S))
+        player = look_no_later(player, max(max(chosen.since, chosen.alive_at) + FROZEN_S, at + STILL_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         player = look_no_later(player, at + BUFFERING_S)
     for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead
         player = look_no_later(player, trace.alive_at + LIFE_S)
     return player
 
+def last_position(player: PlayerState, chosen: Trace, about: list[Claim], state: str, at: float) -> tuple[int, float]:
+    """The latest position that a witness said of the session that is chosen: ms, and when it was there."""
+    said_at, view_offset, moved_at = -math.inf, 0, at
+    if player.state != STOPPED and player.plays(chosen.session.item.identity):      # what was stopped begins at 0
+        said_at = player.moved_at if player.session_key == chosen.session.session_key else -math.inf
+        moved_at = player.moved_at if player.state == state else at
+        view_offset = position_ms(player, moved_at)
+    told_at, told = max((*chosen.said, *((claim.at, claim.view_offset) for claim in about
+                                         if claim.view_offset is not None)), default=(-math.inf, 0))
+    if said_at <= told_at > -math.inf:
+        said_at, view_offset, moved_at = told_at, told, told_at
+    shown, since = chosen.session.view_offset, chosen.since
+    if shown is None or since <= max(said_at, told_at + LAG_S):
+        return view_offset, moved_at
+    behind_s = since - moved_at + (view_offset - shown) / 1000      # Plex renews it each 10 to 15 s
+    renewed_before = state == PLAYING and since < said_at + LIFE_S and 0 <= behind_s < LIFE_S
+    return (view_offset, moved_at) if renewed_before else (shown, since)
+
 def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
-    """After a look that shows what the player does.  Its position is the latest that a witness said."""
+    """After a look that shows what the player does."""
     session, state = chosen.session, chosen.session.state
     about = [claim for claim in player.claims if claim.about(session)]
     if state == BUFFERING and any(claim.state == PLAYING for claim in about):
         state = PLAYING                               # two witnesses agree: it is starting
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
-    told = player.state == state == PLAYING and player.plays(session.item.identity) and (       # before, by the stream
-        player.session_key, player.view_offset) == (session.session_key, session.view_offset)
-    shown_at = min(player.moved_at, chosen.since) if told else chosen.since
-    said = [(shown_at, session.view_offset, shown_at),
-            *((claim.at, claim.view_offset, claim.at) for claim in about)]
-    if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
-        goes_on = (player.view_offset, player.moved_at) if player.state == state else (position_ms(player, at), at)
-        said.append((player.moved_at if player.session_key == session.session_key else -math.inf, *goes_on))
-    _, view_offset, moved_at = max((each for each in said if each[1] is not None), key=lambda each: each[0],
-                                   default=(at, 0, at))
-    return become(player._replace(session_key=session.session_key), state, session.item, view_offset or 0, moved_at, at,
+    view_offset, moved_at = last_position(player, chosen, about, state, at)
+    return become(player._replace(session_key=session.session_key), state, session.item, view_offset, moved_at, at,
                   session.player_title, by)
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
@@ -1141,8 +1147,7 @@ def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
 
 def documented(change: Change, before: PlayerState) -> bool:
     """Whether Plex documents a webhook for a change: start, pause, resume and stop."""
-    # There is none for a skip within the queue, for a crash (reason), and for a player that we took
-    # for crashed and that plays on.
+    # There is none for a skip within the queue, for a crash (reason), and for one that was no crash: it plays on.
     same = before.plays(change.item.identity)
     left = any(before.plays(trace.session.item.identity) for trace in before.traces)
     back = same and left and change.old_state == STOPPED
@@ -1740,8 +1745,7 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-# How long the main loop may be busy (a look takes PLEX_S, with the lookup of a name); and how long an outage may last,
-# or a webhook wait for the tracker.
+# How long the main loop may be busy (a look takes PLEX_S), an outage last, or a webhook wait for the tracker.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
 
 class Glance(NamedTuple):
@@ -5562,8 +5566,7 @@ class Doctor:
 
     def daemon(self) -> Finding:
         """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
-        # Another version: the file was replaced, and the daemon not restarted since.  As localhost: our own name may
-        # look like a website's.
+        # Another version: the file was replaced since it began.  As localhost: our own name may look like a website's.
         try:
             reply = exchange(local_url(self.config, "/healthz"), {"Host": "localhost"})
         except PlexError:

@@ -1308,6 +1308,81 @@ def test_a_position_that_the_stream_told_keeps_its_time_when_a_look_shows_it_lat
     assert judge.looks == 2 and sb.position_ms(judge.player, judge.at) == 35000
 
 
+def test_a_look_that_shows_an_older_position_on_the_same_line_does_not_set_the_player_back():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml(offset="0"))
+    judge.wait(10)
+    judge.note(PLAYING, view_offset=10000)
+    judge.wait(10)
+    judge.note(PLAYING, view_offset=20000)
+    judge.show(session_xml(offset="10000"))                # behind the stream by one renewal
+    judge.wait(3)
+    judge.hear("media.play")
+    judge.wait(0)
+    assert sb.position_ms(judge.player, judge.at) == 23000
+
+
+def test_sessions_that_lag_do_not_undo_a_seek_that_the_stream_told():
+    judge = Judge(poll_interval_s=30.0)
+    judge.show(session_xml(offset="0"))
+    judge.wait(10)
+    judge.note(BUFFERING, view_offset=120000)
+    judge.show(session_xml(BUFFERING, offset="11000"))
+    judge.hear("media.play")
+    judge.wait(0.5)
+    judge.note(PLAYING, view_offset=120000)
+    judge.show(session_xml(offset="12000"))
+    judge.wait(0.5)
+    judge.hear("media.play")
+    judge.wait(0)
+    assert sb.position_ms(judge.player, judge.at) == 120500
+    judge.wait(3)
+    judge.show(session_xml(offset="15000"))                # and later a look shows another: a seek back, untold
+    judge.wait(35)
+    assert sb.position_ms(judge.player, judge.at) < 60000
+
+
+def test_what_the_stream_told_of_a_session_counts_when_it_becomes_what_the_player_does():
+    judge = Judge(poll_interval_s=30.0)                    # two rooms
+    judge.show(session_xml(key="7", offset="0"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(5)
+    judge.note(PLAYING, view_offset=5000)
+    judge.show(session_xml(key="7", offset="5000"), session_xml(key="8", offset="0", item=OTHER))
+    judge.wait(4)
+    judge.note(STOPPED, "102", key="8")
+    judge.show(session_xml(key="7", offset="5000"))
+    judge.wait(0)
+    assert judge.said() == [(PLAYING, B), (PLAYING, A)]
+    assert sb.position_ms(judge.player, judge.at) == 9000
+
+
+def test_an_item_that_begins_again_costs_no_series_of_looks():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(offset="50000"))
+    judge.wait(5)
+    judge.note(STOPPED, view_offset=55000)
+    judge.show(session_xml(offset="0"))
+    judge.wait(0.1)
+    judge.note(PLAYING, view_offset=0)                     # the stream is in order: the stop is over
+    judge.wait(10)
+    assert judge.said() == [(PLAYING, A)] and judge.looks <= 4
+    assert sb.position_ms(judge.player, judge.at) == 10000
+
+
+def test_a_new_item_that_buffered_while_the_last_one_was_paused_begins_when_the_stream_says_so():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show(session_xml(PAUSED, key="7"))
+    judge.wait(5)
+    judge.note(STOPPED)
+    judge.show(session_xml(BUFFERING, key="8", item=OTHER))
+    judge.wait(sb.FROZEN_S + 5)                            # nobody looks any more
+    assert judge.said() == [(PAUSED, A)]
+    judge.show(session_xml(PLAYING, key="8", item=OTHER))
+    judge.note(PLAYING, "102", key="8")
+    judge.wait(0)
+    assert judge.said() == [(PLAYING, B)]
+
+
 def test_what_the_stream_said_of_a_session_is_not_forgotten_at_the_next_look():
     judge = Judge(poll_interval_s=30.0)
     judge.show(session_xml(key="7"))
@@ -1334,7 +1409,7 @@ def test_a_pause_that_the_stream_repeats_is_no_pause_that_a_crash_left_behind():
     judge.note(PLAYING, "102", key="8")
     judge.show(session_xml(PAUSED, key="7", offset="5000"), session_xml(key="8", offset="0", item=OTHER))
     judge.wait(0.2)
-    judge.note(PAUSED, view_offset=5000)                        # a look has shown it already, and 8 beside it
+    judge.note(PAUSED, view_offset=5000)                   # a look has shown it already, and 8 beside it
     judge.wait(1)
     judge.show(session_xml(PAUSED, key="7", offset="5000"))
     judge.note(STOPPED, "102", key="8")
@@ -1454,7 +1529,7 @@ def test_a_late_webhook_that_lagging_sessions_bear_out_does_not_end_the_looking(
     judge.hear("media.resume")                             # a double of an old one
     judge.wait(1.2)
     judge.show(session_xml(PAUSED, offset="2"))
-    judge.wait(sb.CONFIRM_S)
+    judge.wait(sb.LAG_S)
     assert judge.said() == [(PLAYING, A), (PAUSED, A)]
 
 
@@ -2362,8 +2437,7 @@ class Evening:
             if not again and not unknown and (seen.get(k, math.inf) - since > (75 if crashed else 1.5)) and ends[k] - since > (75 if crashed else 0.7):
                 found.append(("missed" if k not in seen else "late", since, truth[k][1:3]))
         found += [("storm", one, "") for one, other in zip(self.looks, self.looks[20:], strict=False) if other - one <= 10.0]
-        untold = self.final[0] == STOPPED and self.ways.lost and truth[-1][1] == PAUSED       # as above
-        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED and not untold:
+        if self.final != truth[-1][1:3] and not self.final[0] == truth[-1][1] == STOPPED:
             found.append(("final", self.LENGTH, (self.final, truth[-1][1:3])))
         return found
 
@@ -2391,7 +2465,7 @@ def test_random_evenings():
         changes += 0 if evening.ways.mild else sum(isinstance(report, Change) for _, report in evening.reports)
         found += [(seed, *each) for each in evening.problems()]
     false = [each for each in found if each[1] == "false" and each[0] % 2 == 0]
-    worst = [each for each in found if each not in false] + (false if len(false) > 1 + changes / 10_000 else [])      # 1: by chance
+    worst = [each for each in found if each not in false] + (false if len(false) > changes / 10_000 else [])
     print(f"seeds {first} to {first + count - 1}: {changes} changes in harsh evenings, {len(false)} of them false")
     for seed, kind, *_ in worst[:3]:
         print(f"seed {seed}, {kind}; it needs no more than: {shrunk(seed, kind)}")
