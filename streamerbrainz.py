@@ -1454,6 +1454,10 @@ def check_status(status: int, url: str, path: str) -> None:
                     "give the final address as -plex-server-url.")
         raise PlexError(fault, f"{origin(url)} {said.format(path=path.partition('?')[0])}")
 
+def boot_s() -> float:
+    """How long ago the machine booted, its sleep included: no one sets this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
 class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
     items: list[Mapping[str, Any]]    # Plex's attributes of each
@@ -1467,12 +1471,16 @@ class PlexServer:
         """token: gives the token that is valid now.  Raises ConfigError for a bad ca_file."""
         self.url, self.token, self.current_token = url, token, token()
         self.renewed = threading.Event()              # there is a new token: try again what the old one was refused for
+        self.ahead_s: float | None = None             # its clock minus the time since our boot; None: not known
         self.context = tls_context(url, ca_file)
 
     def get(self, path: str, timeout_s: float = 0.0, room: int = MAX_ANSWER, **headers: str) -> Reply:
         """What is at a path: a Reply with status 200, as exchange() gives it; raises PlexError."""
         reply = exchange(self.url + path, {"X-Plex-Token": self.current_token, **headers}, timeout_s=timeout_s,
                          room=room, context=self.context)
+        with contextlib.suppress(ValueError, TypeError, OverflowError):       # for a Date that is not one
+            now = email.utils.parsedate_to_datetime(str(reply.headers.get("Date"))).timestamp()
+            self.ahead_s = now - boot_s() if now > BUILT else self.ahead_s
         check_status(reply.status, self.url, path)
         return reply
 
@@ -3519,8 +3527,9 @@ MIGRATIONS = {1: (
     "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
-# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month.
-DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S = 2.0, 200, 1.0, 60
+# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month; one
+# that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
+DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
 # The condition of the episodes of a show, season (None: of all) or episode.
 SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"
 # Two scrobbles of an item within five minutes are one; as in the contract.
@@ -3528,10 +3537,6 @@ DUPLICATE_S = 300.0
 # What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
 # (sqlite3 raises UnicodeDecodeError even while it makes the words of its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-
-def clock_ahead_s() -> float:
-    """Unix time minus the time since boot, sleep included: it changes only when somebody sets the clock."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 class Tracker:
     """The watch tracker's database, for all threads of a process.  All methods raise TrackerError."""
@@ -3548,6 +3553,7 @@ class Tracker:
         self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
         self.sizes = [0, 0, 0]                        # their bytes, at most; SQLite may have mapped the -shm
         self.fault, self.retry_at = "", 0.0           # why it must be opened anew ("": it need not); monotonic s
+        self.plex: PlexServer | None = None           # whose clock is right if ours is far from it
         try:
             # O_EXCL and O_PATH: to open the file for reading and close it would drop the locks that SQLite has on it.
             with contextlib.suppress(FileExistsError):
@@ -3592,7 +3598,7 @@ class Tracker:
         if self.may_write and not (ours or tables or self.files):
             for statement in SCHEMA:
                 connection.execute(statement)
-            self.take_note("history", int(time.time()))
+            self.take_note("history", int(self.now()))
         elif ours != APPLICATION_ID:
             if self.was_ours():
                 raise ValueError("its head is another file's")
@@ -3606,7 +3612,7 @@ class Tracker:
         connection.execute("PRAGMA journal_mode = WAL")
         last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()       # this makes the log
         if not self.files:                            # entries after this one were received by this clock
-            self.since, self.ahead_s = last, clock_ahead_s()
+            self.since, self.ahead_s = last, self.clock_ahead_s()
         self.files, self.fault = self.inodes(), ""
 
     def carry_over(self, version: int) -> None:
@@ -3712,15 +3718,23 @@ class Tracker:
             if self.inodes() != self.files:
                 raise TrackerError(f"{self.path} or its -wal was deleted or replaced meanwhile; try again.")
 
+    def clock_ahead_s(self) -> float:
+        """Unix time minus boot_s(), by our clock, or by the server's if ours is wrong: it changes if that is set."""
+        ours, theirs = time.time() - boot_s(), self.plex.ahead_s if self.plex else None
+        return ours if theirs is None or abs(theirs - ours) <= CLOCK_WRONG_S else theirs
+
+    def now(self) -> float:
+        """Unix time, as well as it is known."""
+        return self.clock_ahead_s() + boot_s()
+
     def set_clock(self) -> float:
         """If the clock was set: correct the times that it gave to this process before; -> clock_ahead_s()."""
-        # A Pi without a clock of its own boots hours or months behind, until it hears the time from the network.  Then
-        # a play has two times, its webhook's and the history's, and would count twice.  The history's times are right.
-        ahead_s = clock_ahead_s()
+        # Else a play has two times, its webhook's and the history's, and would count twice.  The history's are right.
+        ahead_s = self.clock_ahead_s()
         # Only the daemon does so: another process does not know which entries are older than a jump.
         if self.patient and abs(jump_s := round(ahead_s - self.ahead_s)) >= CLOCK_JUMP_S:
             # What has the server's time, or would lie ahead, was right before (see Journal.append).
-            jump = jump_s, self.since, jump_s, time.time() + CLOCK_JUMP_S
+            jump = jump_s, self.since, jump_s, self.now() + CLOCK_JUMP_S
             self.write("UPDATE play SET at = at + ? WHERE entry_id > ? AND source = 'webhook' AND at + ? <= ?", *jump)
             self.write("UPDATE webhook_log SET received_at = received_at + ? WHERE id > ? AND event NOT IN "
                        "('history', 'library') AND received_at + ? <= ?", *jump)
@@ -3852,7 +3866,7 @@ class Tracker:
         self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                    "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
                    "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
-                   entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(time.time()))
+                   entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(self.now()))
 
     def add_show(self, show: Show) -> int:
         """Add a show; returns its id.  A year that may be a season's is left out."""
@@ -3901,12 +3915,12 @@ class Tracker:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
                         f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
-        when = int(time.time() if at is None else at)
+        when = int(self.now() if at is None else at)
         return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
 
     def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
         """Take the marks of a show (a season, an episode; None: of all) back; -> how many plays that were."""
-        self.write(f"UPDATE episode SET unmarked_at = ? WHERE {SOME}", int(time.time()), show_id, season, episode)
+        self.write(f"UPDATE episode SET unmarked_at = ? WHERE {SOME}", int(self.now()), show_id, season, episode)
         return int(self.write(f"DELETE FROM play WHERE {SOME}", show_id, season, episode).rowcount)
 
     def remap(self, mapping_id: int, show_id: int) -> int:
@@ -3914,7 +3928,7 @@ class Tracker:
         plays = self.all("SELECT play.*, title FROM play JOIN episode USING (show_id, season, episode) WHERE "
                          "mapping_id = ? AND show_id <> ?", mapping_id, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
-                   show_id or None, int(time.time()), mapping_id)
+                   show_id or None, int(self.now()), mapping_id)
         # What was ignored is finished anew.
         self.write("UPDATE webhook_log SET retry_at = 0 WHERE action = 'auto_mark_disabled' AND (server, type) = ("
                    "SELECT server, type FROM mapping WHERE id = ?1) AND (SELECT subject FROM mapping WHERE id = ?1) "
@@ -3937,7 +3951,7 @@ class Tracker:
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
         return self.insert(
-            "conflict", created_at=time.time(), kind=conflict.kind, server=entry.server, type=entry.type,
+            "conflict", created_at=self.now(), kind=conflict.kind, server=entry.server, type=entry.type,
             subject=entry.subject, guid=entry.guid_of_show, title=show.title,
             year=show.year if show.own_year else None, candidates=candidates, **show.ids._asdict()), True
 
@@ -3970,7 +3984,7 @@ def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
             return Glance(tuple((time_of(at), text(name)) for at, name in marked),
                           tuple((no, named(text(title), year), text(kind)) for no, title, year, kind in asked),
-                          0.0 if oldest is None else time.time() - oldest, dict(map(tuple, counts)),
+                          0.0 if oldest is None else tracker.now() - oldest, dict(map(tuple, counts)),
                           refused=journal is not None and journal.fault is not None)
     except TrackerError as error:
         return Glance(broken=str(error))
@@ -4003,7 +4017,7 @@ class Journal:
 
     def append(self, webhook: Webhook) -> None:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
-        at, viewed_at = time.time(), webhook.scrobble.viewed_at if webhook.scrobble else 0
+        at, viewed_at = self.tracker.now(), webhook.scrobble.viewed_at if webhook.scrobble else 0
         entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
         result: queue.SimpleQueue[TrackerError | None] = queue.SimpleQueue()
         outcome = first_outcome(webhook, entry, self.accounts)
@@ -4081,12 +4095,13 @@ class Worker:
             try:
                 with self.tracker.faults():
                     if time.monotonic() >= history_at:
-                        self.bound_times(time.time())
+                        self.bound_times(self.tracker.now())
                         history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
                         self.prune()
                     self.drain()
-                    due_at = self.tracker.one("SELECT min(retry_at) FROM webhook_log WHERE retry_at NOT NULL")[0]
-                    pause_s = min(history_at - time.monotonic(), (math.inf if due_at is None else due_at) - time.time())
+                    due_at, = self.tracker.one("SELECT coalesce(min(retry_at), 1e12) FROM webhook_log WHERE retry_at "
+                                               "NOT NULL")
+                    pause_s = min(history_at - time.monotonic(), due_at - self.tracker.now())
                     if fails:
                         say(logging.INFO, "the tracker works again")
                     fails = False
@@ -4106,7 +4121,7 @@ class Worker:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
         count, self.down = 0, None
         while entries := self.tracker.entries("retry_at <= ? AND (NOT ? OR retry_at = 0 AND status NOT NULL) "
-                                              "ORDER BY retry_at, id LIMIT ?", time.time(), again, BATCH):
+                                              "ORDER BY retry_at, id LIMIT ?", self.tracker.now(), again, BATCH):
             for entry in entries:
                 self.finish(entry)
             count += len(entries)
@@ -4137,7 +4152,7 @@ class Worker:
             self.tracker.write(
                 "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = nullif(?, 0), conflict_id = ?, "
                 "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], outcome.match and
-                outcome.match.show_id, conflict_id, None if wait_s is None else time.time() + wait_s, entry.id)
+                outcome.match.show_id, conflict_id, None if wait_s is None else self.tracker.now() + wait_s, entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
         if self.tell and outcome.status == SUCCESS and outcome.action != "already_watched":
             self.tell(entry)
@@ -4259,7 +4274,7 @@ class Worker:
         # How far the history was read is noted with the entries of each page.
         if not self.plex:
             return True
-        since, until = self.tracker.note("history"), int(time.time() - HISTORY_REST_S)
+        since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
         try:
             server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
@@ -4328,7 +4343,7 @@ class Worker:
 
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
-        before = time.time() - self.config.tracker_log_days * 86400
+        before = self.tracker.now() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
@@ -5196,6 +5211,7 @@ def start_tracker(config: Config, plex: PlexServer | None, hooks: Hooks | None, 
     if not config.tracker_db:
         return None
     trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
+    tracker.plex = plex
     journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
     if hooks:
         worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))

@@ -485,6 +485,7 @@ class Library:
 
     def __init__(self, xml=False):
         self.answers, self.requests, self.xml = {"/identity": {"machineIdentifier": SERVER}}, [], xml
+        self.date = None                                   # what its Date says; None: this machine's time
         library = self
 
         class Answer(http.server.BaseHTTPRequestHandler):
@@ -499,6 +500,9 @@ class Library:
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            def date_time_string(self, timestamp=None):
+                return library.date() if library.date else super().date_time_string(timestamp)
 
             def log_message(self, *_):
                 pass
@@ -5586,6 +5590,37 @@ def test_a_clock_before_the_programs_own_date_is_not_believed(database, monkeypa
         assert [row["received_at"] for row in rows(database)[:2]] == [viewed, pytest.approx(real(), abs=60)]
     with contextlib.closing(sqlite3.connect(database)) as connection:
         assert [at for at, in connection.execute("SELECT at FROM play WHERE source = 'webhook'")] == [viewed, pytest.approx(real(), abs=60)]
+
+
+@pytest.mark.parametrize("off_h", [-7, 3, -24 * 365 * 40, 24 * 365 * 4])
+def test_the_servers_clock_counts_where_ours_is_an_hour_from_it(database, token_file, monkeypatch, off_h):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + off_h * 3600)
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.date = lambda: sb.email.utils.formatdate(real(), usegmt=True)
+        keeper.store.plex = keeper.worker.plex
+        assert keeper.worker.plex.ahead_s is None          # the server has not answered yet: the first is by our clock, until it does
+        keeper.send({**PILOT, "ratingKey": "1"})
+        keeper.worker.plex.get("/identity")
+        keeper.send({**PILOT, "ratingKey": "2", "index": 2})
+        monkeypatch.setattr(time, "time", real)            # NTP: this is no jump, for the server's time was right
+        keeper.send({**PILOT, "ratingKey": "3", "index": 3})
+        keeper.send(event="media.play")
+    assert all(abs(row["received_at"] - real()) < 60 for row in rows(database)) and len(rows(database)) == 4
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        plays = [at for at, in connection.execute("SELECT at FROM play WHERE source = 'webhook'")]
+    assert len(plays) >= 2 and all(abs(at - real()) < 60 for at in plays)
+
+
+@pytest.mark.parametrize("off_s, date", [(1800, None), (7200, "nonsense"), (7200, "Thu, 01 Jan 1970 00:00:00 GMT"), (7200, "Sun, 99 Nov 99999999999 00:00:00 GMT")])
+def test_a_server_that_is_minutes_off_or_has_no_clock_changes_no_time(database, token_file, monkeypatch, off_s, date):
+    real = time.time
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        library.date = lambda: date or sb.email.utils.formatdate(real() + off_s, usegmt=True)
+        keeper.store.plex = keeper.worker.plex
+        keeper.worker.plex.get("/identity")
+        keeper.send()
+        assert abs(rows(database)[0]["received_at"] - real()) < 60
 
 
 def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_file):
