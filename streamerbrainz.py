@@ -3825,7 +3825,8 @@ class Tracker:
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
         # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
-        alike = self.shows("type = ? AND similarity(normal, ?) >= ?", show.type, parse_title(show.title).normal,
+        alike = self.shows("id IN (SELECT id FROM (SELECT id, similarity(normal, ?) AS alike FROM show WHERE type = ?) "
+                           "WHERE alike >= ? ORDER BY alike DESC LIMIT 50)", parse_title(show.title).normal, show.type,
                            MIN_SIMILARITY)
         return choose_show(show, [each._replace(seasons=self.one(
             "SELECT coalesce(max(season), 0) FROM episode WHERE show_id = ?", each.id)[0]) for each in alike])
