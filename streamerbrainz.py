@@ -1462,7 +1462,7 @@ class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
     items: list[Mapping[str, Any]]    # Plex's attributes of each
     end: int                      # items up to the page's end
-    total: int                    # items in all
+    total: int | None             # items in all; None: not given
 
 class PlexServer:
     """Plex Media Server at a URL.  The token travels in the X-Plex-Token header only, and to that URL only."""
@@ -1502,12 +1502,11 @@ class PlexServer:
         before: object = None
         while start < MAX_ITEMS:
             attributes, items = self.container(f"{path}{start}", timeout_s, MAX_LIBRARY_PAGE)
-            end = start + len(items)
-            page = LibraryPage(items, end, number(attributes.get("totalSize")) or end)
+            end, total = start + len(items), number(attributes.get("totalSize"))
             if not items or items[0] == before:       # the end, or a server that ignores the page's start
                 return
-            yield page
-            if end >= page.total:
+            yield LibraryPage(items, end, total)
+            if len(items) < PAGE_ITEMS if total is None else end >= total:
                 return
             start, before = end, items[0]
         raise PlexError("nonsense", f"{origin(self.url)} lists more than {MAX_ITEMS} items.")
@@ -4419,8 +4418,9 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
                     for item in page.items:
                         import_item(tracker, server, show_type, item)
                     tracker.take_note(note, page.end)
-                print(f"{title}: {name}: {page.end} of {max(page.total, page.end)}", file=sys.stderr, flush=True,
-                      end="\r" if sys.stderr.isatty() and page.end < page.total else "\n")
+                total = max(page.total or 0, page.end)
+                print(f"{title}: {name}: {page.end} of {total}", file=sys.stderr, flush=True,
+                      end="\r" if sys.stderr.isatty() and page.end < total else "\n")
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
