@@ -608,11 +608,6 @@ class Session(NamedTuple):
     user: str                     # the user's name; "": not given (a local player)
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What distinguishes this play from another one of the same player."""
-        return self.session_key, self.item.identity
-
-    @property
     def must_move(self) -> bool:
         """Whether its view_offset should move: it says that it plays, and gives a position."""
         return self.state == PLAYING and self.view_offset is not None and self.product not in STILL_PRODUCTS
@@ -832,11 +827,6 @@ class Proof(NamedTuple):
     heard_at: float = -math.inf   # when the last webhook of our player came, whatever it told
     delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
-    @property
-    def median_delay_s(self) -> float | None:
-        """The median of the last delays; None: no webhook has arrived."""
-        return sorted(self.delays_s)[len(self.delays_s) // 2] if self.delays_s else None
-
 class PlayerState(NamedTuple):
     """What is known of one player."""
     machine_identifier: str
@@ -1010,7 +1000,7 @@ def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
 def follow(player: PlayerState, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
     same = [trace for trace in player.traces if trace.session.session_key == session.session_key]
-    before = next((trace for trace in same if trace.session.key == session.key), None)
+    before = next((trace for trace in same if trace.session.item.identity == session.item.identity), None)
     told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
         any(trace.told and trace.session.state == session.state for trace in same)
     if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
@@ -1802,7 +1792,7 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
                          "count": sum(n for (_, result), n in status.webhooks.items() if result == "ok"),
                          "refused": {result: n for (_, result), n in status.webhooks.items() if result != "ok"},
                          "arrived": proof.arrived, "missed": proof.missed, "in_a_row_missed": proof.in_a_row,
-                         "median_delay_s": proof.median_delay_s},
+                         "median_delay_s": next(iter(sorted(proof.delays_s)[len(proof.delays_s) // 2:]), None)},
             "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
                         for when, change in status.changes]}
 
