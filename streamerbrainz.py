@@ -716,8 +716,7 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 #   A session counts while it lives: while it moves, or a witness speaks of it.  Others stand still: a crash left them.
 #   Of positions, the latest that a witness said counts.
 
-# (what is believed, what a witness says) -> what is believed then; None: wait until it says more.
-TRANSITIONS = {
+TRANSITIONS = {      # (what is believed, what a witness says) -> what is believed then; None: wait until it says more
     (STOPPED, STOPPED): STOPPED, (STOPPED, PLAYING): PLAYING, (STOPPED, PAUSED): PAUSED, (STOPPED, BUFFERING): PLAYING,
     (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
     (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None}
@@ -910,10 +909,8 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
            player_title: str, by: str, reason: str = "") -> Verdict:
-    """A witness is believed: the player after it, and the Change, if anything changed.
-
-    witnessed: what the player does, and with which item; moved_at: when it was at view_offset.
-    """
+    """A witness is believed: the player after it, and the Change, if anything changed."""
+    # witnessed: what the player does, and with which item; moved_at: when it was at view_offset.
     state = TRANSITIONS[player.state, witnessed]
     if item is None or state is None or state == player.state == STOPPED:
         return player, ()
@@ -928,11 +925,9 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
     return player, (change,) if changed else ()
 
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
-    """After a webhook, where there is no server to ask: it is believed, unless it is late.
-
-    Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S
-    of the change: Plex sent it before the webhook that made the change.
-    """
+    """After a webhook, where there is no server to ask: it is believed, unless it is late."""
+    # Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S of the change: Plex
+    # sent it before the webhook that made the change.
     state, item = CLAIMS.get(webhook.event), webhook.item or player.item
     if state is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
@@ -959,11 +954,9 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
-    """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
-
-    Older servers do not name the player.  Then the session tells whose it is: another
-    player's is ignored, and an unknown one needs a look to tell.
-    """
+    """After a notification: what is known already is a sign of life, anything else a claim and a reason to look."""
+    # Older servers do not name the player.  Then the session tells whose it is: another player's is ignored, and an
+    # unknown one needs a look to tell.
     key, keys = notification.session_key, {trace.session.session_key for trace in player.traces}
     named = notification.client_identifier
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
@@ -1017,12 +1010,10 @@ def frozen(trace: Trace, at: float) -> bool:
     return trace.session.must_move and at - max(trace.since, trace.alive_at) >= FROZEN_S
 
 def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
-    """A session's trace, stale if a newer session of the player began after its last sign of life.
-
-    A player that crashed and was started again has two sessions: the new one, and the old one
-    that stands still.  When the new one ends, the old one must not be reported as playing.  A
-    photo does not count as the new one: people look at photos while a track is paused.
-    """
+    """A session's trace, stale if a newer session of the player began after its last sign of life."""
+    # A player that crashed and was started again has two sessions: the new one, and the old one that stands still.
+    # When the new one ends, the old one must not be reported as playing.  A photo does not count as the new one: people
+    # look at photos while a track is paused.
     def age(each: Trace) -> tuple[float, int]:
         return each.born, number(each.session.session_key) or 0
     still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
@@ -1040,11 +1031,9 @@ def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
     return not frozen(trace, at) if believed else at - trace.alive_at < LIFE_S
 
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
-    """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
-
-    A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
-    moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
-    """
+    """The player after a successful look, with the time of the next one.  traces: of the sessions that live."""
+    # A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
+    # moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
     met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
@@ -1099,13 +1088,10 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
                   session.player_title, by)
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
-    """After a look: the sessions decide, except for those of a player that crashed.
-
-    Of our player's sessions, those that are stale or frozen do not count.  Of the others one is
-    chosen (find_session), and it is what the player does.  If there is none, the player has
-    stopped: its session is gone, as Plex says it, or the item that plays is in a frozen one.
-    If the best one may be stale, it is not known yet what the player does, and nothing changes.
-    """
+    """After a look: the sessions decide, except for those of a player that crashed."""
+    # Of our player's sessions, those that are stale or frozen do not count.  Of the others one is chosen: it is what
+    # the player does.  If there is none, the player has stopped: its session is gone, as Plex says it, or the item that
+    # plays is in a frozen one.  If the best one may be stale, nobody knows yet what the player does: nothing changes.
     reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     changes: tuple[Report, ...] = ()
     player = player._replace(outage=None, retries=0)
@@ -1146,12 +1132,10 @@ def documented(change: Change, before: PlayerState) -> bool:
 
 def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
           at: float) -> Verdict:
-    """The player with its Proof after an observation.
-
-    Each documented change must have its webhook, whichever comes first.  A webhook proves as much
-    under another player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.
-    And no alarm while webhooks of our player come at all: one may be of a change too short to be seen.
-    """
+    """The player with its Proof after an observation."""
+    # Each documented change must have its webhook, whichever comes first.  A webhook proves as much under another
+    # player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.  And no alarm while webhooks
+    # of our player come at all: one may be of a change too short to be seen.
     proof, delays_s = player.proof, list[float]()
     changes, webhooks = (list(itertools.dropwhile(lambda each: at - each.at >= PROOF_S, waiting))
                          for waiting in (proof.changes, proof.webhooks))      # oldest first
@@ -1187,16 +1171,13 @@ def missing_sentence(in_a_row: int) -> str:
     return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
             "Without Plex Pass this is normal, and nothing is lost.")
 
-# Which function judges which observation.
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {
     Webhook: after_webhook, Notification: after_notification, Stream: after_stream, Look: after_look,
     Outage: after_outage}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
-    """The judge: the player after an observation, and what to report, in order.
-
-    at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
-    """
+    """The judge: the player after an observation, and what to report, in order."""
+    # at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
     player, reports = AFTER[type(observation)](before, observation, at)
     if isinstance(observation, (Look, Outage)):
         found = any(isinstance(report, Change) for report in reports)
