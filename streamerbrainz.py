@@ -467,9 +467,8 @@ class SecretFile:
 # Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
-# Of a webhook Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81
-# characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
-# of email.parser grows with the square of a header.
+# Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81 characters.  More
+# than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
 MAX_PAYLOAD_VALUES = 20_000   # in a payload's JSON, by the characters that stand before one; Plex's have about 500
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
@@ -535,8 +534,7 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
 
 def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     """The parts named payload and thumb of a multipart body; the first, if a name comes twice."""
-    # email.parser reads each part's header.  We cut the body at its delimiters ourselves: given a whole body with a
-    # picture of 100 kB, the parser takes 1.8 ms and six times its memory.
+    # We cut the body ourselves: if a picture of 100 kB is in it, email.parser takes 1.8 ms and six times its memory.
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
@@ -567,13 +565,12 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
     """The Webhook in a request's body, and a view of its JPEG (empty: none); raises WebhookError."""
-    # Plex sends multipart/form-data; proxies and testers send plain JSON.
     if len(content_type) > MAX_CONTENT_TYPE:
         raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
     header = email.message.Message()
     header["Content-Type"] = content_type
     media_type = header.get_content_type()
-    if media_type == "application/json":
+    if media_type == "application/json":              # from proxies and testers
         return parse_payload(body), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
@@ -591,8 +588,7 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     return f"multipart/form-data; boundary={boundary}", body + b"--%b--\r\n" % boundary.encode()
 
 # -- Sessions: XML -> (Session, ...) (parse_sessions)
-# Products whose viewOffset stands still while they play; a capture of Plex for Sonos shows it.
-STILL_PRODUCTS = frozenset({"Plex for Sonos"})
+STILL_PRODUCTS = frozenset({"Plex for Sonos"})    # whose viewOffset stands still while they play; a capture shows it
 IS_PLEX = "Does -plex-server-url point to Plex Media Server?"
 
 class Session(NamedTuple):
@@ -659,8 +655,7 @@ def find_session(sessions: Sequence[Session]) -> Session | None:
 # -- Library: JSON or XML -> items (parse_container)
 def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     """The attributes of a MediaContainer, and those of each item in it, as JSON names them; raises PlexError."""
-    # We ask for JSON; older servers, and some paths, answer in XML all the same.
-    if (body := body.lstrip())[:1] == b"<":
+    if (body := body.lstrip())[:1] == b"<":           # we ask for JSON; older servers, and some paths, answer in XML
         root = parse_xml(body)
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
     container = json_object(json_value(body)).get("MediaContainer")
@@ -1373,16 +1368,13 @@ class Reply(NamedTuple):
 
 def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *, timeout_s: float = 0.0,
              room: int = MAX_ANSWER, context: ssl.SSLContext | None = None) -> Reply:
-    """Ask a server: GET, or POST if there is a body.  The Reply may have any status.
-
-    timeout_s: for all of it, from the connection to the last byte; 0: PLEX_S.  room: bytes of the
-    answer's body at most.  Proxies and redirects are not followed.  Raises PlexError.
-    """
+    """Ask a server: GET, or POST if there is a body.  The Reply may have any status.  Raises PlexError."""
+    # timeout_s: for all of it, from the connection to the last byte; 0: PLEX_S.  room: bytes of the answer's body at
+    # most.  Proxies and redirects are not followed.
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
-        # In pieces: memory is taken for what comes, never for the length that the answer gives.
-        content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))
+        content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))   # the length it gives takes no memory
         if len(content) > room:
             raise TooMuch
         if answer.length:                             # bytes that should have come, too
@@ -1403,27 +1395,24 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
 # that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
 MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
-# From a stream that broke to the next try: the first time, and at most; it grows by half each time.  If the server has
-# no stream (404), or refuses the token for it (401), it is tried rarely.
+# From a stream that broke to the next try: the first time, at most (it grows by half each time), and WITHOUT_STREAM.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
 WITHOUT_STREAM = {"missing": "the server has none (404)",
                   "refused": "the server refuses the token in the X-Plex-Token header for it (401)"}
 
-# What an HTTP status means: (fault, what stands after the URL).
-STATUSES = {
+STATUSES = {                  # what an HTTP status means: (fault, what stands after the URL)
     401: ("refused", "refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
     403: ("forbidden", "does not show its sessions to this token (403): it must be the server owner's."),
-    404: ("missing", "answers 404 to {path}. " + IS_PLEX),
-    503: ("starting", "is still starting, or in maintenance (503).")}
+    404: ("missing", "answers {status} to {path}. " + IS_PLEX),
+    503: ("starting", "is still starting, or in maintenance (503)."),
+    **dict.fromkeys(range(300, 400), ("nonsense", "redirects elsewhere ({status}), where the token must not go: "
+                                                  "give the final address as -plex-server-url."))}
 
 def check_status(status: int, url: str, path: str) -> None:
     """Raise PlexError for any HTTP status but 200."""
     if status != 200:
-        fault, said = STATUSES.get(status, ("nonsense", f"answers {status} to {{path}}. {IS_PLEX}"))
-        if 300 <= status < 400:
-            said = (f"redirects elsewhere ({status}), where the token must not go: "
-                    "give the final address as -plex-server-url.")
-        raise PlexError(fault, f"{origin(url)} {said.format(path=path.partition('?')[0])}")
+        fault, said = STATUSES.get(status, ("nonsense", STATUSES[404][1]))
+        raise PlexError(fault, f"{origin(url)} {said.format(status=status, path=path.partition('?')[0])}")
 
 class LibraryPage(NamedTuple):
     """A page of a library, or of the server's history."""
@@ -1513,13 +1502,11 @@ def server_of(config: Config) -> PlexServer | None:
                       config.plex_ca_file)
 
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
-# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait:
-# if it is left out, it comes again after 10 s.
+# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait,
+# for webhooks need the room: if it is left out, it comes again after 10 s.
 MAX_INBOX, MAX_NOTED = 2000, 100
-# After each wake-up: the webhooks of one moment (a stop and a play, or doubles) share the next one, and its look.
-REST_S = 0.01
-# Players that are remembered where webhooks of all players are the only witness; changes that the page shows.
-MAX_PLAYERS, MAX_RECENT = 50, 10
+REST_S = 0.01                 # after each wake-up: webhooks of one moment (a stop and a play, or doubles) share a look
+MAX_PLAYERS, MAX_RECENT = 50, 10      # players remembered where there is no server to ask; changes that the page shows
 
 class Refused(NamedTuple):
     """A request that was refused."""
@@ -1553,14 +1540,12 @@ def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
         try:
             for notification in plex.notifications():
                 event = "broke"
-                # Notifications are added only while few messages wait: webhooks need the room.
                 put_message(inbox, notification or Stream("opened"), MAX_NOTED if notification else sys.maxsize)
         except PlexError as error:
             inbox.put(Stream(event, error.fault, str(error)))
             if time.monotonic() - opened_at > SILENCE_S / 3:       # long enough for a ping: it worked
                 pause_s = STREAM_MIN_S
-            rare = event == "failed" and error.fault in WITHOUT_STREAM
-            plex.renewed.wait((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
+            plex.renewed.wait((STREAM_RARE_S if error.fault in WITHOUT_STREAM else pause_s) * random.uniform(0.8, 1.2))
             plex.renewed.clear()
             pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
@@ -1637,8 +1622,7 @@ class Watcher:
         chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
         if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
             self.meet(webhook)
-        reported = self.judge(webhook)
-        result = "reported" if reported else "a look" if self.plex and webhook.player_uuid else "nothing new"
+        result = "reported" if self.judge(webhook) else "a look" if self.plex and webhook.player_uuid else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
 
@@ -1657,8 +1641,7 @@ class Watcher:
 
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
-        player = self.players.pop(webhook.player_uuid, None)
-        if player is None:
+        if (player := self.players.pop(webhook.player_uuid, None)) is None:
             crowded = len(self.players) >= MAX_PLAYERS
             if crowded:                              # forget the one silent longest, preferably one that has stopped
                 del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
