@@ -1713,12 +1713,10 @@ class Glance(NamedTuple):
 
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
-    player, doing = status.player, "no player yet"
-    if player.outage:
-        doing = player.outage.sentence.rstrip(".")
-    elif player.machine_identifier:
-        where = f" on {player.player_title}" if player.player_title and player.item else ""
-        doing = playing_sentence(player.state, player.item) + where
+    player = status.player
+    where = f" on {player.player_title}" if player.player_title and player.item else ""
+    doing = (player.outage.sentence.rstrip(".") if player.outage else
+             playing_sentence(player.state, player.item) + where if player.machine_identifier else "no player yet")
     heard = "no webhook yet" if status.webhook_at is None else f"last webhook {at - status.webhook_at:.0f} s ago"
     return printable(f"{doing}; {heard}")
 
@@ -1785,14 +1783,13 @@ Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
 def metric_families(status: Status, entries: Mapping[str, int], process: Mapping[str, float], at: float
                     ) -> Iterator[Family]:
     """All figures; no title, user or session is in a label.  entries: of the journal, by status."""
-    player, us = status.player, "streamerbrainz"
-    if status.player.has_server:
+    player, us, position_s = status.player, "streamerbrainz", position_ms(status.player, at) / 1000
+    if player.has_server:
         up = bool(status.looks) and not player.outage
         yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
     yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
     states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
     yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
-    position_s = position_ms(player, at) / 1000
     yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s
     yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
            ("event", "result"), status.webhooks)
@@ -1825,13 +1822,12 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; marg
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
 p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
-.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
+.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
-a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em }
-a[aria-current] { font-weight: 700 }
-nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem } form { margin: .5rem 0 }
-input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer } summary { margin: .3rem 0 }
+a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em } form { margin: .5rem 0 }
+a[aria-current] { font-weight: 700 } nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem }
+input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: .3rem }
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
@@ -1839,8 +1835,7 @@ fieldset button { border: 1px solid var(--line); border-radius: .3rem; backgroun
 fieldset [value^=unmark] { background: var(--accent); color: #000 }
 """
 
-# The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
-# navigator.clipboard works over https only.
+# The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.
 SCRIPT = """
 const by = id => document.getElementById(id), all = rule => document.querySelectorAll(rule);
 const query = location.search, secret = (query.match(/[?&](?:token|secret)=([^&]*)/) || [])[1];
@@ -1856,20 +1851,17 @@ const refresh = async () => {
   all("main")[0].replaceWith(parser.parseFromString(await answer.text(), "text/html").querySelector("main"));
   since = performance.now(); dress();
 };
-const copy = url => {
-  const before = url.textContent, selection = getSelection();
-  url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
-  selection.removeAllRanges(); url.textContent = before;
-};
 document.addEventListener("click", event => {
   if (event.target.id === "show") { shown = true; dress(); }
-  if (event.target.id === "copy") { copy(by("url")); event.target.textContent = "Copied"; }
+  if (event.target.id !== "copy") return;
+  const url = by("url"), before = url.textContent, selection = getSelection();
+  url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
+  selection.removeAllRanges(); url.textContent = before; event.target.textContent = "Copied";
 });
-const move = p => {
+setInterval(() => all("progress[data-playing='1']").forEach(p => {
   const at = Math.min(p.max, +p.dataset.position + performance.now() - since), s = Math.floor(at / 1000);
   p.value = at; by("position").textContent = Math.floor(s / 60) + ":" + String(s % 60).padStart(2, "0");
-};
-setInterval(() => { for (const p of all("progress")) if (p.dataset.playing) move(p); }, 1000);
+}), 1000);
 const listen = again => {
   const stream = new EventSource("events" + query); stream.addEventListener("change", refresh);
   stream.onopen = () => { if (again) refresh(); again = true; };
@@ -1887,8 +1879,7 @@ def layout(main: str, nonce: str, script: str, here: str | None) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
-<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main>
-<footer class=dim>StreamerBrainz {VERSION}</footer>
+<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main><footer class=dim>StreamerBrainz {VERSION}</footer>
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
@@ -1929,24 +1920,20 @@ def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
 
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
-    """The status page.
-
-    url: to paste into Plex, without the secret.  nonce: allows our style and script, and no others.
-    tracked: None without a tracker.  local: a Unix time in a form of strftime(), as local_time().
-    """
-    escape = html.escape
+    """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
+    # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
     signs = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
              None: "<span class=dim>\u2013</span>"}
-    told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
+    told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {html.escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
-                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
-                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {html.escape(change.state)} "
+                      f"<b>{html.escape(change.item.title)}</b> {html.escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({html.escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
 <h2>Witnesses</h2><ul>{told}</ul>
 <h2>The URL to paste into Plex</h2>
-<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
+<p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
 {tracker_html(tracked, local) if tracked else ''}""", nonce, SCRIPT, "" if tracked else None)
@@ -1973,8 +1960,7 @@ class Board:
                 stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
 
     def events(self) -> Iterator[bytes]:
-        """The body of /events: each change as a server-sent event, until the subscriber is too slow."""
-        # Raises WebhookError 503, at its first item, if there are too many already.
+        """The body of /events: each change, until the subscriber is too slow; its first item may raise WebhookError."""
         if len(self.streams) >= MAX_STREAMS:
             raise WebhookError(503, f"{MAX_STREAMS} programs are subscribed already.")
         stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -1997,7 +1983,6 @@ PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "im
 
 class Covers:
     """The pictures of what plays: the last one that a webhook brought, and the last one that we fetched."""
-    # One request thread at a time asks the server for a picture; the others wait for it.
 
     def __init__(self, plex: PlexServer | None):
         self.plex, self.lock = plex, threading.Lock()
@@ -2008,7 +1993,7 @@ class Covers:
         """The picture of an item; b"": none."""
         if (webhook := self.webhook)[0] == item.identity:
             return webhook[1]
-        with self.lock:
+        with self.lock:          # one request thread at a time asks the server for a picture; the others wait for it
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
                 with contextlib.suppress(PlexError):
@@ -2052,7 +2037,8 @@ class Pages:
         # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
         self.paths: dict[str, Callable[..., Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
-            "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
+            "/healthz": self.healthz, "/metrics": self.metrics,
+            "/events": lambda query, host: Answer(media_type="text/event-stream", events=board.events())}
 
     def page(self, query: str, host: str) -> Answer:
         """The status page."""
@@ -2068,16 +2054,11 @@ class Pages:
         fields = now_fields(self.board.status, time.monotonic())
         return Answer(200, f"{json_line(fields)}\n".encode("utf-8", "replace"), "application/json")
 
-    def events(self, query: str, host: str) -> Answer:
-        """Each change when it is reported, as server-sent events."""
-        return Answer(media_type="text/event-stream", events=self.board.events())
-
     def cover(self, query: str, host: str) -> Answer:
         """The picture of what plays.  key: of the item that the asking page shows."""
         item, key = self.board.status.player.item, urllib.parse.parse_qs(query).get("key", [""])[0]
         picture = self.covers.get(item) if item and key in ("", item.identity) else b""
-        media_type = next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")
-        if not media_type:
+        if not (media_type := next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")):
             raise WebhookError(404, "There is no picture of what plays.")
         return Answer(200, picture, media_type, {"Cache-Control": "private, max-age=3600"})
 
