@@ -721,15 +721,13 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
 # From a look that failed to the next one: the first time, and at most; it doubles each time.  A witness that speaks
 # shows that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
-# From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
-FOREIGN_S = 1.0
+FOREIGN_S = 1.0     # from another player's webhook to a look: on some servers webhooks have another uuid for our player
 LAG_S, LATE_S = 2.0, 10.0     # how late sessions show a change, seldom later; how late a webhook comes (5 s were seen)
 BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
 # When to look again, after a claim, while the sessions do not agree with it: for LAG_S and somewhat longer.
 # Steps of 0.4 s find a change that lasts only 2 s; steps that double would miss it, and shorter ones use up MAX_LOOKS.
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
-# How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
-MAX_CLAIMS, MAX_SESSIONS = 16, 16
+MAX_CLAIMS, MAX_SESSIONS = 16, 16     # claims that may wait (a skip makes three); a player's sessions, the last ones
 WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
 # that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
@@ -741,10 +739,8 @@ LIFE_S = 16.0
 # look that sees it stand still the next one comes STILL_S later at the soonest, for it may have just begun again, at 0.
 # On repeat it is there again, too, if the track's length divides the wait: 10, 20 and 40 s divide 40; 41 is a prime.
 FROZEN_S, STILL_S = 41.0, 14.0
-# A change and its webhook come within PROOF_S of each other.  One may be lost: so many missing in a row make a warning.
-PROOF_S, PROOF_MISSES = 10.0, 3
-# How many webhooks wait for a look to show their change, and how many of the last delays are kept for their median.
-MAX_EARLY, MAX_DELAYS = 20, 20
+PROOF_S, PROOF_MISSES = 10.0, 3   # between a change and its webhook; missing in a row for a warning, as one may be lost
+MAX_EARLY, MAX_DELAYS = 20, 20        # webhooks that wait for a look to show their change; delays, for their median
 
 class Look(NamedTuple):
     """What /status/sessions showed, of all players."""
@@ -868,9 +864,8 @@ def position_ms(player: PlayerState, at: float) -> int:
 
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
-    if player.look_at is not None and player.look_at <= at:
-        return player
-    return player._replace(look_at=at, look_why="sessions")
+    is_sooner = player.look_at is not None and player.look_at <= at
+    return player if is_sooner else player._replace(look_at=at, look_why="sessions")
 
 def within_budget(player: PlayerState) -> PlayerState:
     """The player, with its next look put off until the budget allows it; not if nearly each look finds a change."""
@@ -950,8 +945,7 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
     """After a notification: what is known already is a sign of life, anything else a claim and a reason to look."""
-    # Older servers do not name the player.  Then the session tells whose it is: another player's is ignored, and an
-    # unknown one needs a look to tell.
+    # Older servers do not name the player: then the session tells whose it is, and an unknown one needs a look to tell.
     key, keys = notification.session_key, {trace.session.session_key for trace in player.traces}
     named = notification.client_identifier
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
@@ -1006,9 +1000,8 @@ def frozen(trace: Trace, at: float) -> bool:
 
 def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
     """A session's trace, stale if a newer session of the player began after its last sign of life."""
-    # A player that crashed and was started again has two sessions: the new one, and the old one that stands still.
-    # When the new one ends, the old one must not be reported as playing.  A photo does not count as the new one: people
-    # look at photos while a track is paused.
+    # A player that crashed and was started again has two sessions: when the new one ends, the old one, which stands
+    # still, must not be reported as playing.  A photo is no new one: people look at photos while a track is paused.
     def age(each: Trace) -> tuple[float, int]:
         return each.born, number(each.session.session_key) or 0
     still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
