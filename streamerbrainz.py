@@ -521,8 +521,7 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
     end = 0
     for _ in range(MAX_PARTS + 1):
-        start = body.find(delimiter, end)
-        if start < 0:
+        if (start := body.find(delimiter, end)) < 0:
             raise WebhookError(400, "The body is cut short: its closing boundary is missing.")
         end = start + len(delimiter)
         if start and body[start - 1] != 0x0A:         # in the middle of a line, in a JPEG for example
@@ -539,11 +538,9 @@ def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
     for (_, start), (stop, _) in itertools.pairwise(delimiters(body, b"--" + boundary.encode("ascii"))):
-        blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))
-        if blank is None:
+        if (blank := re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))) is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        name = part_name(bytes(body[start:blank.start()]))
-        if name in ("payload", "thumb"):
+        if (name := part_name(bytes(body[start:blank.start()]))) in ("payload", "thumb"):
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
 
@@ -569,8 +566,7 @@ def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
         raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
     header = email.message.Message()
     header["Content-Type"] = content_type
-    media_type = header.get_content_type()
-    if media_type == "application/json":              # from proxies and testers
+    if (media_type := header.get_content_type()) == "application/json":       # from proxies and testers
         return parse_payload(body), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
@@ -658,8 +654,7 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
     if (body := body.lstrip())[:1] == b"<":           # we ask for JSON; older servers, and some paths, answer in XML
         root = parse_xml(body)
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
-    container = json_object(json_value(body)).get("MediaContainer")
-    if not isinstance(container, dict):
+    if not isinstance(container := json_object(json_value(body)).get("MediaContainer"), dict):
         raise PlexError("nonsense", f"The server's answer is neither JSON nor XML of Plex, or is cut short. {IS_PLEX}")
     lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting"))
     found = next((each for each in lists if isinstance(each, list)), [])
@@ -1218,14 +1213,12 @@ class BoundedReader(io.RawIOBase):
         """From now on: so many seconds, and so many bytes."""
         self.deadline, self.room = time.monotonic() + seconds, room
 
-    def readable(self) -> bool:
-        """As io asks."""
+    def readable(self) -> bool:       # io asks
         return True
 
     def readinto(self, buffer: Any) -> int | None:
         """Read what is there, never more than there is room for; raises TimeoutError, TooMuch."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        if (left := self.deadline - time.monotonic()) <= 0:
             raise TimeoutError("the time for the whole message is up")
         if self.room <= 0:
             raise TooMuch
@@ -1265,7 +1258,6 @@ def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...
         if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
             lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
             lookup.start()
-    # Who has the last addresses does not wait for slow name servers; the lookup renews them for the next time.
     if lookup and lookup.is_alive() and left > 0:
         lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
     if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
@@ -1362,8 +1354,7 @@ class Reply(NamedTuple):
 def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *, timeout_s: float = 0.0,
              room: int = MAX_ANSWER, context: ssl.SSLContext | None = None) -> Reply:
     """Ask a server: GET, or POST if there is a body.  The Reply may have any status.  Raises PlexError."""
-    # timeout_s: for all of it, from the connection to the last byte; 0: PLEX_S.  room: bytes of the answer's body at
-    # most.  Proxies and redirects are not followed.
+    # timeout_s: from the connection to the last byte; 0: PLEX_S.  room: for the body, in bytes.  No proxy, no redirect.
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
@@ -1447,14 +1438,12 @@ class PlexServer:
         before: object = None
         while start < MAX_ITEMS:
             attributes, items = self.container(f"{path}{start}", timeout_s, MAX_LIBRARY_PAGE)
-            end = start + len(items)
-            page = LibraryPage(items, end, number(attributes.get("totalSize")) or end)
             if not items or items[0] == before:       # the end, or a server that ignores the page's start
                 return
-            yield page
-            if end >= page.total:
+            start, before = start + len(items), items[0]
+            yield LibraryPage(items, start, total := number(attributes.get("totalSize")) or start)
+            if start >= total:
                 return
-            start, before = end, items[0]
         raise PlexError("nonsense", f"{origin(self.url)} lists more than {MAX_ITEMS} items.")
 
     def items(self, path: str) -> Iterator[Mapping[str, Any]]:
@@ -1520,10 +1509,9 @@ REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
-    if inbox.qsize() >= most and not isinstance(message, BaseException):
-        return False
-    inbox.put(message)
-    return True
+    if has_room := inbox.qsize() < most or isinstance(message, BaseException):
+        inbox.put(message)
+    return has_room
 
 def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
     """The stream's thread: read the event stream for ever, and put what it says into the inbox."""
@@ -1556,7 +1544,7 @@ class Watcher:
                                                     poll_interval_s=config.poll_interval_s)
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
-        self.warned_at: dict[int, float] = {}        # by the status of what was refused
+        self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
             signal.Signals: lambda _: self.judge(Stream("opened"))}        # SIGHUP: a look, as when that opens
@@ -1600,9 +1588,8 @@ class Watcher:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
         if refused.is_webhook:
             self.status = self.status._replace(webhooks=counted(self.status.webhooks, ("other", str(refused.status))))
-            again_at = self.warned_at.get(refused.status, -math.inf) + WARN_AGAIN_S
-            if refused.status in REFUSALS and time.monotonic() >= again_at:
-                self.warned_at[refused.status] = time.monotonic()
+            if refused.status in REFUSALS and time.monotonic() >= self.warn_at.get(refused.status, -math.inf):
+                self.warn_at[refused.status] = time.monotonic() + WARN_AGAIN_S
                 say(logging.WARNING, REFUSALS[refused.status], path=refused.path, address=refused.address)
         say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
             result=refused.sentence)
@@ -1635,8 +1622,7 @@ class Watcher:
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
         if (player := self.players.pop(webhook.player_uuid, None)) is None:
-            crowded = len(self.players) >= MAX_PLAYERS
-            if crowded:                              # forget the one silent longest, preferably one that has stopped
+            if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
                 del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
             player = PlayerState(webhook.player_uuid, has_server=False)
             say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
