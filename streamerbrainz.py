@@ -1678,8 +1678,7 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-# How long the main loop may be busy (a look takes PLEX_S), an outage last, or a webhook wait for the tracker.
-STALL_S, UNHEALTHY_S = 15.0, 300.0
+STALL_S, UNHEALTHY_S = 15.0, 300.0    # main loop busy (a look takes PLEX_S); outage, or webhook's wait for the tracker
 
 class Glance(NamedTuple):
     """What the watch tracker shows of itself, in one reading."""
@@ -1711,14 +1710,13 @@ def proof_sentence(status: Status, at: float) -> str:
 
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
-    outage, proof = status.player.outage, status.player.proof
-    sessions = "no server is configured" if not status.player.has_server else \
+    outage, proof, has_server = status.player.outage, status.player.proof, status.player.has_server
+    sessions = "no server is configured" if not has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
     arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
-    unknown = status.stream_missing or not status.player.has_server
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
-            "sessions": {"up": None if not status.player.has_server else not outage, "words": sessions},
-            "events": {"up": True if status.stream_open else None if unknown else False,
+            "sessions": {"up": not outage if has_server else None, "words": sessions},
+            "events": {"up": status.stream_open or (None if status.stream_missing or not has_server else False),
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
 def now_fields(status: Status, at: float) -> dict[str, object]:
@@ -1767,12 +1765,11 @@ def metric_families(status: Status, entries: Mapping[str, int], process: Mapping
         up = bool(status.looks) and not player.outage
         yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
     yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
-    states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
+    states, last = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}, status.webhook_time
     yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
     yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s
     yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
            ("event", "result"), status.webhooks)
-    last = status.webhook_time
     yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last
     yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed
     yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
@@ -1849,12 +1846,10 @@ const listen = again => {
 listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
 """
 
-LINKS = {"": "Now", "watched": "Watched", "questions": "Questions", "mappings": "Mappings", "log": "Log"}
-
 def layout(main: str, nonce: str, script: str, here: str | None) -> str:
-    """A whole page of ours.  nonce: allows our style and script only.  here: which of LINKS; None: no tracker."""
-    links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>'
-                    for path, name in LINKS.items())
+    """A whole page of ours.  nonce: allows our style and script only.  here: which of the links; None: no tracker."""
+    links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>' for path, name in (
+        ("", "Now"), ("watched", "Watched"), ("questions", "Questions"), ("mappings", "Mappings"), ("log", "Log")))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
@@ -1901,17 +1896,15 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
     # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
-    signs = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
-             None: "<span class=dim>\u2013</span>"}
-    told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {html.escape(each['words'])}</li>"
+    signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
+    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {html.escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
     changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {html.escape(change.state)} "
                       f"<b>{html.escape(change.item.title)}</b> {html.escape(item_words(change.item)[0])} "
                       f"<span class=dim>({html.escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
-<h2>Witnesses</h2><ul>{told}</ul>
-<h2>The URL to paste into Plex</h2>
+<h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
 <p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
@@ -1919,8 +1912,7 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 
 # --- the world
 # -- Board: what the watcher tells the request threads
-# How many may listen to /events at once (each holds a thread), and how many events each may leave unread before it is
-# dropped.  A comment keeps a silent connection open.
+# Of /events: subscribers (each holds a thread), what one may leave unread, the silence until a comment keeps it open.
 MAX_STREAMS, MAX_UNREAD, EVENT_ALIVE_S = 16, 20, 15.0
 
 class Board:
@@ -1956,8 +1948,7 @@ class Board:
             self.streams.remove(stream)
 
 # -- Pages: a path -> an Answer
-# Bytes of a picture from the server; and the pause after it gave none, for else each request would wait for PLEX_S.
-MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0
+MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0    # bytes of a picture; pause after none came, for each try may take PLEX_S
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
 
 class Covers:
@@ -2024,9 +2015,8 @@ class Pages:
         status, nonce = self.board.status, secrets.token_urlsafe(16)
         item, known = status.player.item, self.covers.webhook[0]
         has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
-        content = status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce, has_picture,
-                              self.glance and self.glance(), local_time)
-        return html_answer(content, nonce)
+        return html_answer(status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce,
+                                       has_picture, self.glance and self.glance(), local_time), nonce)
 
     def now(self, query: str, host: str) -> Answer:
         """What plays, as JSON."""
