@@ -467,9 +467,8 @@ class SecretFile:
 # Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
-# Of a webhook Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81
-# characters.  More than these limits would cost too much: as Python objects JSON takes 25 times its bytes, and the time
-# of email.parser grows with the square of a header.
+# Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81 characters.  More
+# than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
 MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
 MAX_PAYLOAD_VALUES = 20_000   # in a payload's JSON, by the characters that stand before one; Plex's have about 500
 MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
@@ -522,8 +521,7 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
     """Where each delimiter line (with the line break before it) and the part after it begin; raises WebhookError."""
     end = 0
     for _ in range(MAX_PARTS + 1):
-        start = body.find(delimiter, end)
-        if start < 0:
+        if (start := body.find(delimiter, end)) < 0:
             raise WebhookError(400, "The body is cut short: its closing boundary is missing.")
         end = start + len(delimiter)
         if start and body[start - 1] != 0x0A:         # in the middle of a line, in a JPEG for example
@@ -535,17 +533,14 @@ def delimiters(body: Body, delimiter: bytes) -> Iterator[tuple[int, int]]:
 
 def parse_multipart(boundary: str, body: Body) -> dict[str, memoryview]:
     """The parts named payload and thumb of a multipart body; the first, if a name comes twice."""
-    # email.parser reads each part's header.  We cut the body at its delimiters ourselves: given a whole body with a
-    # picture of 100 kB, the parser takes 1.8 ms and six times its memory.
+    # We cut the body ourselves: if a picture of 100 kB is in it, email.parser takes 1.8 ms and six times its memory.
     if not 1 <= len(boundary) <= 70 or not boundary.isascii():              # RFC 2046, 5.1.1
         raise WebhookError(400, "The Content-Type has no valid boundary of the parts.")
     parts: dict[str, memoryview] = {}
     for (_, start), (stop, _) in itertools.pairwise(delimiters(body, b"--" + boundary.encode("ascii"))):
-        blank = re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))
-        if blank is None:
+        if (blank := re.compile(rb"\r?\n\r?\n").search(body, start - 2, min(stop, start + MAX_PART_HEADER))) is None:
             raise WebhookError(400, "A part of the body has no end of its header.")
-        name = part_name(bytes(body[start:blank.start()]))
-        if name in ("payload", "thumb"):
+        if (name := part_name(bytes(body[start:blank.start()]))) in ("payload", "thumb"):
             parts.setdefault(name, memoryview(body)[blank.end():stop])
     return parts
 
@@ -567,13 +562,11 @@ def parse_payload(payload: Body | memoryview) -> Webhook:
 
 def parse_webhook(content_type: str, body: Body) -> tuple[Webhook, memoryview]:
     """The Webhook in a request's body, and a view of its JPEG (empty: none); raises WebhookError."""
-    # Plex sends multipart/form-data; proxies and testers send plain JSON.
     if len(content_type) > MAX_CONTENT_TYPE:
         raise WebhookError(400, f"The Content-Type is longer than {MAX_CONTENT_TYPE} characters.")
     header = email.message.Message()
     header["Content-Type"] = content_type
-    media_type = header.get_content_type()
-    if media_type == "application/json":
+    if (media_type := header.get_content_type()) == "application/json":       # from proxies and testers
         return parse_payload(body), memoryview(b"")
     if media_type != "multipart/form-data":
         raise WebhookError(415, "A Plex webhook is multipart/form-data; this is something else.")
@@ -591,8 +584,7 @@ def encode_webhook(payload: bytes, thumb: bytes = b"") -> tuple[str, bytes]:
     return f"multipart/form-data; boundary={boundary}", body + b"--%b--\r\n" % boundary.encode()
 
 # -- Sessions: XML -> (Session, ...) (parse_sessions)
-# Products whose viewOffset stands still while they play; a capture of Plex for Sonos shows it.
-STILL_PRODUCTS = frozenset({"Plex for Sonos"})
+STILL_PRODUCTS = frozenset({"Plex for Sonos"})    # whose viewOffset stands still while they play; a capture shows it
 IS_PLEX = "Does -plex-server-url point to Plex Media Server?"
 
 class Session(NamedTuple):
@@ -606,11 +598,6 @@ class Session(NamedTuple):
     product: str                  # Plexamp, Plex Web, Plex for Sonos, ...
     platform: str                 # Linux, iOS, ...
     user: str                     # the user's name; "": not given (a local player)
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What distinguishes this play from another one of the same player."""
-        return self.session_key, self.item.identity
 
     @property
     def must_move(self) -> bool:
@@ -664,12 +651,10 @@ def find_session(sessions: Sequence[Session]) -> Session | None:
 # -- Library: JSON or XML -> items (parse_container)
 def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     """The attributes of a MediaContainer, and those of each item in it, as JSON names them; raises PlexError."""
-    # We ask for JSON; older servers, and some paths, answer in XML all the same.
-    if (body := body.lstrip())[:1] == b"<":
+    if (body := body.lstrip())[:1] == b"<":           # we ask for JSON; older servers, and some paths, answer in XML
         root = parse_xml(body)
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
-    container = json_object(json_value(body)).get("MediaContainer")
-    if not isinstance(container, dict):
+    if not isinstance(container := json_object(json_value(body)).get("MediaContainer"), dict):
         raise PlexError("nonsense", f"The server's answer is neither JSON nor XML of Plex, or is cut short. {IS_PLEX}")
     lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting"))
     found = next((each for each in lists if isinstance(each, list)), [])
@@ -721,8 +706,7 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 #   A session counts while it lives: while it moves, or a witness speaks of it.  Others stand still: a crash left them.
 #   Of positions, the latest that a witness said counts.
 
-# (what is believed, what a witness says) -> what is believed then; None: wait until it says more.
-TRANSITIONS = {
+TRANSITIONS = {      # (what is believed, what a witness says) -> what is believed then; None: wait until it says more
     (STOPPED, STOPPED): STOPPED, (STOPPED, PLAYING): PLAYING, (STOPPED, PAUSED): PAUSED, (STOPPED, BUFFERING): PLAYING,
     (PLAYING, STOPPED): STOPPED, (PLAYING, PLAYING): PLAYING, (PLAYING, PAUSED): PAUSED, (PLAYING, BUFFERING): PLAYING,
     (PAUSED, STOPPED): STOPPED, (PAUSED, PLAYING): PLAYING, (PAUSED, PAUSED): PAUSED, (PAUSED, BUFFERING): None}
@@ -732,15 +716,13 @@ CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PL
 # From a look that failed to the next one: the first time, and at most; it doubles each time.  A witness that speaks
 # shows that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
-# From another player's webhook to a look.  On some servers a webhook has another uuid for our player than the sessions.
-FOREIGN_S = 1.0
+FOREIGN_S = 1.0     # from another player's webhook to a look: on some servers webhooks have another uuid for our player
 LAG_S, LATE_S = 2.0, 10.0     # how late sessions show a change, seldom later; how late a webhook comes (5 s were seen)
 BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
 # When to look again, after a claim, while the sessions do not agree with it: for LAG_S and somewhat longer.
 # Steps of 0.4 s find a change that lasts only 2 s; steps that double would miss it, and shorter ones use up MAX_LOOKS.
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
-# How many claims may wait at once (a skip makes three), and how many sessions of a player count, the last of them.
-MAX_CLAIMS, MAX_SESSIONS = 16, 16
+MAX_CLAIMS, MAX_SESSIONS = 16, 16     # claims that may wait (a skip makes three); a player's sessions, the last ones
 WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
 # No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
 # that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
@@ -752,10 +734,8 @@ LIFE_S = 16.0
 # look that sees it stand still the next one comes STILL_S later at the soonest, for it may have just begun again, at 0.
 # On repeat it is there again, too, if the track's length divides the wait: 10, 20 and 40 s divide 40; 41 is a prime.
 FROZEN_S, STILL_S = 41.0, 14.0
-# A change and its webhook come within PROOF_S of each other.  One may be lost: so many missing in a row make a warning.
-PROOF_S, PROOF_MISSES = 10.0, 3
-# How many webhooks wait for a look to show their change, and how many of the last delays are kept for their median.
-MAX_EARLY, MAX_DELAYS = 20, 20
+PROOF_S, PROOF_MISSES = 10.0, 3   # between a change and its webhook; missing in a row for a warning, as one may be lost
+MAX_EARLY, MAX_DELAYS = 20, 20        # webhooks that wait for a look to show their change; delays, for their median
 
 class Look(NamedTuple):
     """What /status/sessions showed, of all players."""
@@ -832,11 +812,6 @@ class Proof(NamedTuple):
     heard_at: float = -math.inf   # when the last webhook of our player came, whatever it told
     delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
-    @property
-    def median_delay_s(self) -> float | None:
-        """The median of the last delays; None: no webhook has arrived."""
-        return sorted(self.delays_s)[len(self.delays_s) // 2] if self.delays_s else None
-
 class PlayerState(NamedTuple):
     """What is known of one player."""
     machine_identifier: str
@@ -884,9 +859,8 @@ def position_ms(player: PlayerState, at: float) -> int:
 
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
-    if player.look_at is not None and player.look_at <= at:
-        return player
-    return player._replace(look_at=at, look_why="sessions")
+    is_sooner = player.look_at is not None and player.look_at <= at
+    return player if is_sooner else player._replace(look_at=at, look_why="sessions")
 
 def within_budget(player: PlayerState) -> PlayerState:
     """The player, with its next look put off until the budget allows it; not if nearly each look finds a change."""
@@ -920,10 +894,8 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
            player_title: str, by: str, reason: str = "") -> Verdict:
-    """A witness is believed: the player after it, and the Change, if anything changed.
-
-    witnessed: what the player does, and with which item; moved_at: when it was at view_offset.
-    """
+    """A witness is believed: the player after it, and the Change, if anything changed."""
+    # witnessed: what the player does, and with which item; moved_at: when it was at view_offset.
     state = TRANSITIONS[player.state, witnessed]
     if item is None or state is None or state == player.state == STOPPED:
         return player, ()
@@ -938,11 +910,9 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
     return player, (change,) if changed else ()
 
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
-    """After a webhook, where there is no server to ask: it is believed, unless it is late.
-
-    Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S
-    of the change: Plex sent it before the webhook that made the change.
-    """
+    """After a webhook, where there is no server to ask: it is believed, unless it is late."""
+    # Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S of the change: Plex
+    # sent it before the webhook that made the change.
     state, item = CLAIMS.get(webhook.event), webhook.item or player.item
     if state is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
@@ -969,11 +939,8 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
 def after_notification(player: PlayerState, notification: Notification, at: float) -> Verdict:
-    """After a notification: what is known already is a sign of life, anything else a claim and a reason to look.
-
-    Older servers do not name the player.  Then the session tells whose it is: another
-    player's is ignored, and an unknown one needs a look to tell.
-    """
+    """After a notification: what is known already is a sign of life, anything else a claim and a reason to look."""
+    # Older servers do not name the player: then the session tells whose it is, and an unknown one needs a look to tell.
     key, keys = notification.session_key, {trace.session.session_key for trace in player.traces}
     named = notification.client_identifier
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
@@ -1010,7 +977,7 @@ def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
 def follow(player: PlayerState, session: Session, at: float) -> Trace:
     """A session's trace after a look.  It is alive if its state or position have changed, or if it is new."""
     same = [trace for trace in player.traces if trace.session.session_key == session.session_key]
-    before = next((trace for trace in same if trace.session.key == session.key), None)
+    before = next((trace for trace in same if trace.session.item.identity == session.item.identity), None)
     told = any(claim.state == session.state and claim.about(session) for claim in player.claims) or \
         any(trace.told and trace.session.state == session.state for trace in same)
     if before and (before.session.state, before.session.view_offset) == (session.state, session.view_offset):
@@ -1027,12 +994,9 @@ def frozen(trace: Trace, at: float) -> bool:
     return trace.session.must_move and at - max(trace.since, trace.alive_at) >= FROZEN_S
 
 def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
-    """A session's trace, stale if a newer session of the player began after its last sign of life.
-
-    A player that crashed and was started again has two sessions: the new one, and the old one
-    that stands still.  When the new one ends, the old one must not be reported as playing.  A
-    photo does not count as the new one: people look at photos while a track is paused.
-    """
+    """A session's trace, stale if a newer session of the player began after its last sign of life."""
+    # A player that crashed and was started again has two sessions: when the new one ends, the old one, which stands
+    # still, must not be reported as playing.  A photo is no new one: people look at photos while a track is paused.
     def age(each: Trace) -> tuple[float, int]:
         return each.born, number(each.session.session_key) or 0
     still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
@@ -1050,11 +1014,9 @@ def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
     return not frozen(trace, at) if believed else at - trace.alive_at < LIFE_S
 
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
-    """The player after a successful look, with the time of the next one.  traces: of the sessions that live.
-
-    A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
-    moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
-    """
+    """The player after a successful look, with the time of the next one.  traces: of the sessions that live."""
+    # A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
+    # moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
     begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
     met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
@@ -1109,13 +1071,10 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
                   session.player_title, by)
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
-    """After a look: the sessions decide, except for those of a player that crashed.
-
-    Of our player's sessions, those that are stale or frozen do not count.  Of the others one is
-    chosen (find_session), and it is what the player does.  If there is none, the player has
-    stopped: its session is gone, as Plex says it, or the item that plays is in a frozen one.
-    If the best one may be stale, it is not known yet what the player does, and nothing changes.
-    """
+    """After a look: the sessions decide, except for those of a player that crashed."""
+    # Of our player's sessions, those that are stale or frozen do not count.  Of the others one is chosen: it is what
+    # the player does.  If there is none, the player has stopped: its session is gone, as Plex says it, or the item that
+    # plays is in a frozen one.  If the best one may be stale, nobody knows yet what the player does: nothing changes.
     reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     changes: tuple[Report, ...] = ()
     player = player._replace(outage=None, retries=0)
@@ -1156,12 +1115,10 @@ def documented(change: Change, before: PlayerState) -> bool:
 
 def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
           at: float) -> Verdict:
-    """The player with its Proof after an observation.
-
-    Each documented change must have its webhook, whichever comes first.  A webhook proves as much
-    under another player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.
-    And no alarm while webhooks of our player come at all: one may be of a change too short to be seen.
-    """
+    """The player with its Proof after an observation."""
+    # Each documented change must have its webhook, whichever comes first.  A webhook proves as much under another
+    # player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.  And no alarm while webhooks
+    # of our player come at all: one may be of a change too short to be seen.
     proof, delays_s = player.proof, list[float]()
     changes, webhooks = (list(itertools.dropwhile(lambda each: at - each.at >= PROOF_S, waiting))
                          for waiting in (proof.changes, proof.webhooks))      # oldest first
@@ -1197,16 +1154,13 @@ def missing_sentence(in_a_row: int) -> str:
     return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
             "Without Plex Pass this is normal, and nothing is lost.")
 
-# Which function judges which observation.
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {
     Webhook: after_webhook, Notification: after_notification, Stream: after_stream, Look: after_look,
     Outage: after_outage}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
-    """The judge: the player after an observation, and what to report, in order.
-
-    at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
-    """
+    """The judge: the player after an observation, and what to report, in order."""
+    # at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
     player, reports = AFTER[type(observation)](before, observation, at)
     if isinstance(observation, (Look, Outage)):
         found = any(isinstance(report, Change) for report in reports)
@@ -1259,14 +1213,12 @@ class BoundedReader(io.RawIOBase):
         """From now on: so many seconds, and so many bytes."""
         self.deadline, self.room = time.monotonic() + seconds, room
 
-    def readable(self) -> bool:
-        """As io asks."""
+    def readable(self) -> bool:       # io asks
         return True
 
     def readinto(self, buffer: Any) -> int | None:
         """Read what is there, never more than there is room for; raises TimeoutError, TooMuch."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        if (left := self.deadline - time.monotonic()) <= 0:
             raise TimeoutError("the time for the whole message is up")
         if self.room <= 0:
             raise TooMuch
@@ -1306,7 +1258,6 @@ def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...
         if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
             lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
             lookup.start()
-    # Who has the last addresses does not wait for slow name servers; the lookup renews them for the next time.
     if lookup and lookup.is_alive() and left > 0:
         lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
     if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
@@ -1402,16 +1353,12 @@ class Reply(NamedTuple):
 
 def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *, timeout_s: float = 0.0,
              room: int = MAX_ANSWER, context: ssl.SSLContext | None = None) -> Reply:
-    """Ask a server: GET, or POST if there is a body.  The Reply may have any status.
-
-    timeout_s: for all of it, from the connection to the last byte; 0: PLEX_S.  room: bytes of the
-    answer's body at most.  Proxies and redirects are not followed.  Raises PlexError.
-    """
+    """Ask a server: GET, or POST if there is a body.  The Reply may have any status.  Raises PlexError."""
+    # timeout_s: from the connection to the last byte; 0: PLEX_S.  room: for the body, in bytes.  No proxy, no redirect.
     timeout_s = timeout_s or PLEX_S
     with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
-        # In pieces: memory is taken for what comes, never for the length that the answer gives.
-        content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))
+        content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))   # the length it gives takes no memory
         if len(content) > room:
             raise TooMuch
         if answer.length:                             # bytes that should have come, too
@@ -1432,27 +1379,24 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
 # that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
 MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
-# From a stream that broke to the next try: the first time, and at most; it grows by half each time.  If the server has
-# no stream (404), or refuses the token for it (401), it is tried rarely.
+# From a stream that broke to the next try: the first time, at most (it grows by half each time), and WITHOUT_STREAM.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
 WITHOUT_STREAM = {"missing": "the server has none (404)",
                   "refused": "the server refuses the token in the X-Plex-Token header for it (401)"}
 
-# What an HTTP status means: (fault, what stands after the URL).
-STATUSES = {
+STATUSES = {                  # what an HTTP status means: (fault, what stands after the URL)
     401: ("refused", "refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
     403: ("forbidden", "does not show its sessions to this token (403): it must be the server owner's."),
-    404: ("missing", "answers 404 to {path}. " + IS_PLEX),
-    503: ("starting", "is still starting, or in maintenance (503).")}
+    404: ("missing", "answers {status} to {path}. " + IS_PLEX),
+    503: ("starting", "is still starting, or in maintenance (503)."),
+    **dict.fromkeys(range(300, 400), ("nonsense", "redirects elsewhere ({status}), where the token must not go: "
+                                                  "give the final address as -plex-server-url."))}
 
 def check_status(status: int, url: str, path: str) -> None:
     """Raise PlexError for any HTTP status but 200."""
     if status != 200:
-        fault, said = STATUSES.get(status, ("nonsense", f"answers {status} to {{path}}. {IS_PLEX}"))
-        if 300 <= status < 400:
-            said = (f"redirects elsewhere ({status}), where the token must not go: "
-                    "give the final address as -plex-server-url.")
-        raise PlexError(fault, f"{origin(url)} {said.format(path=path.partition('?')[0])}")
+        fault, said = STATUSES.get(status, ("nonsense", STATUSES[404][1]))
+        raise PlexError(fault, f"{origin(url)} {said.format(status=status, path=path.partition('?')[0])}")
 
 def boot_s() -> float:
     """How long ago the machine booted, its sleep included: no one sets this clock."""
@@ -1502,13 +1446,12 @@ class PlexServer:
         before: object = None
         while start < MAX_ITEMS:
             attributes, items = self.container(f"{path}{start}", timeout_s, MAX_LIBRARY_PAGE)
-            end, total = start + len(items), number(attributes.get("totalSize"))
             if not items or items[0] == before:       # the end, or a server that ignores the page's start
                 return
-            yield LibraryPage(items, end, total)
-            if len(items) < PAGE_ITEMS if total is None else end >= total:
+            start, before, total = start + len(items), items[0], number(attributes.get("totalSize"))
+            yield LibraryPage(items, start, total)
+            if len(items) < PAGE_ITEMS if total is None else start >= total:
                 return
-            start, before = end, items[0]
         raise PlexError("nonsense", f"{origin(self.url)} lists more than {MAX_ITEMS} items.")
 
     def items(self, path: str) -> Iterator[Mapping[str, Any]]:
@@ -1549,13 +1492,11 @@ def server_of(config: Config) -> PlexServer | None:
                       config.plex_ca_file)
 
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
-# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait:
-# if it is left out, it comes again after 10 s.
+# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait,
+# for webhooks need the room: if it is left out, it comes again after 10 s.
 MAX_INBOX, MAX_NOTED = 2000, 100
-# After each wake-up: the webhooks of one moment (a stop and a play, or doubles) share the next one, and its look.
-REST_S = 0.01
-# Players that are remembered where webhooks of all players are the only witness; changes that the page shows.
-MAX_PLAYERS, MAX_RECENT = 50, 10
+REST_S = 0.01                 # after each wake-up: webhooks of one moment (a stop and a play, or doubles) share a look
+MAX_PLAYERS, MAX_RECENT = 50, 10      # players remembered where there is no server to ask; changes that the page shows
 
 class Refused(NamedTuple):
     """A request that was refused."""
@@ -1576,10 +1517,9 @@ REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
-    if inbox.qsize() >= most and not isinstance(message, BaseException):
-        return False
-    inbox.put(message)
-    return True
+    if has_room := inbox.qsize() < most or isinstance(message, BaseException):
+        inbox.put(message)
+    return has_room
 
 def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
     """The stream's thread: read the event stream for ever, and put what it says into the inbox."""
@@ -1589,14 +1529,12 @@ def watch_stream(plex: PlexServer, inbox: Inbox) -> NoReturn:
         try:
             for notification in plex.notifications():
                 event = "broke"
-                # Notifications are added only while few messages wait: webhooks need the room.
                 put_message(inbox, notification or Stream("opened"), MAX_NOTED if notification else sys.maxsize)
         except PlexError as error:
             inbox.put(Stream(event, error.fault, str(error)))
             if time.monotonic() - opened_at > SILENCE_S / 3:       # long enough for a ping: it worked
                 pause_s = STREAM_MIN_S
-            rare = event == "failed" and error.fault in WITHOUT_STREAM
-            plex.renewed.wait((STREAM_RARE_S if rare else pause_s) * random.uniform(0.8, 1.2))
+            plex.renewed.wait((STREAM_RARE_S if error.fault in WITHOUT_STREAM else pause_s) * random.uniform(0.8, 1.2))
             plex.renewed.clear()
             pause_s = min(STREAM_MAX_S, pause_s * 1.5)
 
@@ -1614,7 +1552,7 @@ class Watcher:
                                                     poll_interval_s=config.poll_interval_s)
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
-        self.warned_at: dict[int, float] = {}        # by the status of what was refused
+        self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
             signal.Signals: lambda _: self.judge(Stream("opened"))}        # SIGHUP: a look, as when that opens
@@ -1658,9 +1596,8 @@ class Watcher:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
         if refused.is_webhook:
             self.status = self.status._replace(webhooks=counted(self.status.webhooks, ("other", str(refused.status))))
-            again_at = self.warned_at.get(refused.status, -math.inf) + WARN_AGAIN_S
-            if refused.status in REFUSALS and time.monotonic() >= again_at:
-                self.warned_at[refused.status] = time.monotonic()
+            if refused.status in REFUSALS and time.monotonic() >= self.warn_at.get(refused.status, -math.inf):
+                self.warn_at[refused.status] = time.monotonic() + WARN_AGAIN_S
                 say(logging.WARNING, REFUSALS[refused.status], path=refused.path, address=refused.address)
         say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
             result=refused.sentence)
@@ -1673,8 +1610,7 @@ class Watcher:
         chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
         if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
             self.meet(webhook)
-        reported = self.judge(webhook)
-        result = "reported" if reported else "a look" if self.plex and webhook.player_uuid else "nothing new"
+        result = "reported" if self.judge(webhook) else "a look" if self.plex and webhook.player_uuid else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
 
@@ -1693,10 +1629,8 @@ class Watcher:
 
     def meet(self, webhook: Webhook) -> None:
         """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
-        player = self.players.pop(webhook.player_uuid, None)
-        if player is None:
-            crowded = len(self.players) >= MAX_PLAYERS
-            if crowded:                              # forget the one silent longest, preferably one that has stopped
+        if (player := self.players.pop(webhook.player_uuid, None)) is None:
+            if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
                 del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
             player = PlayerState(webhook.player_uuid, has_server=False)
             say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
@@ -1752,8 +1686,7 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
-# How long the main loop may be busy (a look takes PLEX_S), an outage last, or a webhook wait for the tracker.
-STALL_S, UNHEALTHY_S = 15.0, 300.0
+STALL_S, UNHEALTHY_S = 15.0, 300.0    # main loop busy (a look takes PLEX_S); outage, or webhook's wait for the tracker
 
 class Glance(NamedTuple):
     """What the watch tracker shows of itself, in one reading."""
@@ -1766,12 +1699,10 @@ class Glance(NamedTuple):
 
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
-    player, doing = status.player, "no player yet"
-    if player.outage:
-        doing = player.outage.sentence.rstrip(".")
-    elif player.machine_identifier:
-        where = f" on {player.player_title}" if player.player_title and player.item else ""
-        doing = playing_sentence(player.state, player.item) + where
+    player = status.player
+    where = f" on {player.player_title}" if player.player_title and player.item else ""
+    doing = (player.outage.sentence.rstrip(".") if player.outage else
+             playing_sentence(player.state, player.item) + where if player.machine_identifier else "no player yet")
     heard = "no webhook yet" if status.webhook_at is None else f"last webhook {at - status.webhook_at:.0f} s ago"
     return printable(f"{doing}; {heard}")
 
@@ -1787,14 +1718,13 @@ def proof_sentence(status: Status, at: float) -> str:
 
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
-    outage, proof = status.player.outage, status.player.proof
-    sessions = "no server is configured" if not status.player.has_server else \
+    outage, proof, has_server = status.player.outage, status.player.proof, status.player.has_server
+    sessions = "no server is configured" if not has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
     arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
-    unknown = status.stream_missing or not status.player.has_server
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
-            "sessions": {"up": None if not status.player.has_server else not outage, "words": sessions},
-            "events": {"up": True if status.stream_open else None if unknown else False,
+            "sessions": {"up": not outage if has_server else None, "words": sessions},
+            "events": {"up": status.stream_open or (None if status.stream_missing or not has_server else False),
                        "words": "the event stream is open" if status.stream_open else "no event stream"}}
 
 def now_fields(status: Status, at: float) -> dict[str, object]:
@@ -1809,7 +1739,7 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
                          "count": sum(n for (_, result), n in status.webhooks.items() if result == "ok"),
                          "refused": {result: n for (_, result), n in status.webhooks.items() if result != "ok"},
                          "arrived": proof.arrived, "missed": proof.missed, "in_a_row_missed": proof.in_a_row,
-                         "median_delay_s": proof.median_delay_s},
+                         "median_delay_s": next(iter(sorted(proof.delays_s)[len(proof.delays_s) // 2:]), None)},
             "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
                         for when, change in status.changes]}
 
@@ -1838,18 +1768,16 @@ Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
 def metric_families(status: Status, entries: Mapping[str, int], process: Mapping[str, float], at: float
                     ) -> Iterator[Family]:
     """All figures; no title, user or session is in a label.  entries: of the journal, by status."""
-    player, us = status.player, "streamerbrainz"
-    if status.player.has_server:
+    player, us, position_s = status.player, "streamerbrainz", position_ms(status.player, at) / 1000
+    if player.has_server:
         up = bool(status.looks) and not player.outage
         yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
     yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
-    states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
+    states, last = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}, status.webhook_time
     yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
-    position_s = position_ms(player, at) / 1000
     yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s
     yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
            ("event", "result"), status.webhooks)
-    last = status.webhook_time
     yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last
     yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed
     yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
@@ -1878,13 +1806,12 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; marg
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
 p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
-.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a }
+.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
-a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em }
-a[aria-current] { font-weight: 700 }
-nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem } form { margin: .5rem 0 }
-input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer } summary { margin: .3rem 0 }
+a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em } form { margin: .5rem 0 }
+a[aria-current] { font-weight: 700 } nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem }
+input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: .3rem }
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
@@ -1892,8 +1819,7 @@ fieldset button { border: 1px solid var(--line); border-radius: .3rem; backgroun
 fieldset [value^=unmark] { background: var(--accent); color: #000 }
 """
 
-# The secret is never in the page: the script takes it from the page's own URL.  It copies by execCommand, since
-# navigator.clipboard works over https only.
+# The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.
 SCRIPT = """
 const by = id => document.getElementById(id), all = rule => document.querySelectorAll(rule);
 const query = location.search, secret = (query.match(/[?&](?:token|secret)=([^&]*)/) || [])[1];
@@ -1909,20 +1835,17 @@ const refresh = async () => {
   all("main")[0].replaceWith(parser.parseFromString(await answer.text(), "text/html").querySelector("main"));
   since = performance.now(); dress();
 };
-const copy = url => {
-  const before = url.textContent, selection = getSelection();
-  url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
-  selection.removeAllRanges(); url.textContent = before;
-};
 document.addEventListener("click", event => {
   if (event.target.id === "show") { shown = true; dress(); }
-  if (event.target.id === "copy") { copy(by("url")); event.target.textContent = "Copied"; }
+  if (event.target.id !== "copy") return;
+  const url = by("url"), before = url.textContent, selection = getSelection();
+  url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
+  selection.removeAllRanges(); url.textContent = before; event.target.textContent = "Copied";
 });
-const move = p => {
+setInterval(() => all("progress[data-playing='1']").forEach(p => {
   const at = Math.min(p.max, +p.dataset.position + performance.now() - since), s = Math.floor(at / 1000);
   p.value = at; by("position").textContent = Math.floor(s / 60) + ":" + String(s % 60).padStart(2, "0");
-};
-setInterval(() => { for (const p of all("progress")) if (p.dataset.playing) move(p); }, 1000);
+}), 1000);
 const listen = again => {
   const stream = new EventSource("events" + query); stream.addEventListener("change", refresh);
   stream.onopen = () => { if (again) refresh(); again = true; };
@@ -1931,17 +1854,14 @@ const listen = again => {
 listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
 """
 
-LINKS = {"": "Now", "watched": "Watched", "questions": "Questions", "mappings": "Mappings", "log": "Log"}
-
 def layout(main: str, nonce: str, script: str, here: str | None) -> str:
-    """A whole page of ours.  nonce: allows our style and script only.  here: which of LINKS; None: no tracker."""
-    links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>'
-                    for path, name in LINKS.items())
+    """A whole page of ours.  nonce: allows our style and script only.  here: which of the links; None: no tracker."""
+    links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>' for path, name in (
+        ("", "Now"), ("watched", "Watched"), ("questions", "Questions"), ("mappings", "Mappings"), ("log", "Log")))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
-<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main>
-<footer class=dim>StreamerBrainz {VERSION}</footer>
+<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main><footer class=dim>StreamerBrainz {VERSION}</footer>
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
@@ -1982,32 +1902,25 @@ def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
 
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
-    """The status page.
-
-    url: to paste into Plex, without the secret.  nonce: allows our style and script, and no others.
-    tracked: None without a tracker.  local: a Unix time in a form of strftime(), as local_time().
-    """
-    escape = html.escape
-    signs = {True: "<span class=good>\u2713</span>", False: "<span class=bad>\u2717</span>",
-             None: "<span class=dim>\u2013</span>"}
-    told = "".join(f"<li>{signs[each['up']]} <b>{name}</b>: {escape(each['words'])}</li>"
+    """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
+    # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
+    signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
+    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {html.escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
-                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
-                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {html.escape(change.state)} "
+                      f"<b>{html.escape(change.item.title)}</b> {html.escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({html.escape(change.by)})</span></li>" for when, change in status.changes)
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
-<h2>Witnesses</h2><ul>{told}</ul>
-<h2>The URL to paste into Plex</h2>
-<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
+<h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
+<p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
 {tracker_html(tracked, local) if tracked else ''}""", nonce, SCRIPT, "" if tracked else None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
-# How many may listen to /events at once (each holds a thread), and how many events each may leave unread before it is
-# dropped.  A comment keeps a silent connection open.
+# Of /events: subscribers (each holds a thread), what one may leave unread, the silence until a comment keeps it open.
 MAX_STREAMS, MAX_UNREAD, EVENT_ALIVE_S = 16, 20, 15.0
 
 class Board:
@@ -2026,8 +1939,7 @@ class Board:
                 stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
 
     def events(self) -> Iterator[bytes]:
-        """The body of /events: each change as a server-sent event, until the subscriber is too slow."""
-        # Raises WebhookError 503, at its first item, if there are too many already.
+        """The body of /events: each change, until the subscriber is too slow; its first item may raise WebhookError."""
         if len(self.streams) >= MAX_STREAMS:
             raise WebhookError(503, f"{MAX_STREAMS} programs are subscribed already.")
         stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -2044,13 +1956,11 @@ class Board:
             self.streams.remove(stream)
 
 # -- Pages: a path -> an Answer
-# Bytes of a picture from the server; and the pause after it gave none, for else each request would wait for PLEX_S.
-MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0
+MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0    # bytes of a picture; pause after none came, for each try may take PLEX_S
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
 
 class Covers:
     """The pictures of what plays: the last one that a webhook brought, and the last one that we fetched."""
-    # One request thread at a time asks the server for a picture; the others wait for it.
 
     def __init__(self, plex: PlexServer | None):
         self.plex, self.lock = plex, threading.Lock()
@@ -2061,7 +1971,7 @@ class Covers:
         """The picture of an item; b"": none."""
         if (webhook := self.webhook)[0] == item.identity:
             return webhook[1]
-        with self.lock:
+        with self.lock:          # one request thread at a time asks the server for a picture; the others wait for it
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
                 with contextlib.suppress(PlexError):
@@ -2105,32 +2015,27 @@ class Pages:
         # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
         self.paths: dict[str, Callable[..., Answer]] = {"/": self.page, "/now": self.now, "/cover": self.cover,
-            "/events": self.events, "/healthz": self.healthz, "/metrics": self.metrics}
+            "/healthz": self.healthz, "/metrics": self.metrics,
+            "/events": lambda query, host: Answer(media_type="text/event-stream", events=board.events())}
 
     def page(self, query: str, host: str) -> Answer:
         """The status page."""
         status, nonce = self.board.status, secrets.token_urlsafe(16)
         item, known = status.player.item, self.covers.webhook[0]
         has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
-        content = status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce, has_picture,
-                              self.glance and self.glance(), local_time)
-        return html_answer(content, nonce)
+        return html_answer(status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce,
+                                       has_picture, self.glance and self.glance(), local_time), nonce)
 
     def now(self, query: str, host: str) -> Answer:
         """What plays, as JSON."""
         fields = now_fields(self.board.status, time.monotonic())
         return Answer(200, f"{json_line(fields)}\n".encode("utf-8", "replace"), "application/json")
 
-    def events(self, query: str, host: str) -> Answer:
-        """Each change when it is reported, as server-sent events."""
-        return Answer(media_type="text/event-stream", events=self.board.events())
-
     def cover(self, query: str, host: str) -> Answer:
         """The picture of what plays.  key: of the item that the asking page shows."""
         item, key = self.board.status.player.item, urllib.parse.parse_qs(query).get("key", [""])[0]
         picture = self.covers.get(item) if item and key in ("", item.identity) else b""
-        media_type = next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")
-        if not media_type:
+        if not (media_type := next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")):
             raise WebhookError(404, "There is no picture of what plays.")
         return Answer(200, picture, media_type, {"Cache-Control": "private, max-age=3600"})
 
