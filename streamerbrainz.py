@@ -29,29 +29,26 @@ nothing is reported that was not true; whatever is reported as playing is later 
                                           +--> Change -> log line, Hooks, systemd's STATUS=
 
 How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.py` lists them.  Each begins with what it
-is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
-of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
-comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
-Ground and Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
+is for, the way of its data, its threads, and what it needs of others besides Ground (a test checks that).  Its first
+part is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time comes in as
+an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read Ground and
+Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
 
-thread              owns                               never
-main                nothing: it starts the others and  (see outlive_main)
-                    ends, to free its memory
-watcher             the PlayerStates and when to look  waits for Plex over PLEX_S
-listener            the listening socket               reads from a connection
-request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides (but
+thread             owns                                never
+main               nothing: it starts the others       stays: its end frees memory (see outlive_main)
+watcher            the PlayerStates and when to look   waits for Plex over PLEX_S
+listener           the listening socket                reads from a connection
+request (0 to 64)  one connection and its bytes        queries Plex (except for a picture), decides (but
                                                        writes what a person corrects in the tracker)
-worker              the tracker's shows and marks      asks a server within a transaction
-hooks               the one command that runs          delays the watcher
-stream              its connection to the server       decides
-names (0 to 4)      the lookup of one name             makes anybody wait past their deadline
-log (0 or 1)        waiting until stderr has room      writes before
-signals             waiting for a signal, which all    decides (it puts them into the inbox, and
-                    other threads block                ends the process if the watcher hangs)
-Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its connections), the
-Tracker, the Covers (pictures) and KNOWN (addresses of names).  Board.streams is a list of queues.  All use the
-PlexServer; only the watcher changes its token.
+worker             the tracker's shows and marks       asks a server within a transaction
+hooks              the one command that runs           delays the watcher
+stream             its connection to the server        decides
+names (0 to 4)     the lookup of one name              makes anybody wait past their deadline
+log (0 or 1)       waiting until stderr has room       writes before
+signals            all signals: the others block them  decides (the inbox gets them), but ends us if the watcher hangs
+Threads exchange values that never change: through the inbox (a SimpleQueue) and the queues in Board.streams, or by
+replacing one reference (Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its
+connections), Tracker, Covers (pictures), KNOWN (addresses).  All use PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -209,11 +206,9 @@ class WebhookError(Exception):
         self.status, self.headers = status, {**({"Retry-After": "5"} if status == 503 else {}), **headers}
 
 class PlexError(Exception):
-    """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence.
-
-    fault: "unreachable" (no answer), "starting" (503), "refused" (401: the token), "forbidden"
-    (403: another user's token), "missing" (404) or "nonsense" (not an answer of such a server).
-    """
+    """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence."""
+    # fault: "unreachable" (no answer), "starting" (503), "refused" (401: the token), "forbidden" (403: another user's
+    # token), "missing" (404) or "nonsense" (not an answer of such a server).
 
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
@@ -223,26 +218,22 @@ class TrackerError(Exception):
     """The fault of the disk or of the tracker's database, as a sentence."""
 
 # -- Items: Plex's attributes -> Item (parse_item)
-# JSON metadata and XML attributes have the same names.  In XML each value is a string; in JSON a
-# number may be one, too.  A value of any other shape counts as missing: nothing here raises.
-
+# JSON and XML have the same names; in XML each value is a string, in JSON a number may be one.  A value of any other
+# shape counts as missing: nothing here raises.
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
-    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?".
-    if isinstance(value, str):
-        value = value[:most]
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, str):    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?"
+        return value[:most].encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
 def number(value: object) -> int | None:
     """A foreign value as an int from 0 to 2**53; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
         value = int(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 2**53:
-        return None
-    return int(value)
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53 \
+        else None
 
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
@@ -292,21 +283,18 @@ class Item(NamedTuple):
         """The artist of a track; of an episode, the show."""
         return self.original_title or self.grandparent_title
 
-def picture_path(value: object) -> str:
-    """The path of a picture in the server's library; "" for anything else."""
-    # We fetch this path with the owner's token: it must not lead to another host, nor to a path that starts something.
-    path = text(value)
-    return path if re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", path, re.ASCII) else ""
-
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
-    get = attributes.get
+    get, thumb = attributes.get, text(attributes.get("thumb"))
+    # We fetch a picture with the owner's token: its path must not lead to another host, nor start something there.
+    if not re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", thumb, re.ASCII):
+        thumb = ""
     # Home videos and what is from YouTube come as movies of the subtype clip.
     word = text(get("subtype" if get("subtype") == "clip" else "type"))
     return Item(type=word, guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
                 rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
                 index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
-                parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
+                parent_index=number(get("parentIndex")), thumb=thumb)
 
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
@@ -335,8 +323,7 @@ def quoted(value: object) -> str:
 
 def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     """A line of the text log: a sentence (or ""), then logfmt."""
-    pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
-    return " ".join([printable(sentence), *pairs] if sentence else pairs)
+    return " ".join(filter(None, [printable(sentence), *(f"{key}={quoted(each)}" for key, each in fields.items())]))
 
 def json_line(fields: Mapping[str, object]) -> str:
     """A line of the JSON log: one object."""
