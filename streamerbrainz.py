@@ -3096,7 +3096,7 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
 
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
-SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
+ENTRY_STATUSES = SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
 # Where a play is known from.  HISTORY and LIBRARY are the server's.
 WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
@@ -4759,12 +4759,10 @@ def tracker_command(config: Config) -> int:
 # === Browse: the tracker in a browser (shows_html, show_html, cards_html, log_html, TrackerPages) ===
 # What for: to see what was watched and what became of each webhook, and to correct it by a click.
 # Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
-# Threads: request threads read, and write what a person corrects.  Each has the tracker for a short turn, which ends
-#   before HTML is made.
-# Needs: Ground
+# Threads: request threads read, and write what a person corrects.  None has the tracker while it makes HTML.
 # Needs of Page: Answer, Pages, html_answer, layout
-# Needs of Tracker: CHOICES, CONFIDENCE, DUPLICATE, ENTRIES, FAILED, IGNORED, KINDS, MAPPINGS, QUESTIONS,
-#   SHOWS, SOME, SUCCESS, Tracker, correct, episodes_of, named, normal
+# Needs of Tracker: CHOICES, CONFIDENCE, ENTRIES, ENTRY_STATUSES, KINDS, MAPPINGS, QUESTIONS, SHOWS, SOME, Tracker,
+#   correct, episodes_of, named, normal
 
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
@@ -4853,8 +4851,7 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
         name = ((row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]) + code
         said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["status"], row["action"] or "", row["reason"] or ""]
         lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name, html.escape(" ".join(said))))
-    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
-                     for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
+    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
@@ -4877,15 +4874,6 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
     "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
 
 # --- the world
-def mark(tracker: Tracker, show_id: int, word: str) -> object:
-    """Do what a button of a show says: "mark S01E02", "unmark S01"; within a transaction.  Raises ConfigError."""
-    name, _, code = word.partition(" ")
-    season, episode = episodes_of(code)
-    if name not in ("mark", "unmark") or season is None or not tracker.one(
-            f"SELECT 1 FROM episode WHERE {SOME}", show_id, season, episode):
-        raise ConfigError("there is no such episode.")
-    return tracker.unmark(show_id, season, episode) if name == "unmark" else tracker.mark(show_id, season, episode)
-
 # path of a form -> the table of the number in it
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}
 
@@ -4895,15 +4883,14 @@ class TrackerPages:
     def __init__(self, pages: Pages, tracker: Tracker, written: threading.Event):
         """Adds them to the others.  written: tells the worker that there is more to do."""
         self.pages, self.tracker, self.written = pages, tracker, written
-        pages.paths |= {path: functools.partial(self.show, path) for path in VIEWS}
-        pages.forms |= {path: functools.partial(self.change, path) for path in FORMS}
+        pages.paths |= {path: functools.partial(self.answer, self.show, path) for path in VIEWS}
+        pages.forms |= {path: functools.partial(self.answer, self.change, path) for path in FORMS}
 
-    @contextlib.contextmanager
-    def faults(self) -> Iterator[None]:
-        """What is asked for wrongly is 400, and what the disk cannot do now 503."""
+    def answer(self, work: Callable[..., Answer], *asked: object) -> Answer:
+        """What show() or change() answers.  What is asked for wrongly is 400, and what the disk cannot do now 503."""
         try:
             with self.tracker.faults():
-                yield
+                return work(*asked)
         except ConfigError as error:
             raise WebhookError(400, f"{str(error)[0].upper()}{str(error)[1:]}") from error
         except TrackerError as error:
@@ -4914,36 +4901,39 @@ class TrackerPages:
         asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
         page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
         words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
-        with self.faults():
-            with self.tracker.turn():
-                rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
-                                        most=size + 1, skip=(page - 1) * size)
-            if path.endswith("/ID") and not rows:
-                raise WebhookError(404, "There is no such thing here.")
-            main = make(rows[:size], words, may, local_time)
+        with self.tracker.turn():
+            rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
+                                    most=size + 1, skip=(page - 1) * size)
+        if path.endswith("/ID") and not rows:
+            raise WebhookError(404, "There is no such thing here.")
         ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
             ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
         links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
         tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
                               "secret</code> makes one.")
-        content = f"{main}<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+        content = (f"{make(rows[:size], words, may, local_time)}<p>{links}</p><p class=dim>"
+                   f"{'' if rows else 'Nothing is here. '}{tip}</p>")
         return html_answer(layout(content, nonce, ASK_FIRST, path.split("/")[1]), nonce)
 
     def change(self, path: str, form: str, no: int = 0) -> Answer:
-        """Do what a form says, and show a page again."""
-        fields, table = dict(urllib.parse.parse_qsl(form)), FORMS[path]
+        """Do what a form says, and show a page again.  A button of a show says "mark S01E02", "unmark S01"."""
+        fields, table, place = dict(urllib.parse.parse_qsl(form)), FORMS[path], path.removesuffix("/ID")
         word = text(fields.get("word"))
-        with self.faults(), self.tracker.turn(), self.tracker.transaction():
+        with self.tracker.turn(), self.tracker.transaction():
             if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
                 raise WebhookError(404, "There is no such thing here.")
             if table == "show":
-                mark(self.tracker, no, word)
+                name, _, code = word.partition(" ")
+                season, episode = episodes_of(code)
+                if name not in ("mark", "unmark") or season is None or not self.tracker.one(
+                        f"SELECT 1 FROM episode WHERE {SOME}", no, season, episode):
+                    raise ConfigError("there is no such episode.")
+                (self.tracker.mark if name == "mark" else self.tracker.unmark)(no, season, episode)
+                place = f"/watched/{no}?page={number(fields.get('page')) or 1}#{code.partition('E')[0]}"
             else:
                 correct(self.tracker, table, no, word)
         self.written.set()
-        place = f"/{no}?page={number(fields.get('page')) or 1}#{word.partition(' ')[2].partition('E')[0]}"
-        return Answer(303, headers={"Location": path.replace("/ID", place if table == "show" else ""),
-                                    "Cache-Control": "no-store"})
+        return Answer(303, headers={"Location": place, "Cache-Control": "no-store"})
 
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
