@@ -3243,10 +3243,10 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
 
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
-    moment = datetime.datetime.fromisoformat(word)
-    if moment.tzinfo is None:
-        raise ValueError("a time without a zone")
-    return time_of(int(moment.timestamp()))
+    with contextlib.suppress(ValueError, OverflowError):
+        if (moment := datetime.datetime.fromisoformat(word)).tzinfo:
+            return time_of(int(moment.timestamp()))
+    raise ValueError("give a time such as 2026-11-21T20:15:00Z")
 
 # Each time that an episode was watched: Unix s; None: not known when.
 Plays = tuple[int | None, ...]
@@ -5317,11 +5317,9 @@ def players(config: Config) -> int:
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
-#   says where it got lost.  `doctor` looks at each of them, says what is wrong there, and how to correct it.
-#   It sends only webhooks of its own, which change nothing.
+#   says where it got lost.  `doctor` looks at each, and says what to correct.  What it sends changes nothing.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
-# Needs: Ground
 # Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
 #   find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
@@ -5383,8 +5381,7 @@ def verdict(check: str, value: str) -> Finding:
 
 def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
     """Does the configured player exist?  Only a player that plays now can be seen."""
-    # A player that was reinstalled has another machine identifier, but often its old title.
-    # ours: the identifier in the flags.  title: under which the daemon knows that player, if it does.
+    # A player that was reinstalled has another identifier than `ours`, but often its old title, which the daemon knows.
     if not sessions:
         return Finding(SKIP, "nothing plays: press play on it, and run this again")
     if any(each.machine_identifier == ours for each in sessions):
@@ -5408,9 +5405,9 @@ def without_secrets(url: str) -> str:
     scheme, host, path, rest = found.groups()
     return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
 
-def wrapped(words: str, begin: str, margin: int) -> str:
-    """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
-    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * margin,
+def wrapped(words: str, begin: str) -> str:
+    """Words as lines of 80 columns: the first after `begin`, the others below it.  A URL is never broken."""
+    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * len(begin),
                          break_on_hyphens=False, break_long_words=False)
 
 # --- the world
@@ -5450,20 +5447,17 @@ def send_to(url: str) -> str:
     return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
 
 class Doctor:
-    """Asks the daemon, the server and plex.tv, and yields the findings.
-
-    met: the needs that are met so far.  plex: only where SERVER is.  hidden: all secrets; no finding may show them.
-    secrets: of webhooks; query: the first of them, as our URLs end with it.  now: the daemon's /now.
-    date: in the server's answer.  root: the attributes of the server's "/", which only its owner gets.
-    url: of the account's webhooks, the closest match; right_url: what it should be.
-    """
-    plex: PlexServer
+    """Asks the daemon, the server and plex.tv, and yields the findings."""
+    # met: the needs that are met so far.  hidden: all secrets; no finding may show them.
+    # secrets: of webhooks; query: the first of them, as our URLs end with it.  now: the daemon's /now.
+    # date: in the server's answer.  root: the attributes of the server's "/", which only its owner gets.
+    # url: of the account's webhooks, the closest match; right_url: what it should be.
+    plex: PlexServer              # only where SERVER is met
 
     def __init__(self, config: Config):
         self.config, self.port, self.met = config, config.webhooks_port, {""}
-        self.secrets, self.hidden = tuple[str, ...](), tuple[str, ...]()
-        self.now: Mapping[str, Any] = {}
-        self.root: Mapping[str, Any] = {}
+        self.secrets = self.hidden = tuple[str, ...]()
+        self.now = self.root = json_object(None)      # empty
         self.date = self.url = self.query = ""
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
 
@@ -5472,9 +5466,8 @@ class Doctor:
         # Each is run before the next is asked for, so that one can depend on what another found.
         config = self.config
         yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
-        # -plex-token-file is Config.plex_token_file, and so on.
         for flag in SECRETS:
-            if path := getattr(config, flag[1:].replace("-", "_")):
+            if path := getattr(config, flag[1:].replace("-", "_")):       # Config.plex_token_file, and so on
                 yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
@@ -5663,9 +5656,8 @@ class Doctor:
         """Is the tracker's file intact, and do its conflicts need a person?"""
         with contextlib.closing(Tracker(self.config.tracker_db, write=False)) as tracker, tracker.guarded():
             intact = tracker.one("PRAGMA quick_check")[0]
-            last, failed, conflicts = tracker.one(
-                "SELECT (SELECT max(received_at) FROM webhook_log), (SELECT count(*) FROM webhook_log WHERE "
-                "status = 'failed'), (SELECT count(*) FROM conflict WHERE resolution IS NULL)")
+            last, failed, conflicts = tracker.one("SELECT max(received_at), count(*) FILTER (WHERE status = 'failed'), "
+                                                  "(SELECT count(*) FROM open_conflict) FROM webhook_log")
         if intact != "ok":
             return Finding(FAIL, f"the file is damaged: {intact}",
                            "`tracker export` what can be read, and `tracker import` it into a new file", 4)
@@ -5679,22 +5671,21 @@ def doctor(config: Config) -> int:
     for each in Doctor(config).run():
         findings.append(each)
         if not config.json:
-            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  ", 6),
-                  *filter(None, [wrapped(each.remedy, "      -> ", 9)]), sep="\n", flush=True)
+            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  "),
+                  *filter(None, [wrapped(each.remedy, "      -> ")]), sep="\n", flush=True)
     causes = sorted((each for each in findings if each.status == FAIL and each.likely), key=lambda each: -each.likely)
     if config.json:
         found = [{name: getattr(each, name) for name in ("status", "check", "evidence", "remedy")} for each in findings]
         print(json.dumps({"findings": found, "causes": [each.evidence for each in causes]}, indent=2))
     elif causes:
-        print("\nWhy webhooks may not arrive, the likeliest first:")
-        print("\n".join(wrapped(f"{each.check}: {each.evidence}", f"{i}. ", 3) for i, each in enumerate(causes, 1)))
+        print("\nWhy webhooks may not arrive, the likeliest first:",
+              *(wrapped(f"{each.check}: {each.evidence}", f"{i}. ") for i, each in enumerate(causes, 1)), sep="\n")
     return int(any(each.status == FAIL for each in findings))
 
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
 # Way: EVENING -> StandIn (its sessions, its webhooks) -> the real listener and the real daemon -> log lines
 # Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
-# Needs: Ground
 # Needs of Player: PlexServer, encode_webhook, exchange, Inbox
 # Needs of Listener: Gate, Listener, WEBHOOK_PATH
 # Needs of Hooks: Hooks, hook_command
@@ -5777,9 +5768,8 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         payload = {"event": event, "user": True, "owner": True, "Account": {"id": 1, "title": "demo"},
                    "Server": {"title": "stand-in", "uuid": "0" * 40}, "Metadata": attributes,
                    "Player": {"local": True, "title": "Living Room", "uuid": self.machine_identifier}}
-        content_type, body = encode_webhook(json.dumps(payload).encode(), thumb)
-        return exchange(url, {"Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"},
-                        body).status
+        kind, body = encode_webhook(json.dumps(payload).encode(), thumb)
+        return exchange(url, {"Content-Type": kind, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"}, body).status
 
 def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
     """Play the script against the listener on a port, then put SIGTERM into the inbox."""
@@ -5813,13 +5803,11 @@ def demo(config: Config) -> int:
 # === main: flags and commands (parse_config, main) ===
 # What for: the words of the command line become a Config, or one sentence that says what is wrong with them.
 # Way: words, and those of each @FILE -> parse_words -> Config -> COMMANDS -> exit status
-# Threads: none.
-# Needs: Ground
 # Needs of Listener: make_secret
 # Needs of Hooks: hook
-# Needs of Tracker: tracker_command, SUCCESS, FAILED, IGNORED, DUPLICATE, unix_time
+# Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Doctor: doctor
+# Needs of Doctor: doctor, wrapped
 # Needs of Demo: demo
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
@@ -5874,36 +5862,28 @@ def server_url(word: str) -> str:
         raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
 
-def a_time(word: str) -> int:
-    """The Unix time in a word; raises ValueError."""
-    try:
-        return unix_time(word)
-    except (ValueError, OverflowError):
-        raise ValueError("give a time such as 2026-11-21T20:15:00Z") from None
-
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
 READERS: dict[str, tuple[Any, ...]] = {
     "webhooks_port": (a_number, 1, 65535, False, True), "speed": (a_number, 1, 100, False, False), "last": _COUNT,
     "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
-    "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
-    "at": (a_time,), "as_": (one_of, ("trakt",)), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "plex_server_url": (server_url,), "at": (unix_time,), "log_level": (one_of, LEVELS), "as_": (one_of, ("trakt",)),
+    "log_format": (one_of, ("text", "json")), "status": (one_of, (*ENTRY_STATUSES, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
     first, _, rest = str(main.__doc__).partition("\n")
-    commands, _, notes = textwrap.dedent(rest).partition("\n\n\n")
+    commands, _, notes = textwrap.dedent(rest).rpartition("\n\n")
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
-    lines = [textwrap.fill(words, 80, initial_indent=f"  {flag:25} ", subsequent_indent=" " * 28)
-             for flag, words in [*flags, ("-h, -help", "this help"), ("-version", "the version")]]
+    flags += [("-h, -help", "this help"), ("-version", "the version")]
+    lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
     return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, commands, "", "flags:", *lines,
                       "", notes.rstrip()])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
-    # No message repeats a value: it may be a token, or a URL with one.  That is why this is not argparse, whose
-    # messages also differ between Pythons; and to load and to build it takes 5 ms of each start.  A value that begins
-    # with a dash needs the form -flag=VALUE.
+    # No message repeats a value: it may be a token, or a URL with one.  argparse's do, and differ between Pythons; and
+    # it takes 5 ms of each start.  A value that begins with a dash needs the form -flag=VALUE.
     flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
     found, others, ahead = dict[str, Any](), list[str](), iter(words)
     for word in ahead:
@@ -5985,7 +5965,6 @@ def main(words: Sequence[str]) -> int:
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
-
 
     @FILE reads flags from a file, one a line, with # comments.
     Two dashes do as well as one.
