@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """StreamerBrainz tells what your Plex player is doing, and remembers what you have watched.
 
-It receives the webhooks of Plex Media Server, asks the server's sessions about one chosen player (mostly
-Plexamp), and logs each change of that player:
+It receives the webhooks of Plex Media Server, asks its sessions about one player, mostly Plexamp, and logs each change:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
@@ -57,8 +56,7 @@ Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_i
   show     a series; in the tracker also a  entry    a row of the tracker's journal: a webhook, or a play
            movie, as season 0, episode 0             that is known only from the server's history
   contract what users and other programs rely on: flags, keys of the log and of JSON, paths, statuses, exit statuses
-Units: Plex's times are integer milliseconds; names of our own end in _s (seconds).  `at` is a time in monotonic
-seconds, and in the tracker in Unix seconds.
+Units: Plex's times are integer milliseconds; our own end in _s (seconds).  `at`: monotonic s; in the tracker, Unix s.
 Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
 """
 from __future__ import annotations
@@ -191,8 +189,7 @@ class Config(NamedTuple):
     def webhooks_a_minute(self) -> int:
         """How many webhooks one address may send; 0: no limit."""
         # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
-        usual = 100 if self.webhook_secret_file or self.tracker_db else 0
-        return usual if self.rate_limit is None else self.rate_limit
+        return 100 * bool(self.webhook_secret_file or self.tracker_db) if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
 class ConfigError(Exception):
@@ -218,9 +215,11 @@ class TrackerError(Exception):
     """The fault of the disk or of the tracker's database, as a sentence."""
 
 # -- Items: Plex's attributes -> Item (parse_item)
-# JSON and XML have the same names; in XML each value is a string, in JSON a number may be one.  A value of any other
-# shape counts as missing: nothing here raises.
+# JSON and XML have the same names, and numbers may be strings.  Any other shape counts as missing: nothing here raises.
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
+LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
+# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
+MAX_VALUES = 100_000
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
@@ -239,14 +238,9 @@ def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
-LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
-
 def time_of(value: object) -> int:
     """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
     return min(number(value) or 0, LAST_TIME)
-
-# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
-MAX_VALUES = 100_000
 
 def json_value(content: bytes, most: int = MAX_VALUES) -> object:
     """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
@@ -285,16 +279,15 @@ class Item(NamedTuple):
 
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
-    get, thumb = attributes.get, text(attributes.get("thumb"))
+    get = attributes.get
     # We fetch a picture with the owner's token: its path must not lead to another host, nor start something there.
-    if not re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", thumb, re.ASCII):
-        thumb = ""
+    picture = re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", text(get("thumb")), re.ASCII)
     # Home videos and what is from YouTube come as movies of the subtype clip.
     word = text(get("subtype" if get("subtype") == "clip" else "type"))
     return Item(type=word, guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
                 rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
                 index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
-                parent_index=number(get("parentIndex")), thumb=thumb)
+                parent_index=number(get("parentIndex")), thumb=picture[0] if picture else "")
 
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
@@ -331,8 +324,7 @@ def json_line(fields: Mapping[str, object]) -> str:
 
 def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
     """A Change as keys and values of the log, in the order that is promised to other programs."""
-    # name_machine: with the player's identifier; say_why: with what made us believe it.
-    item = change.item
+    item = change.item            # name_machine: with the player's identifier; say_why: with what made us believe it
     of = ({"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
           if item.type == EPISODE else {"artist": item.artist, "album": item.parent_title}
           if item.type == TRACK else {"artist": "", "album": ""})
@@ -388,8 +380,7 @@ SECRETS = {"-plex-token-file": "Plex token", "-webhook-secret-file": "webhook se
 def file_version(file: str | int) -> tuple[int, ...] | None:
     """Numbers that differ after a file (path or descriptor) was written or replaced; None: not a regular file."""
     with contextlib.suppress(OSError):
-        status = os.stat(file)
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG((status := os.stat(file)).st_mode):
             return status.st_ino, status.st_size, status.st_mtime_ns
     return None
 
@@ -4802,15 +4793,14 @@ def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
     """A season as a grid: a click marks an episode, or takes its marks back; below it, when each was watched."""
     cells, lines, season, code = [], [], rows[0]["season"], f"S{rows[0]['season']:02}"
     for row in rows:
-        plays = [play.partition(" ") for play in (row["plays"] or "").split(",") if play]
-        dates = "<br>".join(f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(source)})"
-                            for at, _, source in plays)
+        plays = [f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(by)})" for at, _, by in
+                 (play.partition(" ") for play in (row["plays"] or "").split(",") if play)]
         cells.append((f"{'un' * bool(plays)}mark {code}E{row['episode']:02}", str(row["episode"]), row["name"]))
-        lines.append(row_html("", f"{row['episode']} {row['name']}", dates))
+        lines.append(row_html("", f"{row['episode']} {row['name']}", "<br>".join(plays)))
     left = sum(value.startswith("mark") for value, *_ in cells)
     whole = form_html([(f"mark {code}", "Mark as watched", "") if left else (f"unmark {code}", "Take back", "")], may)
     if rows[0]["type"] == MOVIE:
-        return f"{whole}<p>{dates}</p>"
+        return f"{whole}<p>{'<br>'.join(plays)}</p>"
     return (f"<h2 id={code}>{f'Season {season}' if season else 'Specials'} <span class=dim>{len(cells) - left} of "
             f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
             f"{whole}<ul>{''.join(lines)}</ul></details>")
@@ -4874,8 +4864,7 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
     "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
 
 # --- the world
-# path of a form -> the table of the number in it
-FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}
+FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
 
 class TrackerPages:
     """The pages of the tracker, and their forms.  Its methods run in request threads."""
@@ -5329,12 +5318,10 @@ def players(config: Config) -> int:
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
-SERVER = "not asked: no server is configured, or its token cannot be read"
-ANSWER = "not asked: the server does not answer"
-OWNER = "not asked: the server does not accept the token"
-DAEMON = "not asked: the daemon does not listen"
-# What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
-# does.  Then doctor sends a webhook there, and ARRIVES proves it.
+SERVER, ANSWER, OWNER, DAEMON = (f"not asked: {reason}" for reason in (
+    "no server is configured, or its token cannot be read", "the server does not answer",
+    "the server does not accept the token", "the daemon does not listen"))
+# Of the account's URLs.  Another host (NOT_HERE) may forward to us, as a proxy does: a webhook that ARRIVES shows it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
@@ -5426,11 +5413,10 @@ def is_here(host: str) -> bool | None:
 def host_difference(host: str, plex_url: str) -> str:
     """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
     # "localhost" is right only where both are one machine.  A server in a container is another one.
-    address, here = guess_address(plex_url), is_here(host)
+    address, server = guess_address(plex_url), urllib.parse.urlsplit(plex_url).hostname or "localhost"
     if host in ("localhost", "::1") or host.startswith("127."):
-        here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
-        return "" if here else f"{host} is the server itself there; the address of this machine is {address}"
-    if here is None:
+        return "" if is_here(server) else f"{host} is the server itself there; the address of this machine is {address}"
+    if (here := is_here(host)) is None:
         return f"the host {host} has no address (a container's name?); this machine is {address}"
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
@@ -5442,29 +5428,24 @@ def send_to(url: str) -> str:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
     except PlexError as error:
         return f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
-    if TEST_EVENT.encode() in reply.body:
-        return ARRIVES
-    return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+    answered = "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+    return ARRIVES if TEST_EVENT.encode() in reply.body else answered
 
 class Doctor:
     """Asks the daemon, the server and plex.tv, and yields the findings."""
-    # met: the needs that are met so far.  hidden: all secrets; no finding may show them.
-    # secrets: of webhooks; query: the first of them, as our URLs end with it.  now: the daemon's /now.
-    # date: in the server's answer.  root: the attributes of the server's "/", which only its owner gets.
-    # url: of the account's webhooks, the closest match; right_url: what it should be.
     plex: PlexServer              # only where SERVER is met
 
     def __init__(self, config: Config):
-        self.config, self.port, self.met = config, config.webhooks_port, {""}
-        self.secrets = self.hidden = tuple[str, ...]()
-        self.now = self.root = json_object(None)      # empty
-        self.date = self.url = self.query = ""
+        self.config, self.port, self.met = config, config.webhooks_port, {""}     # met: the needs that are met so far
+        self.secrets = self.hidden = tuple[str, ...]()        # of webhooks; and all: no finding may show them
+        self.now = self.root = json_object(None)      # the daemon's /now; the server's "/", which only its owner gets
+        self.date = self.query = ""                   # of the server's answer; the end of our URLs, with a secret
+        self.url = ""                                 # the closest match in the account; and what it should be:
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
 
     def checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
         """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it."""
-        # Each is run before the next is asked for, so that one can depend on what another found.
-        config = self.config
+        config = self.config      # each is run before the next is asked for, so that one can depend on another
         yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
         for flag in SECRETS:
             if path := getattr(config, flag[1:].replace("-", "_")):       # Config.plex_token_file, and so on
@@ -5488,26 +5469,24 @@ class Doctor:
         if config.tracker_db:
             yield "tracker", "", self.tracker, "correct that, or `tracker import` into a new file"
 
-    def outcome(self, check: Callable[[], Finding], remedy: str) -> Finding:
-        """What a check finds.  An error that ends it is a FAIL; but a server's is a SKIP where no remedy is known."""
-        try:
-            return check()
-        except (ConfigError, TrackerError, PlexError) as error:
-            if remedy:
-                return Finding(FAIL, str(error), remedy)
-            if isinstance(error, PlexError):
-                return Finding(SKIP, str(error).partition(". ")[0])       # what follows is advice for our server
-            # Such as "-on-event: lamp.sh is missing; make it executable."
-            evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
-            if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
-                file = shlex.quote(path[1]) if path[1] == self.config.webhook_secret_file else "FILE"
-                advice = f"streamerbrainz.py secret -webhook-secret-file {file}"
-            return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
+    def failure(self, error: Exception) -> Finding:
+        """What an error means that ended a check without a known remedy: a FAIL; but a SKIP if it is a server's."""
+        if isinstance(error, PlexError):
+            return Finding(SKIP, str(error).partition(". ")[0])       # what follows is advice for our server
+        # Such as "-on-event: lamp.sh is missing; make it executable."
+        evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
+        if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
+            file = shlex.quote(path[1]) if path[1] == self.config.webhook_secret_file else "FILE"
+            advice = f"streamerbrainz.py secret -webhook-secret-file {file}"
+        return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
 
     def run(self) -> Iterator[Finding]:
         """All findings, without a secret in them."""
         for name, need, check, known_remedy in self.checks():
-            finding = self.outcome(check, known_remedy) if need in self.met else Finding(SKIP, need)
+            try:
+                finding = check() if need in self.met else Finding(SKIP, need)
+            except (ConfigError, TrackerError, PlexError) as error:
+                finding = Finding(FAIL, str(error), known_remedy) if known_remedy else self.failure(error)
             evidence, remedy = finding.evidence, finding.remedy if finding.status == FAIL else ""
             for word in self.hidden:
                 evidence, remedy = evidence.replace(word, "..."), remedy.replace(word, "...")
@@ -5526,8 +5505,7 @@ class Doctor:
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
-        words, _ = read_secrets(flag, path)
-        self.hidden += words
+        self.hidden += (words := read_secrets(flag, path)[0])
         if flag == "-webhook-secret-file":
             self.secrets, self.query = words, f"?token={urllib.parse.quote(words[0], '')}"
         if is_private(path, mode := os.stat(path).st_mode):
@@ -5629,8 +5607,7 @@ class Doctor:
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
-        path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
-        if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
+        if not host or not re.fullmatch("https?://[!-~]+", url) or (shown := without_secrets(url)) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
@@ -5638,14 +5615,13 @@ class Doctor:
             elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
-            f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+            f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
             "the secret is another one" if given else "the secret is missing": valid and not given & valid}
         return [words for words, so in differs.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
-        own = configured_url(self.config, self.port) + self.query
-        tried = {url: send_to(url) for url in (self.url, own) if url}
+        tried = {url: send_to(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
         said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
         if set(tried.values()) == {ARRIVES}:
             return Finding(OK, said)
@@ -5691,8 +5667,7 @@ def doctor(config: Config) -> int:
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
 
-# What plays in the evening, as Plex's attributes of it.
-_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (
+_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (           # what plays in the evening, as Plex's attributes of it
     {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
      "duration": duration} for key, title, artist, album, duration in (
         ("101", "Karma Police", "Radiohead", "OK Computer", "264000"),
@@ -5722,27 +5697,24 @@ class _StandInHandler(http.server.BaseHTTPRequestHandler):
         known = self.headers.get("X-Plex-Token") == self.server.token
         status = 401 if not known else 200 if self.path == "/status/sessions" else 404
         body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
-        self.send_response(status)
+        self.send_response_only(status)               # which logs nothing: the log is the daemon's
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: the log is the daemon's."""
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
     daemon_threads = True
 
-    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player"):
-        self.token, self.machine_identifier, self.speed = token, machine_identifier, 1.0      # speed: times faster
+    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player", speed: float = 1.0):
+        self.token, self.machine_identifier, self.speed = token, machine_identifier, speed      # times faster
+        # The state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         self.now: tuple[str, dict[str, str], float, float] = (STOPPED, {}, 0.0, 0.0)
         super().__init__(("127.0.0.1", 0), _StandInHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"       # as for -plex-server-url
 
     def view_offset(self) -> float:
         """Where the player is, ms."""
-        # Of now: the state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         state, _, offset, since = self.now
         return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
@@ -5788,8 +5760,7 @@ def demo(config: Config) -> int:
     hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
     inbox: Inbox = queue.SimpleQueue()
     block_signals()                                   # before the first thread: else one of them would get Ctrl-C
-    with StandIn() as plex, Listener("127.0.0.1", 0) as listener:
-        plex.speed = config.speed
+    with StandIn(speed=config.speed) as plex, Listener("127.0.0.1", 0) as listener:
         config = config._replace(webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
                                  poll_interval_s=10 / config.speed)
         print(f"A stand-in for Plex plays an evening of {EVENING[-1][0] / plex.speed:.0f} seconds; Ctrl-C ends it.\n"
@@ -5820,19 +5791,6 @@ def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
     name = re.sub("^--", "-", word).partition("=")[0]
     return name if re.fullmatch("-[a-z-]{1,30}", name) else "-..."
-
-def words_in(line: str) -> list[str]:
-    """The words in a line of an @FILE, quoted as in a shell; raises ConfigError."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
-    if words and not re.match("-[a-z-]", words[0]):
-        raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
-    if len(words) > 2:
-        raise ConfigError(f"a line of the @FILE has more than a flag and its value: {flag_in(words[0])}; "
-                          "put the value in quotes.")
-    return words
 
 # -- Flags and their values
 def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
@@ -5872,13 +5830,12 @@ READERS: dict[str, tuple[Any, ...]] = {
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
-    first, _, rest = str(main.__doc__).partition("\n")
-    commands, _, notes = textwrap.dedent(rest).rpartition("\n\n")
+    first, commands, notes = map(textwrap.dedent, str(main.__doc__).split("\n\n"))
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
     flags += [("-h, -help", "this help"), ("-version", "the version")]
     lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
-    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, commands, "", "flags:", *lines,
-                      "", notes.rstrip()])
+    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, "", commands, "",
+                      "flags:", *lines, "", notes.rstrip()])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
@@ -5909,18 +5866,26 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 # --- the world
 def read_flags(path: str) -> list[str]:
-    """The words in an @FILE; raises ConfigError."""
-    # In it, a word that begins with @ is a value: no file names another one, or itself.
+    """The words in an @FILE, each line quoted as in a shell; raises ConfigError."""
+    # In it, a word that begins with @ is a value: no file names another one, or itself.  Notepad begins it with a mark.
     try:
         content, _, version = read_regular(path, MAX_FLAGS + 1)
         if version is None or len(content) > MAX_FLAGS or b"\0" in content:
             raise OSError(f"it is no text file of at most {MAX_FLAGS} bytes")
-        lines = content.decode("utf-8-sig").splitlines()        # Windows' Notepad begins a file with a mark
+        lines = [shlex.split(line, comments=True) for line in content.decode("utf-8-sig").splitlines()]
     except OSError as error:
         raise ConfigError(f"@FILE: {shown_path(path)} cannot be read ({why(error)}); name a file of flags.") from error
     except UnicodeDecodeError as error:
         raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
-    return [word for line in lines for word in words_in(line)]
+    except ValueError as error:
+        raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
+    for words in filter(None, lines):
+        if not re.match("-[a-z-]", words[0]):
+            raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
+        if len(words) > 2:
+            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {flag_in(words[0])}; "
+                              "put the value in quotes.")
+    return [word for words in lines for word in words]
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
@@ -5947,7 +5912,7 @@ def parse_config(words: Sequence[str]) -> Config:
         check_complete(config)
     return config
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see help_text().)
     """Tells what your Plex player is doing.
 
     commands:
@@ -5970,7 +5935,6 @@ def main(words: Sequence[str]) -> int:
     Two dashes do as well as one.
     Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
     """
-    # (This docstring is the help: see help_text().)
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
