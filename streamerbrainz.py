@@ -442,7 +442,6 @@ class SecretFile:
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
 # Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
 #   it says into the inbox; "names" look names up, for whoever connects.  Only the watcher decides.
-# Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
 # Of a webhook Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81
@@ -1719,7 +1718,6 @@ class Watcher:
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
-# Needs: Ground
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
@@ -2122,7 +2120,6 @@ class Pages:
 #                                        -> a method of Pages -> Answer -----------------------------> 200
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
-# Needs: Ground
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
 # Needs of Page: Answer, Pages
 
@@ -2673,7 +2670,6 @@ def make_secret(config: Config) -> int:
 # What for: to run the user's command (-on-event) for each change, for example to switch an amplifier on and off.
 # Way: Change -> Hooks.inbox -> the events to tell -> the command with its environment -> a line of the log
 # Threads: "hooks" runs one command at a time.  It owns the Amplifier and the waiting events, and delays nobody.
-# Needs: Ground
 
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
@@ -2882,7 +2878,6 @@ def hook(config: Config) -> int:
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
 #   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
 #   to the database, in turn.
-# Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
 
@@ -4929,7 +4924,6 @@ class TrackerPages:
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
 # Threads: "signals" waits for signals, which all other threads block, and puts them into the inbox.  The
 #   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
-# Needs: Ground
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
