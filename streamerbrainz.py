@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """StreamerBrainz tells what your Plex player is doing, and remembers what you have watched.
 
-It receives the webhooks of Plex Media Server, asks the server's sessions about one chosen player (mostly
-Plexamp), and logs each change of that player:
+It receives the webhooks of Plex Media Server, asks its sessions about one player, mostly Plexamp, and logs each change:
 
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
@@ -29,29 +28,26 @@ nothing is reported that was not true; whatever is reported as playing is later 
                                           +--> Change -> log line, Hooks, systemd's STATUS=
 
 How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.py` lists them.  Each begins with what it
-is for, the way of its data, its threads, and what it needs from other chapters (a test checks that).  The first part
-of a chapter is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time
-comes in as an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read
-Ground and Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
+is for, the way of its data, its threads, and what it needs of others besides Ground (a test checks that).  Its first
+part is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time comes in as
+an argument.  The second part, below `# --- the world`, does what was decided.  To understand Hooks, read Ground and
+Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter before them needs them.
 
-thread              owns                               never
-main                nothing: it starts the others and  (see outlive_main)
-                    ends, to free its memory
-watcher             the PlayerStates and when to look  waits for Plex over PLEX_S
-listener            the listening socket               reads from a connection
-request (0 to 64)   one connection and its bytes       queries Plex (except for a picture), decides (but
+thread             owns                                never
+main               nothing: it starts the others       stays: its end frees memory (see outlive_main)
+watcher            the PlayerStates and when to look   waits for Plex over PLEX_S
+listener           the listening socket                reads from a connection
+request (0 to 64)  one connection and its bytes        queries Plex (except for a picture), decides (but
                                                        writes what a person corrects in the tracker)
-worker              the tracker's shows and marks      asks a server within a transaction
-hooks               the one command that runs          delays the watcher
-stream              its connection to the server       decides
-names (0 to 4)      the lookup of one name             makes anybody wait past their deadline
-log (0 or 1)        waiting until stderr has room      writes before
-signals             waiting for a signal, which all    decides (it puts them into the inbox, and
-                    other threads block                ends the process if the watcher hangs)
-Threads exchange values that never change: through the inbox (a SimpleQueue), or by replacing one reference
-(Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its connections), the
-Tracker, the Covers (pictures) and KNOWN (addresses of names).  Board.streams is a list of queues.  All use the
-PlexServer; only the watcher changes its token.
+worker             the tracker's shows and marks       asks a server within a transaction
+hooks              the one command that runs           delays the watcher
+stream             its connection to the server        decides
+names (0 to 4)     the lookup of one name              makes anybody wait past their deadline
+log (0 or 1)       waiting until stderr has room       writes before
+signals            all signals: the others block them  decides (the inbox gets them), but ends us if the watcher hangs
+Threads exchange values that never change: through the inbox (a SimpleQueue) and the queues in Board.streams, or by
+replacing one reference (Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its
+connections), Tracker, Covers (pictures), KNOWN (addresses).  All use PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -60,8 +56,7 @@ Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_i
   show     a series; in the tracker also a  entry    a row of the tracker's journal: a webhook, or a play
            movie, as season 0, episode 0             that is known only from the server's history
   contract what users and other programs rely on: flags, keys of the log and of JSON, paths, statuses, exit statuses
-Units: Plex's times are integer milliseconds; names of our own end in _s (seconds).  `at` is a time in monotonic
-seconds, and in the tracker in Unix seconds.
+Units: Plex's times are integer milliseconds; our own end in _s (seconds).  `at`: monotonic s; in the tracker, Unix s.
 Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
 """
 from __future__ import annotations
@@ -194,8 +189,7 @@ class Config(NamedTuple):
     def webhooks_a_minute(self) -> int:
         """How many webhooks one address may send; 0: no limit."""
         # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
-        usual = 100 if self.webhook_secret_file or self.tracker_db else 0
-        return usual if self.rate_limit is None else self.rate_limit
+        return 100 * bool(self.webhook_secret_file or self.tracker_db) if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
 class ConfigError(Exception):
@@ -209,11 +203,9 @@ class WebhookError(Exception):
         self.status, self.headers = status, {**({"Retry-After": "5"} if status == 503 else {}), **headers}
 
 class PlexError(Exception):
-    """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence.
-
-    fault: "unreachable" (no answer), "starting" (503), "refused" (401: the token), "forbidden"
-    (403: another user's token), "missing" (404) or "nonsense" (not an answer of such a server).
-    """
+    """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence."""
+    # fault: "unreachable" (no answer), "starting" (503), "refused" (401: the token), "forbidden" (403: another user's
+    # token), "missing" (404) or "nonsense" (not an answer of such a server).
 
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
@@ -223,39 +215,32 @@ class TrackerError(Exception):
     """The fault of the disk or of the tracker's database, as a sentence."""
 
 # -- Items: Plex's attributes -> Item (parse_item)
-# JSON metadata and XML attributes have the same names.  In XML each value is a string; in JSON a
-# number may be one, too.  A value of any other shape counts as missing: nothing here raises.
-
+# JSON and XML have the same names, and numbers may be strings.  Any other shape counts as missing: nothing here raises.
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
+LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
+# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
+MAX_VALUES = 100_000
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
-    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?".
-    if isinstance(value, str):
-        value = value[:most]
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, str):    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?"
+        return value[:most].encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
 def number(value: object) -> int | None:
     """A foreign value as an int from 0 to 2**53; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
         value = int(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 2**53:
-        return None
-    return int(value)
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53 \
+        else None
 
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
-LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
-
 def time_of(value: object) -> int:
     """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
     return min(number(value) or 0, LAST_TIME)
-
-# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
-MAX_VALUES = 100_000
 
 def json_value(content: bytes, most: int = MAX_VALUES) -> object:
     """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
@@ -292,21 +277,17 @@ class Item(NamedTuple):
         """The artist of a track; of an episode, the show."""
         return self.original_title or self.grandparent_title
 
-def picture_path(value: object) -> str:
-    """The path of a picture in the server's library; "" for anything else."""
-    # We fetch this path with the owner's token: it must not lead to another host, nor to a path that starts something.
-    path = text(value)
-    return path if re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", path, re.ASCII) else ""
-
 def parse_item(attributes: Mapping[str, Any]) -> Item:
     """The Item in Plex's attributes (JSON Metadata, or those of an XML element)."""
     get = attributes.get
+    # We fetch a picture with the owner's token: its path must not lead to another host, nor start something there.
+    picture = re.fullmatch(r"/library/metadata/\w+/(thumb|art|poster)(/\w+)?", text(get("thumb")), re.ASCII)
     # Home videos and what is from YouTube come as movies of the subtype clip.
     word = text(get("subtype" if get("subtype") == "clip" else "type"))
     return Item(type=word, guid=text(get("guid")), grandparent_title=text(get("grandparentTitle")),
                 rating_key=text(get("ratingKey")), title=text(get("title")), parent_title=text(get("parentTitle")),
                 index=number(get("index")), original_title=text(get("originalTitle")), duration=number(get("duration")),
-                parent_index=number(get("parentIndex")), thumb=picture_path(get("thumb")))
+                parent_index=number(get("parentIndex")), thumb=picture[0] if picture else "")
 
 # What a player does.  BUFFERING is a start, a seek, a skip, or a word of Plex that we do not know.
 PLAYING, PAUSED, STOPPED, BUFFERING = "playing", "paused", "stopped", "buffering"
@@ -335,8 +316,7 @@ def quoted(value: object) -> str:
 
 def text_line(sentence: str, fields: Mapping[str, object]) -> str:
     """A line of the text log: a sentence (or ""), then logfmt."""
-    pairs = [f"{key}={quoted(value)}" for key, value in fields.items()]
-    return " ".join([printable(sentence), *pairs] if sentence else pairs)
+    return " ".join(filter(None, [printable(sentence), *(f"{key}={quoted(each)}" for key, each in fields.items())]))
 
 def json_line(fields: Mapping[str, object]) -> str:
     """A line of the JSON log: one object."""
@@ -344,8 +324,7 @@ def json_line(fields: Mapping[str, object]) -> str:
 
 def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> dict[str, object]:
     """A Change as keys and values of the log, in the order that is promised to other programs."""
-    # name_machine: with the player's identifier; say_why: with what made us believe it.
-    item = change.item
+    item = change.item            # name_machine: with the player's identifier; say_why: with what made us believe it
     of = ({"show": item.grandparent_title, "season": item.parent_index, "episode": item.index}
           if item.type == EPISODE else {"artist": item.artist, "album": item.parent_title}
           if item.type == TRACK else {"artist": "", "album": ""})
@@ -401,8 +380,7 @@ SECRETS = {"-plex-token-file": "Plex token", "-webhook-secret-file": "webhook se
 def file_version(file: str | int) -> tuple[int, ...] | None:
     """Numbers that differ after a file (path or descriptor) was written or replaced; None: not a regular file."""
     with contextlib.suppress(OSError):
-        status = os.stat(file)
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG((status := os.stat(file)).st_mode):
             return status.st_ino, status.st_size, status.st_mtime_ns
     return None
 
@@ -464,7 +442,6 @@ class SecretFile:
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
 # Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
 #   it says into the inbox; "names" look names up, for whoever connects.  Only the watcher decides.
-# Needs: Ground
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
 # Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81 characters.  More
@@ -1682,7 +1659,6 @@ class Watcher:
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
-# Needs: Ground
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
 
 # -- Status -> words, JSON, metrics
@@ -2056,7 +2032,6 @@ class Pages:
 #                                        -> a method of Pages -> Answer -----------------------------> 200
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
-# Needs: Ground
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
 # Needs of Page: Answer, Pages
 
@@ -2607,7 +2582,6 @@ def make_secret(config: Config) -> int:
 # What for: to run the user's command (-on-event) for each change, for example to switch an amplifier on and off.
 # Way: Change -> Hooks.inbox -> the events to tell -> the command with its environment -> a line of the log
 # Threads: "hooks" runs one command at a time.  It owns the Amplifier and the waiting events, and delays nobody.
-# Needs: Ground
 
 Waiting = list[tuple[str, dict[str, str]]]    # (event, environment) of the commands still to run
 SWITCHES = ("active", "inactive")             # for an amplifier: something plays; nothing has played for some seconds
@@ -2816,7 +2790,6 @@ def hook(config: Config) -> int:
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
 #   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
 #   to the database, in turn.
-# Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
 
@@ -3021,7 +2994,7 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
 
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
-SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
+ENTRY_STATUSES = SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
 # Where a play is known from.  HISTORY and LIBRARY are the server's.
 WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
@@ -3168,10 +3141,10 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
 
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
-    moment = datetime.datetime.fromisoformat(word)
-    if moment.tzinfo is None:
-        raise ValueError("a time without a zone")
-    return time_of(int(moment.timestamp()))
+    with contextlib.suppress(ValueError, OverflowError):
+        if (moment := datetime.datetime.fromisoformat(word)).tzinfo:
+            return time_of(int(moment.timestamp()))
+    raise ValueError("give a time such as 2026-11-21T20:15:00Z")
 
 # Each time that an episode was watched: Unix s; None: not known when.
 Plays = tuple[int | None, ...]
@@ -4693,12 +4666,10 @@ def tracker_command(config: Config) -> int:
 # === Browse: the tracker in a browser (shows_html, show_html, cards_html, log_html, TrackerPages) ===
 # What for: to see what was watched and what became of each webhook, and to correct it by a click.
 # Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
-# Threads: request threads read, and write what a person corrects.  Each has the tracker for a short turn, which ends
-#   before HTML is made.
-# Needs: Ground
+# Threads: request threads read, and write what a person corrects.  None has the tracker while it makes HTML.
 # Needs of Page: Answer, Pages, html_answer, layout
-# Needs of Tracker: CHOICES, CONFIDENCE, DUPLICATE, ENTRIES, FAILED, IGNORED, KINDS, MAPPINGS, QUESTIONS,
-#   SHOWS, SOME, SUCCESS, Tracker, correct, episodes_of, named, normal
+# Needs of Tracker: CHOICES, CONFIDENCE, ENTRIES, ENTRY_STATUSES, KINDS, MAPPINGS, QUESTIONS, SHOWS, SOME, Tracker,
+#   correct, episodes_of, named, normal
 
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
@@ -4738,15 +4709,14 @@ def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
     """A season as a grid: a click marks an episode, or takes its marks back; below it, when each was watched."""
     cells, lines, season, code = [], [], rows[0]["season"], f"S{rows[0]['season']:02}"
     for row in rows:
-        plays = [play.partition(" ") for play in (row["plays"] or "").split(",") if play]
-        dates = "<br>".join(f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(source)})"
-                            for at, _, source in plays)
+        plays = [f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(by)})" for at, _, by in
+                 (play.partition(" ") for play in (row["plays"] or "").split(",") if play)]
         cells.append((f"{'un' * bool(plays)}mark {code}E{row['episode']:02}", str(row["episode"]), row["name"]))
-        lines.append(row_html("", f"{row['episode']} {row['name']}", dates))
+        lines.append(row_html("", f"{row['episode']} {row['name']}", "<br>".join(plays)))
     left = sum(value.startswith("mark") for value, *_ in cells)
     whole = form_html([(f"mark {code}", "Mark as watched", "") if left else (f"unmark {code}", "Take back", "")], may)
     if rows[0]["type"] == MOVIE:
-        return f"{whole}<p>{dates}</p>"
+        return f"{whole}<p>{'<br>'.join(plays)}</p>"
     return (f"<h2 id={code}>{f'Season {season}' if season else 'Specials'} <span class=dim>{len(cells) - left} of "
             f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
             f"{whole}<ul>{''.join(lines)}</ul></details>")
@@ -4787,8 +4757,7 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
         name = ((row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]) + code
         said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["status"], row["action"] or "", row["reason"] or ""]
         lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name, html.escape(" ".join(said))))
-    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>'
-                     for each in ("", SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))
+    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
@@ -4811,17 +4780,7 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
     "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
 
 # --- the world
-def mark(tracker: Tracker, show_id: int, word: str) -> object:
-    """Do what a button of a show says: "mark S01E02", "unmark S01"; within a transaction.  Raises ConfigError."""
-    name, _, code = word.partition(" ")
-    season, episode = episodes_of(code)
-    if name not in ("mark", "unmark") or season is None or not tracker.one(
-            f"SELECT 1 FROM episode WHERE {SOME}", show_id, season, episode):
-        raise ConfigError("there is no such episode.")
-    return tracker.unmark(show_id, season, episode) if name == "unmark" else tracker.mark(show_id, season, episode)
-
-# path of a form -> the table of the number in it
-FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}
+FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
 
 class TrackerPages:
     """The pages of the tracker, and their forms.  Its methods run in request threads."""
@@ -4829,15 +4788,14 @@ class TrackerPages:
     def __init__(self, pages: Pages, tracker: Tracker, written: threading.Event):
         """Adds them to the others.  written: tells the worker that there is more to do."""
         self.pages, self.tracker, self.written = pages, tracker, written
-        pages.paths |= {path: functools.partial(self.show, path) for path in VIEWS}
-        pages.forms |= {path: functools.partial(self.change, path) for path in FORMS}
+        pages.paths |= {path: functools.partial(self.answer, self.show, path) for path in VIEWS}
+        pages.forms |= {path: functools.partial(self.answer, self.change, path) for path in FORMS}
 
-    @contextlib.contextmanager
-    def faults(self) -> Iterator[None]:
-        """What is asked for wrongly is 400, and what the disk cannot do now 503."""
+    def answer(self, work: Callable[..., Answer], *asked: object) -> Answer:
+        """What show() or change() answers.  What is asked for wrongly is 400, and what the disk cannot do now 503."""
         try:
             with self.tracker.faults():
-                yield
+                return work(*asked)
         except ConfigError as error:
             raise WebhookError(400, f"{str(error)[0].upper()}{str(error)[1:]}") from error
         except TrackerError as error:
@@ -4848,43 +4806,45 @@ class TrackerPages:
         asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
         page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
         words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
-        with self.faults():
-            with self.tracker.turn():
-                rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
-                                        most=size + 1, skip=(page - 1) * size)
-            if path.endswith("/ID") and not rows:
-                raise WebhookError(404, "There is no such thing here.")
-            main = make(rows[:size], words, may, local_time)
+        with self.tracker.turn():
+            rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
+                                    most=size + 1, skip=(page - 1) * size)
+        if path.endswith("/ID") and not rows:
+            raise WebhookError(404, "There is no such thing here.")
         ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
             ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
         links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
         tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
                               "secret</code> makes one.")
-        content = f"{main}<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+        content = (f"{make(rows[:size], words, may, local_time)}<p>{links}</p><p class=dim>"
+                   f"{'' if rows else 'Nothing is here. '}{tip}</p>")
         return html_answer(layout(content, nonce, ASK_FIRST, path.split("/")[1]), nonce)
 
     def change(self, path: str, form: str, no: int = 0) -> Answer:
-        """Do what a form says, and show a page again."""
-        fields, table = dict(urllib.parse.parse_qsl(form)), FORMS[path]
+        """Do what a form says, and show a page again.  A button of a show says "mark S01E02", "unmark S01"."""
+        fields, table, place = dict(urllib.parse.parse_qsl(form)), FORMS[path], path.removesuffix("/ID")
         word = text(fields.get("word"))
-        with self.faults(), self.tracker.turn(), self.tracker.transaction():
+        with self.tracker.turn(), self.tracker.transaction():
             if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
                 raise WebhookError(404, "There is no such thing here.")
             if table == "show":
-                mark(self.tracker, no, word)
+                name, _, code = word.partition(" ")
+                season, episode = episodes_of(code)
+                if name not in ("mark", "unmark") or season is None or not self.tracker.one(
+                        f"SELECT 1 FROM episode WHERE {SOME}", no, season, episode):
+                    raise ConfigError("there is no such episode.")
+                (self.tracker.mark if name == "mark" else self.tracker.unmark)(no, season, episode)
+                place = f"/watched/{no}?page={number(fields.get('page')) or 1}#{code.partition('E')[0]}"
             else:
                 correct(self.tracker, table, no, word)
         self.written.set()
-        place = f"/{no}?page={number(fields.get('page')) or 1}#{word.partition(' ')[2].partition('E')[0]}"
-        return Answer(303, headers={"Location": path.replace("/ID", place if table == "show" else ""),
-                                    "Cache-Control": "no-store"})
+        return Answer(303, headers={"Location": place, "Cache-Control": "no-store"})
 
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
 # Threads: "signals" waits for signals, which all other threads block, and puts them into the inbox.  The
 #   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
-# Needs: Ground
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
@@ -5262,11 +5222,9 @@ def players(config: Config) -> int:
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
-#   says where it got lost.  `doctor` looks at each of them, says what is wrong there, and how to correct it.
-#   It sends only webhooks of its own, which change nothing.
+#   says where it got lost.  `doctor` looks at each, and says what to correct.  What it sends changes nothing.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
-# Needs: Ground
 # Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
 #   find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
@@ -5276,12 +5234,10 @@ def players(config: Config) -> int:
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
-SERVER = "not asked: no server is configured, or its token cannot be read"
-ANSWER = "not asked: the server does not answer"
-OWNER = "not asked: the server does not accept the token"
-DAEMON = "not asked: the daemon does not listen"
-# What is said of the account's URLs.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
-# does.  Then doctor sends a webhook there, and ARRIVES proves it.
+SERVER, ANSWER, OWNER, DAEMON = (f"not asked: {reason}" for reason in (
+    "no server is configured, or its token cannot be read", "the server does not answer",
+    "the server does not accept the token", "the daemon does not listen"))
+# Of the account's URLs.  Another host (NOT_HERE) may forward to us, as a proxy does: a webhook that ARRIVES shows it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
@@ -5328,8 +5284,7 @@ def verdict(check: str, value: str) -> Finding:
 
 def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
     """Does the configured player exist?  Only a player that plays now can be seen."""
-    # A player that was reinstalled has another machine identifier, but often its old title.
-    # ours: the identifier in the flags.  title: under which the daemon knows that player, if it does.
+    # A player that was reinstalled has another identifier than `ours`, but often its old title, which the daemon knows.
     if not sessions:
         return Finding(SKIP, "nothing plays: press play on it, and run this again")
     if any(each.machine_identifier == ours for each in sessions):
@@ -5353,9 +5308,9 @@ def without_secrets(url: str) -> str:
     scheme, host, path, rest = found.groups()
     return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
 
-def wrapped(words: str, begin: str, margin: int) -> str:
-    """Words as lines of 80 columns: the first after `begin`, the others after a margin.  A URL is never broken."""
-    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * margin,
+def wrapped(words: str, begin: str) -> str:
+    """Words as lines of 80 columns: the first after `begin`, the others below it.  A URL is never broken."""
+    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * len(begin),
                          break_on_hyphens=False, break_long_words=False)
 
 # --- the world
@@ -5374,11 +5329,10 @@ def is_here(host: str) -> bool | None:
 def host_difference(host: str, plex_url: str) -> str:
     """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
     # "localhost" is right only where both are one machine.  A server in a container is another one.
-    address, here = guess_address(plex_url), is_here(host)
+    address, server = guess_address(plex_url), urllib.parse.urlsplit(plex_url).hostname or "localhost"
     if host in ("localhost", "::1") or host.startswith("127."):
-        here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
-        return "" if here else f"{host} is the server itself there; the address of this machine is {address}"
-    if here is None:
+        return "" if is_here(server) else f"{host} is the server itself there; the address of this machine is {address}"
+    if (here := is_here(host)) is None:
         return f"the host {host} has no address (a container's name?); this machine is {address}"
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
@@ -5390,36 +5344,27 @@ def send_to(url: str) -> str:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
     except PlexError as error:
         return f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
-    if TEST_EVENT.encode() in reply.body:
-        return ARRIVES
-    return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+    answered = "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+    return ARRIVES if TEST_EVENT.encode() in reply.body else answered
 
 class Doctor:
-    """Asks the daemon, the server and plex.tv, and yields the findings.
-
-    met: the needs that are met so far.  plex: only where SERVER is.  hidden: all secrets; no finding may show them.
-    secrets: of webhooks; query: the first of them, as our URLs end with it.  now: the daemon's /now.
-    date: in the server's answer.  root: the attributes of the server's "/", which only its owner gets.
-    url: of the account's webhooks, the closest match; right_url: what it should be.
-    """
-    plex: PlexServer
+    """Asks the daemon, the server and plex.tv, and yields the findings."""
+    plex: PlexServer              # only where SERVER is met
 
     def __init__(self, config: Config):
-        self.config, self.port, self.met = config, config.webhooks_port, {""}
-        self.secrets, self.hidden = tuple[str, ...](), tuple[str, ...]()
-        self.now: Mapping[str, Any] = {}
-        self.root: Mapping[str, Any] = {}
-        self.date = self.url = self.query = ""
+        self.config, self.port, self.met = config, config.webhooks_port, {""}     # met: the needs that are met so far
+        self.secrets = self.hidden = tuple[str, ...]()        # of webhooks; and all: no finding may show them
+        self.now = self.root = json_object(None)      # the daemon's /now; the server's "/", which only its owner gets
+        self.date = self.query = ""                   # of the server's answer; the end of our URLs, with a secret
+        self.url = ""                                 # the closest match in the account; and what it should be:
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
 
     def checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
         """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it."""
-        # Each is run before the next is asked for, so that one can depend on what another found.
-        config = self.config
+        config = self.config      # each is run before the next is asked for, so that one can depend on another
         yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
-        # -plex-token-file is Config.plex_token_file, and so on.
         for flag in SECRETS:
-            if path := getattr(config, flag[1:].replace("-", "_")):
+            if path := getattr(config, flag[1:].replace("-", "_")):       # Config.plex_token_file, and so on
                 yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
@@ -5440,26 +5385,24 @@ class Doctor:
         if config.tracker_db:
             yield "tracker", "", self.tracker, "correct that, or `tracker import` into a new file"
 
-    def outcome(self, check: Callable[[], Finding], remedy: str) -> Finding:
-        """What a check finds.  An error that ends it is a FAIL; but a server's is a SKIP where no remedy is known."""
-        try:
-            return check()
-        except (ConfigError, TrackerError, PlexError) as error:
-            if remedy:
-                return Finding(FAIL, str(error), remedy)
-            if isinstance(error, PlexError):
-                return Finding(SKIP, str(error).partition(". ")[0])       # what follows is advice for our server
-            # Such as "-on-event: lamp.sh is missing; make it executable."
-            evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
-            if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
-                file = shlex.quote(path[1]) if path[1] == self.config.webhook_secret_file else "FILE"
-                advice = f"streamerbrainz.py secret -webhook-secret-file {file}"
-            return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
+    def failure(self, error: Exception) -> Finding:
+        """What an error means that ended a check without a known remedy: a FAIL; but a SKIP if it is a server's."""
+        if isinstance(error, PlexError):
+            return Finding(SKIP, str(error).partition(". ")[0])       # what follows is advice for our server
+        # Such as "-on-event: lamp.sh is missing; make it executable."
+        evidence, _, advice = re.sub("^-[a-z-]+: ", "", str(error)).partition("; ")
+        if path := re.match("-webhook-secret-file: (.*) (?:cannot be read|is empty)", str(error)):
+            file = shlex.quote(path[1]) if path[1] == self.config.webhook_secret_file else "FILE"
+            advice = f"streamerbrainz.py secret -webhook-secret-file {file}"
+        return Finding(FAIL, evidence, advice or "correct it", 5 if path else 0)
 
     def run(self) -> Iterator[Finding]:
         """All findings, without a secret in them."""
         for name, need, check, known_remedy in self.checks():
-            finding = self.outcome(check, known_remedy) if need in self.met else Finding(SKIP, need)
+            try:
+                finding = check() if need in self.met else Finding(SKIP, need)
+            except (ConfigError, TrackerError, PlexError) as error:
+                finding = Finding(FAIL, str(error), known_remedy) if known_remedy else self.failure(error)
             evidence, remedy = finding.evidence, finding.remedy if finding.status == FAIL else ""
             for word in self.hidden:
                 evidence, remedy = evidence.replace(word, "..."), remedy.replace(word, "...")
@@ -5478,8 +5421,7 @@ class Doctor:
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
-        words, _ = read_secrets(flag, path)
-        self.hidden += words
+        self.hidden += (words := read_secrets(flag, path)[0])
         if flag == "-webhook-secret-file":
             self.secrets, self.query = words, f"?token={urllib.parse.quote(words[0], '')}"
         if is_private(path, mode := os.stat(path).st_mode):
@@ -5581,8 +5523,7 @@ class Doctor:
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:                            # "http://[", or a port above 65535
             return [NO_URL]
-        path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
-        if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
+        if not host or not re.fullmatch("https?://[!-~]+", url) or (shown := without_secrets(url)) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
@@ -5590,14 +5531,13 @@ class Doctor:
             elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
-            f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+            f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
             "the secret is another one" if given else "the secret is missing": valid and not given & valid}
         return [words for words, so in differs.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
-        own = configured_url(self.config, self.port) + self.query
-        tried = {url: send_to(url) for url in (self.url, own) if url}
+        tried = {url: send_to(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
         said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
         if set(tried.values()) == {ARRIVES}:
             return Finding(OK, said)
@@ -5608,9 +5548,8 @@ class Doctor:
         """Is the tracker's file intact, and do its conflicts need a person?"""
         with contextlib.closing(Tracker(self.config.tracker_db, write=False)) as tracker, tracker.guarded():
             intact = tracker.one("PRAGMA quick_check")[0]
-            last, failed, conflicts = tracker.one(
-                "SELECT (SELECT max(received_at) FROM webhook_log), (SELECT count(*) FROM webhook_log WHERE "
-                "status = 'failed'), (SELECT count(*) FROM conflict WHERE resolution IS NULL)")
+            last, failed, conflicts = tracker.one("SELECT max(received_at), count(*) FILTER (WHERE status = 'failed'), "
+                                                  "(SELECT count(*) FROM open_conflict) FROM webhook_log")
         if intact != "ok":
             return Finding(FAIL, f"the file is damaged: {intact}",
                            "`tracker export` what can be read, and `tracker import` it into a new file", 4)
@@ -5624,29 +5563,27 @@ def doctor(config: Config) -> int:
     for each in Doctor(config).run():
         findings.append(each)
         if not config.json:
-            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  ", 6),
-                  *filter(None, [wrapped(each.remedy, "      -> ", 9)]), sep="\n", flush=True)
+            print(wrapped(f"{each.check}: {each.evidence}", f"{each.status:4}  "),
+                  *filter(None, [wrapped(each.remedy, "      -> ")]), sep="\n", flush=True)
     causes = sorted((each for each in findings if each.status == FAIL and each.likely), key=lambda each: -each.likely)
     if config.json:
         found = [{name: getattr(each, name) for name in ("status", "check", "evidence", "remedy")} for each in findings]
         print(json.dumps({"findings": found, "causes": [each.evidence for each in causes]}, indent=2))
     elif causes:
-        print("\nWhy webhooks may not arrive, the likeliest first:")
-        print("\n".join(wrapped(f"{each.check}: {each.evidence}", f"{i}. ", 3) for i, each in enumerate(causes, 1)))
+        print("\nWhy webhooks may not arrive, the likeliest first:",
+              *(wrapped(f"{each.check}: {each.evidence}", f"{i}. ") for i, each in enumerate(causes, 1)), sep="\n")
     return int(any(each.status == FAIL for each in findings))
 
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
 # Way: EVENING -> StandIn (its sessions, its webhooks) -> the real listener and the real daemon -> log lines
 # Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
-# Needs: Ground
 # Needs of Player: PlexServer, encode_webhook, exchange, Inbox
 # Needs of Listener: Gate, Listener, WEBHOOK_PATH
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
 
-# What plays in the evening, as Plex's attributes of it.
-_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (
+_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (           # what plays in the evening, as Plex's attributes of it
     {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
      "duration": duration} for key, title, artist, album, duration in (
         ("101", "Karma Police", "Radiohead", "OK Computer", "264000"),
@@ -5676,27 +5613,24 @@ class _StandInHandler(http.server.BaseHTTPRequestHandler):
         known = self.headers.get("X-Plex-Token") == self.server.token
         status = 401 if not known else 200 if self.path == "/status/sessions" else 404
         body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
-        self.send_response(status)
+        self.send_response_only(status)               # which logs nothing: the log is the daemon's
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: the log is the daemon's."""
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
     daemon_threads = True
 
-    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player"):
-        self.token, self.machine_identifier, self.speed = token, machine_identifier, 1.0      # speed: times faster
+    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player", speed: float = 1.0):
+        self.token, self.machine_identifier, self.speed = token, machine_identifier, speed      # times faster
+        # The state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         self.now: tuple[str, dict[str, str], float, float] = (STOPPED, {}, 0.0, 0.0)
         super().__init__(("127.0.0.1", 0), _StandInHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"       # as for -plex-server-url
 
     def view_offset(self) -> float:
         """Where the player is, ms."""
-        # Of now: the state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         state, _, offset, since = self.now
         return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
@@ -5722,9 +5656,8 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         payload = {"event": event, "user": True, "owner": True, "Account": {"id": 1, "title": "demo"},
                    "Server": {"title": "stand-in", "uuid": "0" * 40}, "Metadata": attributes,
                    "Player": {"local": True, "title": "Living Room", "uuid": self.machine_identifier}}
-        content_type, body = encode_webhook(json.dumps(payload).encode(), thumb)
-        return exchange(url, {"Content-Type": content_type, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"},
-                        body).status
+        kind, body = encode_webhook(json.dumps(payload).encode(), thumb)
+        return exchange(url, {"Content-Type": kind, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"}, body).status
 
 def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
     """Play the script against the listener on a port, then put SIGTERM into the inbox."""
@@ -5743,8 +5676,7 @@ def demo(config: Config) -> int:
     hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
     inbox: Inbox = queue.SimpleQueue()
     block_signals()                                   # before the first thread: else one of them would get Ctrl-C
-    with StandIn() as plex, Listener("127.0.0.1", 0) as listener:
-        plex.speed = config.speed
+    with StandIn(speed=config.speed) as plex, Listener("127.0.0.1", 0) as listener:
         config = config._replace(webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
                                  poll_interval_s=10 / config.speed)
         print(f"A stand-in for Plex plays an evening of {EVENING[-1][0] / plex.speed:.0f} seconds; Ctrl-C ends it.\n"
@@ -5758,13 +5690,11 @@ def demo(config: Config) -> int:
 # === main: flags and commands (parse_config, main) ===
 # What for: the words of the command line become a Config, or one sentence that says what is wrong with them.
 # Way: words, and those of each @FILE -> parse_words -> Config -> COMMANDS -> exit status
-# Threads: none.
-# Needs: Ground
 # Needs of Listener: make_secret
 # Needs of Hooks: hook
-# Needs of Tracker: tracker_command, SUCCESS, FAILED, IGNORED, DUPLICATE, unix_time
+# Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Doctor: doctor
+# Needs of Doctor: doctor, wrapped
 # Needs of Demo: demo
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
@@ -5777,19 +5707,6 @@ def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
     name = re.sub("^--", "-", word).partition("=")[0]
     return name if re.fullmatch("-[a-z-]{1,30}", name) else "-..."
-
-def words_in(line: str) -> list[str]:
-    """The words in a line of an @FILE, quoted as in a shell; raises ConfigError."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
-    if words and not re.match("-[a-z-]", words[0]):
-        raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
-    if len(words) > 2:
-        raise ConfigError(f"a line of the @FILE has more than a flag and its value: {flag_in(words[0])}; "
-                          "put the value in quotes.")
-    return words
 
 # -- Flags and their values
 def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
@@ -5819,36 +5736,27 @@ def server_url(word: str) -> str:
         raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
 
-def a_time(word: str) -> int:
-    """The Unix time in a word; raises ValueError."""
-    try:
-        return unix_time(word)
-    except (ValueError, OverflowError):
-        raise ValueError("give a time such as 2026-11-21T20:15:00Z") from None
-
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
 READERS: dict[str, tuple[Any, ...]] = {
     "webhooks_port": (a_number, 1, 65535, False, True), "speed": (a_number, 1, 100, False, False), "last": _COUNT,
     "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
-    "plex_server_url": (server_url,), "log_level": (one_of, LEVELS), "log_format": (one_of, ("text", "json")),
-    "at": (a_time,), "as_": (one_of, ("trakt",)), "status": (one_of, (SUCCESS, FAILED, IGNORED, DUPLICATE, "waiting"))}
+    "plex_server_url": (server_url,), "at": (unix_time,), "log_level": (one_of, LEVELS), "as_": (one_of, ("trakt",)),
+    "log_format": (one_of, ("text", "json")), "status": (one_of, (*ENTRY_STATUSES, "waiting"))}
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
-    first, _, rest = str(main.__doc__).partition("\n")
-    commands, _, notes = textwrap.dedent(rest).partition("\n\n\n")
+    first, commands, notes = map(textwrap.dedent, str(main.__doc__).split("\n\n"))
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
-    lines = [textwrap.fill(words, 80, initial_indent=f"  {flag:25} ", subsequent_indent=" " * 28)
-             for flag, words in [*flags, ("-h, -help", "this help"), ("-version", "the version")]]
-    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, commands, "", "flags:", *lines,
-                      "", notes.rstrip()])
+    flags += [("-h, -help", "this help"), ("-version", "the version")]
+    lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
+    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, "", commands, "",
+                      "flags:", *lines, "", notes.rstrip()])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
-    # No message repeats a value: it may be a token, or a URL with one.  That is why this is not argparse, whose
-    # messages also differ between Pythons; and to load and to build it takes 5 ms of each start.  A value that begins
-    # with a dash needs the form -flag=VALUE.
+    # No message repeats a value: it may be a token, or a URL with one.  argparse's do, and differ between Pythons; and
+    # it takes 5 ms of each start.  A value that begins with a dash needs the form -flag=VALUE.
     flags = dict(re.findall(r"^ *(-[a-z-]+)(?: ([A-Z]+))?  ", str(Config.__doc__), re.MULTILINE))
     found, others, ahead = dict[str, Any](), list[str](), iter(words)
     for word in ahead:
@@ -5874,18 +5782,26 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 # --- the world
 def read_flags(path: str) -> list[str]:
-    """The words in an @FILE; raises ConfigError."""
-    # In it, a word that begins with @ is a value: no file names another one, or itself.
+    """The words in an @FILE, each line quoted as in a shell; raises ConfigError."""
+    # In it, a word that begins with @ is a value: no file names another one, or itself.  Notepad begins it with a mark.
     try:
         content, _, version = read_regular(path, MAX_FLAGS + 1)
         if version is None or len(content) > MAX_FLAGS or b"\0" in content:
             raise OSError(f"it is no text file of at most {MAX_FLAGS} bytes")
-        lines = content.decode("utf-8-sig").splitlines()        # Windows' Notepad begins a file with a mark
+        lines = [shlex.split(line, comments=True) for line in content.decode("utf-8-sig").splitlines()]
     except OSError as error:
         raise ConfigError(f"@FILE: {shown_path(path)} cannot be read ({why(error)}); name a file of flags.") from error
     except UnicodeDecodeError as error:
         raise ConfigError("the @FILE is not UTF-8; save it as UTF-8.") from error
-    return [word for line in lines for word in words_in(line)]
+    except ValueError as error:
+        raise ConfigError("a line of the @FILE has a quote without its end; put both or none.") from error
+    for words in filter(None, lines):
+        if not re.match("-[a-z-]", words[0]):
+            raise ConfigError("a line of the @FILE does not begin with a flag, as in: -webhooks-port 3001")
+        if len(words) > 2:
+            raise ConfigError(f"a line of the @FILE has more than a flag and its value: {flag_in(words[0])}; "
+                              "put the value in quotes.")
+    return [word for words in lines for word in words]
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
@@ -5912,7 +5828,7 @@ def parse_config(words: Sequence[str]) -> Config:
         check_complete(config)
     return config
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see help_text().)
     """Tells what your Plex player is doing.
 
     commands:
@@ -5931,12 +5847,10 @@ def main(words: Sequence[str]) -> int:
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
 
-
     @FILE reads flags from a file, one a line, with # comments.
     Two dashes do as well as one.
     Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
     """
-    # (This docstring is the help: see help_text().)
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
