@@ -2790,7 +2790,7 @@ def hook(config: Config) -> int:
 # Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
 #   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
 #   to the database, in turn.
-# Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
+# Needs of Player: Webhook, Scrobble, boot_s, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
