@@ -2931,8 +2931,8 @@ class Ids(NamedTuple):
         """Whether both (others: Ids, or its first) have an id in one database, and the ids differ: two shows."""
         return any(None not in pair and pair[0] != pair[1] for pair in zip(self, others, strict=False))
 
-def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
-    """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id."""
+def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
+    """A guid's column (see DATABASES), id (as in Ids), season and episode; None for a guid without such an id."""
     # Legacy agents give an episode the id of its *show*, then season and episode: thetvdb://73244/1/2.
     # A short guid (tmdb://, tvdb://, imdb://) has the id of the item itself, be it episode or show.
     found = _GUID.fullmatch(guid)
@@ -2943,8 +2943,7 @@ def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | Non
 
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
-    found: dict[str, Any] = {parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed}
-    return Ids(**found)
+    return Ids(**{parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed})
 
 # -- Titles: a title -> Match | Conflict (parse_title, similarity, choose_show)
 # A mark on the wrong show is worse than a question: everything uncertain becomes a conflict,
@@ -2995,14 +2994,10 @@ def named(title: str, year: int | None) -> str:
     """How a person calls a show or movie: 'Castle (2009)'."""
     return f"{title} ({year})" if year and parse_title(title).year is None else title
 
-def trigrams(title: str) -> frozenset[str]:
-    """The trigrams of a normal title, as PostgreSQL's pg_trgm makes them: two blanks before each word, one after."""
-    padded = [f"  {word} " for word in title.split()]
-    return frozenset(word[i:i + 3] for word in padded for i in range(len(word) - 2))
-
 def similarity(one: str, two: str) -> float:
     """How similar two normal titles are, 0 to 1: the share of their trigrams that both have (pg_trgm's similarity)."""
-    a, b = trigrams(one), trigrams(two)
+    # As PostgreSQL makes them: two blanks before each word, one after.
+    a, b = ({f"  {word} "[i:i + 3] for word in title.split() for i in range(len(word) + 1)} for title in (one, two))
     return len(a & b) / len(a | b) if a or b else float(one == two)
 
 class Show(NamedTuple):
@@ -3037,11 +3032,10 @@ class Conflict(NamedTuple):
 # How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
 GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
-# A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
-# more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
+# A title is taken if its score is higher than 0.9; as in the contract, as YEAR_ADDS.  A person is asked about at most 5
+# titles, for more would not be read; and about none whose similarity is under 0.5: they share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
-# What is added to the score, by years_agree(); as in the contract.
-YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
+YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}     # by years_agree(), to the score
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 # Words that people leave out of a title.  Some number seasons by their year, from FIRST_YEAR on: no rule holds then.
@@ -3100,19 +3094,16 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
     above = [each for each in found if each.score > TAKEN_ABOVE]
     exact = [each for each in above if parse_title(each.show.title)[:2] == parse_title(wanted.title)[:2]]
-    for some in ([each for each in exact if each.fits == 1], exact, above):
-        if len(some) == 1:
-            return Match(some[0].show.id, "title", round(some[0].score, 2))
-        if some:
-            return Conflict("multiple_matches", tuple(found[:MAX_CANDIDATES]))
-    return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
+    some = [each for each in exact if each.fits == 1] or exact or above
+    if len(some) == 1:
+        return Match(some[0].show.id, "title", round(some[0].score, 2))
+    return Conflict("multiple_matches" if some else "ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
 
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
 SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
-# Where a play is known from.  HISTORY and LIBRARY are the server's.
-WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
+WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"      # where a play is known from; so is HISTORY
 FOUND = {HISTORY: "recovered", LIBRARY: "marked_in_plex"}     # the events without a webhook, and the action of each
 
 class Entry(NamedTuple):
@@ -3223,22 +3214,18 @@ def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
     return {name.strip().casefold() for name in accounts.split(",")} - {""}
 
-def is_other_account(webhook: Webhook, accounts: str) -> bool:
-    """Whether someone else watched.  accounts: as -accounts; "": only the webhook's owner counts; "*": everyone."""
-    if accounts in ("", "*"):
-        return not accounts and not webhook.user
-    owner = "1" if webhook.user else ""               # to the server; in webhooks it is the id at plex.tv
-    return not {webhook.account.casefold(), webhook.account_id, owner} & split_accounts(accounts)
-
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
+    # accounts: as -accounts; "": only the webhook's owner counts; "*": everyone.  To the server the owner has the id 1,
+    # in webhooks that at plex.tv.
     if webhook.event != SCROBBLE:
         return Outcome(IGNORED, "event_not_scrobble",
                        f"only media.scrobble tells that something was finished, not {webhook.event}")
     if entry.type not in (EPISODE, MOVIE):
         what = f"a {entry.type}" if entry.type else "an item without a type"
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not {what}")
-    if is_other_account(webhook, accounts):
+    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}
+    if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
     if missing := missing_word(entry):
@@ -3261,10 +3248,8 @@ def unix_time(word: str) -> int:
         raise ValueError("a time without a zone")
     return time_of(int(moment.timestamp()))
 
-# Each time that an episode was watched: Unix s; None: not known when.
-Plays = tuple[int | None, ...]
-# What a witness tells of an episode: season, number, title, and when it was watched; of a movie 0, 0.
-EpisodeRow = tuple[int, int, str, Plays]
+Plays = tuple[int | None, ...]                # each time that an episode was watched: Unix s; None: not known when
+EpisodeRow = tuple[int, int, str, Plays]      # what a witness tells: season and number (of a movie 0, 0), title, plays
 
 def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     """An episode or movie of a server's library; None: it has no season or no number.  at: now (Unix s)."""
@@ -3286,8 +3271,7 @@ def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str)
         near = [each for each in left if at is not None and each[0] is not None and
                 abs(at - each[0]) <= (SAME_SOURCE.get(source, -1) if source == each[1] else SAME_PLAY_S)]
         undated = [each for each in left if (each[0] is None or at is None) and source in (LIBRARY, IMPORT)]
-        near.sort(key=lambda each: abs((at or 0) - (each[0] or 0)))
-        if same := next(iter((*near, *undated)), None):
+        if same := min(near, key=lambda each: abs((at or 0) - (each[0] or 0)), default=next(iter(undated), None)):
             left.remove(same)
             if same[0] is None and at is not None:
                 dates.append(at)
