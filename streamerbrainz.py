@@ -4338,9 +4338,9 @@ def same_show(tracker: Tracker, show: Show) -> int:
     return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
         known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
 
-def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
+def upsert_show(tracker: Tracker, show: Show) -> int:
     """The id of a show in the tracker, added if it is missing; within a transaction."""
-    found = mapped or tracker.match_ids(show)
+    found = tracker.match_ids(show)
     show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
@@ -4350,13 +4350,12 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     # A movie and an episode bring when they were watched.  What a person chose to ignore is left out, and clips are.
     if (item := parse_item(fields)).type == "clip":
         return
-    key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
-    name = item.title if type else item.grandparent_title
+    key, guid, name = (item.rating_key, item.guid, item.title) if type else (
+        text(fields.get("grandparentRatingKey")), "", item.grandparent_title)
     entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,
                   show_guid=guid)
-    show = Show(type or SHOW, name)
-    if type:
-        show = show._replace(year=number(fields.get("year")), ids=parse_ids((*item_guids(fields), guid)))
+    show = Show(type, name, number(fields.get("year")), parse_ids((*item_guids(fields), guid))) if type else \
+        Show(SHOW, name)
     match = tracker.known(entry, show)
     if type and match is None and (same := same_show(tracker, show)):
         match = tracker.doubt(1.0, same) if tracker.is_another(entry, same) else Match(same, "title", 1.0)
@@ -4365,10 +4364,9 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
             tracker.add_conflict(entry, show, match)
         return
     if type and (match is None or match.show_id):
-        before = tracker.mapping(entry)
-        by = "import" if match is None else before["by"] if match.by == "mapping" else match.by
-        match = Match(upsert_show(tracker, show, match), by, match.confidence if match else 1.0)
-        tracker.map(entry, match)
+        match = match or Match(tracker.add_show(show), IMPORT, 1.0)
+        tracker.learn_ids(match.show_id, show.ids)
+        tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
     row = episode_row(fields, time.time()) if type != SHOW else None
     if row and match and match.show_id:
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
@@ -4488,8 +4486,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                       f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
-# A type in the database -> what a person calls it.
-KINDS = {SHOW: "show", MOVIE: "movie"}
+KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
 # person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
 SHOWS = """SELECT id, type, title, year, tmdb_id, tvdb_id, imdb_id, (SELECT count(DISTINCT season << 32 | episode) FROM
@@ -4513,19 +4510,17 @@ ENTRIES = """SELECT received_at, event, account, title, season, episode, coalesc
 
 def plays_of(tracker: Tracker, show_id: int) -> list[EpisodeRow]:
     """The episodes of a show or movie, each with its plays."""
-    plays = tracker.all("SELECT season, episode, at FROM play WHERE show_id = ? ORDER BY 1, 2, at NULLS LAST", show_id)
-    watched = {key: tuple(row["at"] for row in rows)
-               for key, rows in itertools.groupby(plays, key=lambda row: (row["season"], row["episode"]))}
-    return [(*row, watched.get(row[:2], ())) for row in map(tuple, tracker.all(
-        "SELECT season, episode, title FROM episode WHERE show_id = ?", show_id))]
+    rows = tracker.all("SELECT season, episode, title, play.id, at FROM episode LEFT JOIN play USING (show_id, season, "
+                       "episode) WHERE show_id = ? ORDER BY season, episode, at NULLS LAST", show_id)
+    return [(*key, tuple(at for *_, play_id, at in group if play_id)) for key, group in itertools.groupby(
+        rows, key=lambda row: row[:3])]
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
     episodes = [{"season": season, "episode": episode, "title": title, "watched": [iso_time(at) for at in plays]}
                 for season, episode, title, plays in plays_of(tracker, show.id)]
-    fields = {"title": show.title, "year": show.year, **show.ids._asdict()}
-    watched = episodes[0]["watched"] if episodes else []
-    return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched})}
+    more = {"episodes": episodes} if show.type == SHOW else {"watched": episodes[0]["watched"] if episodes else []}
+    return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
 # The keys of a mapping and of an open conflict in the JSON form.  show: which one of the shows and movies in the file,
 # from 0; null: ignored.
@@ -4564,8 +4559,7 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
         print(f'{", " if i else "{"}"{name}": [')
-        for j, row in enumerate(rows):
-            print(f"{',' if j else ' '}{json.dumps(row)}")
+        sys.stdout.writelines(f"{',' if j else ' '}{json.dumps(row)}\n" for j, row in enumerate(rows))
         print("]")
     print("}")
     return 0
@@ -4609,14 +4603,13 @@ def episodes_of(word: str) -> tuple[int | None, int | None]:
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
-    season, episode = episodes_of("".join(config.words[2:]))
+    place = season, episode = episodes_of("".join(config.words[2:]))
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
             if name == "unmark":
                 raise ConfigError(f"{named(show.title, show.year)} has no such episode; see `tracker show {show.id}`.")
-            tracker.add_episodes(show.id, [(season, episode, "")])        # a person says that it exists
-        count = tracker.mark(show.id, season, episode, config.at) if name == "mark" else \
-            tracker.unmark(show.id, season, episode)
+            tracker.add_episodes(show.id, [(*place, "")])         # a person says that it exists
+        count = tracker.mark(show.id, *place, config.at) if name == "mark" else tracker.unmark(show.id, *place)
     said = {"mark": "marked as watched", "unmark": "taken back"}[name]
     return print_rows(config, [{"show_id": show.id, "plays": count}], f"{plural(count, 'play')} {said}.")
 
