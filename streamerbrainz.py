@@ -2909,9 +2909,8 @@ def hook(config: Config) -> int:
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
-# Show.type of a show: the database calls it by what is watched of it.  A movie's is MOVIE.
 # No season or episode has a higher number than MAX_NUMBER (some are dates: 26041103), nor was one watched more often.
-SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000
+SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000       # Show.type: the database calls a show by what is watched of it
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
 SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
@@ -2933,8 +2932,7 @@ class Ids(NamedTuple):
 
 def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
     """A guid's column (see DATABASES), id (as in Ids), season and episode; None for a guid without such an id."""
-    # Legacy agents give an episode the id of its *show*, then season and episode: thetvdb://73244/1/2.
-    # A short guid (tmdb://, tvdb://, imdb://) has the id of the item itself, be it episode or show.
+    # Legacy agents give an episode the id of its *show*, then season and episode; a short guid (tmdb://), its own id.
     found = _GUID.fullmatch(guid)
     if found is None or (found[1] == "imdb") != bool(found[2]):
         return None
@@ -2946,9 +2944,7 @@ def parse_ids(guids: Iterable[str]) -> Ids:
     return Ids(**{parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed})
 
 # -- Titles: a title -> Match | Conflict (parse_title, similarity, choose_show)
-# A mark on the wrong show is worse than a question: everything uncertain becomes a conflict,
-# which a person resolves.  A movie is treated as a show with one episode, 0x0.
-
+# A mark on the wrong show is worse than a question: what is uncertain is asked.  A movie is a show of one episode, 0x0.
 # Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
 # trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
 SPELT = {0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
@@ -3038,9 +3034,8 @@ TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
 YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}     # by years_agree(), to the score
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
-# Words that people leave out of a title.  Some number seasons by their year, from FIRST_YEAR on: no rule holds then.
-# An anime may have one season for ever, with more than EPISODES_A_YEAR.
-LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25
+# Seasons from FIRST_YEAR on are years: no rule holds.  An anime may have one season for ever, of over EPISODES_A_YEAR.
+LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25     # LEFT_OUT: words that people leave out of a title
 
 def season_fits(age: int, wanted: Show, known: Show) -> int:
     """As years_agree(), for a season's year; age: how many years that is after the known show's first."""
@@ -3075,8 +3070,7 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
 
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
-    # What differs in year, country, a number or a word is never accepted by itself, only offered to a person.  So is a
-    # title that is not equal, unless its year fits.
+    # What differs in year, country, number or word is only offered to a person; so is an unequal title of no sure year.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
@@ -3216,8 +3210,7 @@ def split_accounts(accounts: str) -> set[str]:
 
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
-    # accounts: as -accounts; "": only the webhook's owner counts; "*": everyone.  To the server the owner has the id 1,
-    # in webhooks that at plex.tv.
+    # accounts: as -accounts; "": only the webhook's owner; "*": all.  The owner's id is 1, in webhooks that at plex.tv.
     if webhook.event != SCROBBLE:
         return Outcome(IGNORED, "event_not_scrobble",
                        f"only media.scrobble tells that something was finished, not {webhook.event}")
@@ -3342,9 +3335,8 @@ def trakt_plays(entries: Iterable[object]) -> Iterator[Play]:
         ids = json_object(of.get("ids"))             # the show's; those of `what` are the episode's own
         show = Show(kind, text(of.get("title")), number(text(of.get("year"))) or None,
                     parse_ids(f"{name}://{text(ids.get(name))}" for name in ("tmdb", "tvdb", "imdb")))
-        yield "neither an episode nor a movie" if kind not in (SHOW, MOVIE) else \
-            play_of((text(ids.get("trakt")), show), show, what.get("season"), what.get("number"), what.get("title"),
-                    entry.get("watched_at"))
+        yield play_of((text(ids.get("trakt")), show), show, what.get("season"), what.get("number"), what.get("title"),
+                      entry.get("watched_at")) if kind in (SHOW, MOVIE) else "neither an episode nor a movie"
 
 def yamtrack_plays(rows: Iterable[Mapping[str, str]]) -> Iterator[Play]:
     """The plays in Yamtrack's rows: each of an episode is one, and each of a completed movie."""
@@ -3414,16 +3406,15 @@ def read_foreign(content: bytes, place: str) -> History | None:
 
 def trakt_history(history: Iterable[tuple[Show, list[EpisodeRow]]]) -> list[dict[str, Any]]:
     """The plays as entries of Trakt's history, the newest first."""
-    entries: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for show, episodes in history:
         ids = {name: each for name, each in zip(("tmdb", "tvdb", "imdb"), show.ids, strict=True) if each}
         of = {"title": show.title, "year": show.year, "ids": ids}
         for season, episode, title, plays in episodes:
             what = {"type": MOVIE, MOVIE: of} if show.type == MOVIE else {"type": SHOW, "show": of, SHOW: {
                 "season": season, "number": episode, "title": title, "ids": {}}}
-            entries += [{"watched_at": f"{iso_time(at or 0)}".replace("Z", ".000Z"), "action": "watch", **what}
-                        for at in plays]
-    return sorted(entries, key=lambda entry: str(entry["watched_at"]), reverse=True)
+            found += [{"watched_at": f"{iso_time(at or 0)}"[:-1] + ".000Z", "action": "watch", **what} for at in plays]
+    return sorted(found, key=lambda entry: str(entry["watched_at"]), reverse=True)
 
 # --- the world
 # -- The database: Tracker
@@ -4322,8 +4313,7 @@ class Worker:
 
 # -- Commands: import
 IMPORT_S = 60.0               # for one page of an import: a small NAS takes seconds for 500 items
-# What is imported of a library, by its type: what a person calls these items, their Show.type ("" for episodes, which
-# are added to shows), and Plex's number and parameter for them.
+# Of a library's type: what a person calls its items, their Show.type ("": episodes, for shows), and Plex's parameters.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
 # The keys of a show or movie in the JSON form of import and export, and their types; and those of plays and episodes.
@@ -4352,11 +4342,9 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         return
     key, guid, name = (item.rating_key, item.guid, item.title) if type else (
         text(fields.get("grandparentRatingKey")), "", item.grandparent_title)
-    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,
-                  show_guid=guid)
-    show = Show(type, name, number(fields.get("year")), parse_ids((*item_guids(fields), guid))) if type else \
-        Show(SHOW, name)
-    match = tracker.known(entry, show)
+    entry = Entry(0.0, IMPORT, server, "", "", type or SHOW, key, "", name, name, show_key=key, show_guid=guid)
+    ids, year = (parse_ids((*item_guids(fields), guid)), number(fields.get("year"))) if type else (Ids(), None)
+    match = tracker.known(entry, show := Show(type or SHOW, name, year, ids))
     if type and match is None and (same := same_show(tracker, show)):
         match = tracker.doubt(1.0, same) if tracker.is_another(entry, same) else Match(same, "title", 1.0)
     if isinstance(match, Conflict):
@@ -4395,11 +4383,10 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
     for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
         worker.finish(entry)
     with tracker.transaction():
-        for conflict_id, show_id in tracker.all(
-                "SELECT c.id, show_id FROM open_conflict c JOIN mapping m USING (server, type, subject) WHERE "
-                "show_id NOT NULL AND (by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
-                "(m.guid = c.guid OR '' IN (m.guid, c.guid))", *GUESSED):
-            tracker.close_conflict(conflict_id, show_id)
+        for row in tracker.all("SELECT c.id, show_id FROM open_conflict c JOIN mapping m USING (server, type, subject) "
+                               "WHERE show_id NOT NULL AND (by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) "
+                               "AND (m.guid = c.guid OR '' IN (m.guid, c.guid))", *GUESSED):
+            tracker.close_conflict(*row)
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""
@@ -4420,11 +4407,10 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     season, episode = fields.get("season"), fields.get("episode")
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         raise ConfigError(f"tracker import: {place} needs a season and an episode from 0 to {MAX_NUMBER}.")
-    first = [fields["watched_at"]] if fields.get("watched_at") else []
-    undated = max(0, min(fields.get("plays") or 0, MAX_PLAYS) - len(first))
+    told = [fields["watched_at"]] if fields.get("watched_at") else []
+    told += [None] * (min(fields.get("plays") or 0, MAX_PLAYS) - len(told))       # below 0: none
     try:
-        plays = tuple(None if each is None else unix_time(each)
-                      for each in (*(fields.get("watched") or ()), *first, *(None,) * undated))
+        plays = tuple(None if each is None else unix_time(each) for each in (*(fields.get("watched") or ()), *told))
     except (ValueError, OverflowError, TypeError) as error:
         raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
@@ -4460,15 +4446,13 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     plex = server_of(config)
     if len(config.words) > 1:
         whole, (read, left) = read_whole(config.words[1])     # all of it is checked before anything is written
-        ids, told, new = list[int](), 0, 0
+        ids, told, new = list[int](), sum(len(row[3]) for _, rows in read for row in rows), 0
         with tracker.transaction():
             for i, (show, episodes) in enumerate(read, 1):
                 ids.append(upsert_show(tracker, show))
-                told += sum(len(row[3]) for row in episodes)
                 new += sum(tracker.add_plays(ids[-1], row, IMPORT) for row in episodes)
                 if sys.stderr.isatty():
-                    print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True,
-                          end="\r" if i < len(read) else "\n")
+                    print(f"{i} of {len(read)} titles", file=sys.stderr, end="\r" if i < len(read) else "\n")
             restore(tracker, whole, ids)
         print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
               file=sys.stderr)
@@ -4522,11 +4506,9 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     more = {"episodes": episodes} if show.type == SHOW else {"watched": episodes[0]["watched"] if episodes else []}
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
-# The keys of a mapping and of an open conflict in the JSON form.  show: which one of the shows and movies in the file,
-# from 0; null: ignored.
+# The keys of a mapping and a conflict in the JSON form.  show: which of its shows and movies, from 0; null: ignored.
 SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": {**SERVER_KEYS, "by": str, "show": int},
-             "conflicts": {**SERVER_KEYS, **SHOW_KEYS, "kind": str}}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
@@ -4537,13 +4519,10 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
             if which is not None and which >= len(ids):
                 raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
-                tracker.write("INSERT OR IGNORE INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)", *place,
-                              None if which is None else ids[which], text(fields.get("by")) or IMPORT, now)
-            else:
-                tracker.write("INSERT OR IGNORE INTO conflict VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '[]', "
-                              "NULL)", now, text(fields.get("kind")), *place, fields.get("year"), *(
-                                  fields.get(column) for column in CONFIDENCE))
+                row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
+            tracker.write(f"INSERT OR IGNORE INTO {name[:-1]} VALUES (NULL{', ?' * len(row)})", *row)
 
 def tracker_export(config: Config, tracker: Tracker) -> int:
     """Print all but the journal in the JSON form, each show on its own line; or the plays as Trakt's history."""
@@ -4582,11 +4561,10 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     empty = "The tracker is empty. `tracker import` reads your Plex library into it."
     return print_rows(config, rows, "\n".join(lines) if rows else "No title matches." if words else empty)
 
-def show_of(tracker: Tracker, *words: str) -> Show:
+def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
-    found = tracker.shows("id = ?", number(words[0]) or 0) if len(words) == 1 else []
-    found = found or tracker.shows("has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9",
-                                   normal(text(" ".join(words))))
+    found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
+        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4653,13 +4631,12 @@ def tracker_correct(config: Config, tracker: Tracker) -> int:
     table, no = {"map": "mapping", "resolve": "conflict"}[config.words[0]], number(config.words[1]) or 0
     with tracker.transaction():
         show_id, moved = correct(tracker, table, no, config.words[2])
-    done, plays = Worker(config, tracker, server_of(config)).drain(again=True), plural(moved, "play")
+    done, plays = Worker(config, tracker, server_of(config)).drain(again=True), f" {plural(moved, 'play')} moved."
     row = {table: no, "show_id": show_id or None}
     if table == "mapping":
-        return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected; {plays} moved.")
-    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed."
-    return print_rows(config, [{**row, "done": done}],
-                      f"Conflict {no} is resolved. {said}{f' {plays} moved.' if moved else ''}")
+        return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected;{plays}")
+    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed.{plays if moved else ''}"
+    return print_rows(config, [{**row, "done": done}], f"Conflict {no} is resolved. {said}")
 
 def tracker_backup(config: Config, tracker: Tracker) -> int:
     """Copy the database into a new file, whoever writes meanwhile."""
@@ -4675,7 +4652,7 @@ def days(watched: Mapping[str, Any]) -> str:
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
     """Print a show's seasons, each as a grid of what was watched, and its episodes; or when a movie was watched."""
-    show = show_of(tracker, *config.words[1:])
+    show = show_of(tracker, " ".join(config.words[1:]))
     fields, ids = show_fields(tracker, show), [f"{name} {each}" for name, each in show.ids._asdict().items() if each]
     lines = [textwrap.fill(printable(named(show.title, show.year)) + (f"  ({', '.join(ids)})" if ids else ""), 80)]
     for season, group in itertools.groupby(fields.get("episodes", ()), key=lambda each: each["season"]):
