@@ -2901,9 +2901,8 @@ def hook(config: Config) -> int:
 #   show, or it waits as a conflict for a person.  A webhook that was answered 200 is never lost.
 # Way: Webhook -> Journal (an Entry in the table webhook_log, on the disk before the 200) -> Worker -> Match | Conflict
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
-# Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
-#   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
-#   to the database, in turn.
+# Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
+#   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
 # Needs: Ground
 # Needs of Player: Webhook, Scrobble, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
@@ -3210,14 +3209,13 @@ def split_accounts(accounts: str) -> set[str]:
 
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
-    # accounts: as -accounts; "": only the webhook's owner; "*": all.  The owner's id is 1, in webhooks that at plex.tv.
     if webhook.event != SCROBBLE:
         return Outcome(IGNORED, "event_not_scrobble",
                        f"only media.scrobble tells that something was finished, not {webhook.event}")
     if entry.type not in (EPISODE, MOVIE):
         what = f"a {entry.type}" if entry.type else "an item without a type"
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not {what}")
-    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}
+    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}      # 1: the server's owner
     if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
@@ -3279,10 +3277,9 @@ def cut(line: str, width: int = 80) -> str:
 
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
-    watched = dict(episodes)
-    gaps = max(watched) > 2 * len(watched) + 100      # they are numbered by date: 26041103
-    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in (
-        sorted(watched) if gaps else range(min(1, *watched), max(watched) + 1)))
+    watched = dict(episodes)                          # by number; numbers that are dates (26041103) have no blanks
+    numbers = sorted(watched) if max(watched) > 2 * len(watched) + 100 else range(min(1, *watched), max(watched) + 1)
+    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in numbers)
     name = f"Season {season}" if season else "Specials"
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
@@ -3343,8 +3340,7 @@ def yamtrack_plays(rows: Iterable[Mapping[str, str]]) -> Iterator[Play]:
     for row in rows:
         kind, key = row["media_type"], (row["media_type"], row["source"], row["media_id"] or row["title"])
         if kind == SHOW or (kind == MOVIE and row["status"] == "Completed"):
-            ids = Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id)
-            show = Show(kind, text(row["title"]), None, ids)
+            show = Show(kind, text(row["title"]), ids=Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id))
             place = (row["season_number"], row["episode_number"], "") if kind == SHOW else ("0", "0", show.title)
             at = next(filter(None, map(row.get, YAMTRACK_TIMES)), UNKNOWN_TIME)
             for word in (at, *[UNKNOWN_TIME] * min(number(row.get("repeats")) or 0, 99)):    # 2024: watched again
@@ -4355,8 +4351,7 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         match = match or Match(tracker.add_show(show), IMPORT, 1.0)
         tracker.learn_ids(match.show_id, show.ids)
         tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
-    row = episode_row(fields, time.time()) if type != SHOW else None
-    if row and match and match.show_id:
+    if type != SHOW and match and match.show_id and (row := episode_row(fields, time.time())):
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
@@ -4393,11 +4388,10 @@ def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, An
     if not isinstance(value, dict):
         raise ConfigError(f"tracker import: {place} is not an object.")
     for key, each in value.items():
-        wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else \
-            f".{key} has the wrong type" if each is not None and type(each) is not keys[key] else \
-            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else \
-            f".{key} is not an id such as tt0903747" if key == "imdb_id" and isinstance(each, str) and \
-            not re.fullmatch(r"tt\d{5,10}", each, re.ASCII) else ""
+        wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else "" if each is None else \
+            f".{key} has the wrong type" if type(each) is not keys[key] else \
+            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else ".imdb_id is not an id" \
+            " such as tt0903747" if key == "imdb_id" and not re.fullmatch(r"tt\d{5,10}", str(each), re.ASCII) else ""
         if wrong:
             raise ConfigError(f"tracker import: {place}{wrong}.")
     return value
@@ -4701,10 +4695,9 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
 
 # command -> its function, and its words: those in brackets may be left out
-TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
-    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "backup": (tracker_backup, "FILE"),
-    "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."), "log": (tracker_log, ""),
-    "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
+TRACKER_COMMANDS = {"import": (tracker_import, "[FILE]"), "export": (tracker_export, ""),
+    "backup": (tracker_backup, "FILE"), "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."),
+    "log": (tracker_log, ""), "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
     "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_correct, "MAPPING SHOW|new|ignore|forget"),
     "conflicts": (tracker_conflicts, ""), "resolve": (tracker_correct, "ID SHOW|new|ignore")}
 READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
