@@ -2932,8 +2932,7 @@ class Ids(NamedTuple):
 def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
     """A guid's column (see DATABASES), id (as in Ids), season and episode; None for a guid without such an id."""
     # Legacy agents give an episode the id of its *show*, then season and episode; a short guid (tmdb://), its own id.
-    found = _GUID.fullmatch(guid)
-    if found is None or (found[1] == "imdb") != bool(found[2]):
+    if not (found := _GUID.fullmatch(guid)) or (found[1] == "imdb") != bool(found[2]):
         return None
     value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
     return DATABASES[found[1]], value, number(found[4]), number(found[5])
@@ -2990,8 +2989,7 @@ def named(title: str, year: int | None) -> str:
     return f"{title} ({year})" if year and parse_title(title).year is None else title
 
 def similarity(one: str, two: str) -> float:
-    """How similar two normal titles are, 0 to 1: the share of their trigrams that both have (pg_trgm's similarity)."""
-    # As PostgreSQL makes them: two blanks before each word, one after.
+    """How similar two normal titles are, 0 to 1: the share of trigrams (of "  word ") that both have, as by pg_trgm."""
     a, b = ({f"  {word} "[i:i + 3] for word in title.split() for i in range(len(word) + 1)} for title in (one, two))
     return len(a & b) / len(a | b) if a or b else float(one == two)
 
@@ -3219,9 +3217,8 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
     if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
-    if missing := missing_word(entry):
-        return Outcome(FAILED, "validation_failed", f"the webhook has no {missing}")
-    return None
+    missing = missing_word(entry)
+    return Outcome(FAILED, "validation_failed", f"the webhook has no {missing}") if missing else None
 
 # -- Words: -> log, terminal, JSON (conflict_reason, unix_time, episode_row, season_lines)
 def conflict_reason(show: Show, conflict: Conflict) -> str:
@@ -3234,8 +3231,7 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
 
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
-    moment = datetime.datetime.fromisoformat(word)
-    if moment.tzinfo is None:
+    if (moment := datetime.datetime.fromisoformat(word)).tzinfo is None:
         raise ValueError("a time without a zone")
     return time_of(int(moment.timestamp()))
 
@@ -4423,10 +4419,9 @@ def read_whole(path: str) -> tuple[dict[str, Any], History]:
 
 def read_shows(whole: Mapping[str, Any]) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form; raises ConfigError."""
-    for name, kind in (("shows", SHOW), ("movies", MOVIE)):
+    for name, kind, keys in (("shows", SHOW, {"episodes": list}), ("movies", MOVIE, PLAY_KEYS)):
         for i, value in enumerate(whole.get(name) or ()):
-            place = f"{name}[{i}]"
-            fields = checked(value, place, {**SHOW_KEYS, **(PLAY_KEYS if kind == MOVIE else {"episodes": list})})
+            fields = checked(value, place := f"{name}[{i}]", {**SHOW_KEYS, **keys})
             places = {f"{place}.episodes[{j}]": each for j, each in enumerate(fields.get("episodes") or ())}
             episodes = [read_episode(checked(each, where, EPISODE_KEYS), where) for where, each in places.items()] \
                 if kind == SHOW else [read_episode({**fields, "season": 0, "episode": 0}, place)]
@@ -4567,8 +4562,7 @@ def show_of(tracker: Tracker, words: str) -> Show:
 
 def episodes_of(word: str) -> tuple[int | None, int | None]:
     """The season and episode of a word such as S01E02 or S01; None: all.  Raises ConfigError."""
-    found = re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)
-    if not found:
+    if not (found := re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)):
         raise ConfigError(f"{word} is no episode or season; write it as S01E02 or S01.")
     return number(found[1]), number(found[2])
 
