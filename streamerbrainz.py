@@ -2787,16 +2787,14 @@ def hook(config: Config) -> int:
 #   show, or it waits as a conflict for a person.  A webhook that was answered 200 is never lost.
 # Way: Webhook -> Journal (an Entry in the table webhook_log, on the disk before the 200) -> Worker -> Match | Conflict
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
-# Threads: request threads append to the journal; one of them commits for all that wait.  "worker" alone finishes the
-#   entries: shows and marks have no other writer in the daemon but a person (see Browse).  All share one connection
-#   to the database, in turn.
+# Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
+#   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
 # Needs of Player: Webhook, Scrobble, boot_s, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
-# Show.type of a show: the database calls it by what is watched of it.  A movie's is MOVIE.
 # No season or episode has a higher number than MAX_NUMBER (some are dates: 26041103), nor was one watched more often.
-SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000
+SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000       # Show.type: the database calls a show by what is watched of it
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
 SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
@@ -2816,25 +2814,20 @@ class Ids(NamedTuple):
         """Whether both (others: Ids, or its first) have an id in one database, and the ids differ: two shows."""
         return any(None not in pair and pair[0] != pair[1] for pair in zip(self, others, strict=False))
 
-def parse_guid(guid: str) -> tuple[str, int | str, int | None, int | None] | None:
-    """A guid's column (see DATABASES), id, season and episode; None for a guid without such an id."""
-    # Legacy agents give an episode the id of its *show*, then season and episode: thetvdb://73244/1/2.
-    # A short guid (tmdb://, tvdb://, imdb://) has the id of the item itself, be it episode or show.
-    found = _GUID.fullmatch(guid)
-    if found is None or (found[1] == "imdb") != bool(found[2]):
+def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
+    """A guid's column (see DATABASES), id (as in Ids), season and episode; None for a guid without such an id."""
+    # Legacy agents give an episode the id of its *show*, then season and episode; a short guid (tmdb://), its own id.
+    if not (found := _GUID.fullmatch(guid)) or (found[1] == "imdb") != bool(found[2]):
         return None
     value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
     return DATABASES[found[1]], value, number(found[4]), number(found[5])
 
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
-    found: dict[str, Any] = {parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed}
-    return Ids(**found)
+    return Ids(**{parsed[0]: parsed[1] for parsed in map(parse_guid, [*guids][::-1]) if parsed})
 
 # -- Titles: a title -> Match | Conflict (parse_title, similarity, choose_show)
-# A mark on the wrong show is worse than a question: everything uncertain becomes a conflict,
-# which a person resolves.  A movie is treated as a show with one episode, 0x0.
-
+# A mark on the wrong show is worse than a question: what is uncertain is asked.  A movie is a show of one episode, 0x0.
 # Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
 # trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
 SPELT = {0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
@@ -2880,14 +2873,9 @@ def named(title: str, year: int | None) -> str:
     """How a person calls a show or movie: 'Castle (2009)'."""
     return f"{title} ({year})" if year and parse_title(title).year is None else title
 
-def trigrams(title: str) -> frozenset[str]:
-    """The trigrams of a normal title, as PostgreSQL's pg_trgm makes them: two blanks before each word, one after."""
-    padded = [f"  {word} " for word in title.split()]
-    return frozenset(word[i:i + 3] for word in padded for i in range(len(word) - 2))
-
 def similarity(one: str, two: str) -> float:
-    """How similar two normal titles are, 0 to 1: the share of their trigrams that both have (pg_trgm's similarity)."""
-    a, b = trigrams(one), trigrams(two)
+    """How similar two normal titles are, 0 to 1: the share of trigrams (of "  word ") that both have, as by pg_trgm."""
+    a, b = ({f"  {word} "[i:i + 3] for word in title.split() for i in range(len(word) + 1)} for title in (one, two))
     return len(a & b) / len(a | b) if a or b else float(one == two)
 
 class Show(NamedTuple):
@@ -2922,16 +2910,14 @@ class Conflict(NamedTuple):
 # How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
 GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
-# A title is taken if its score is higher than 0.9; as in the contract.  A person is asked about at most 5 titles, for
-# more would not be read; and about none whose similarity is under 0.5: such titles share little but "of the".
+# A title is taken if its score is higher than 0.9; as in the contract, as YEAR_ADDS.  A person is asked about at most 5
+# titles, for more would not be read; and about none whose similarity is under 0.5: they share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
-# What is added to the score, by years_agree(); as in the contract.
-YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}
+YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}     # by years_agree(), to the score
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
-# Words that people leave out of a title.  Some number seasons by their year, from FIRST_YEAR on: no rule holds then.
-# An anime may have one season for ever, with more than EPISODES_A_YEAR.
-LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25
+# Seasons from FIRST_YEAR on are years: no rule holds.  An anime may have one season for ever, of over EPISODES_A_YEAR.
+LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25     # LEFT_OUT: words that people leave out of a title
 
 def season_fits(age: int, wanted: Show, known: Show) -> int:
     """As years_agree(), for a season's year; age: how many years that is after the known show's first."""
@@ -2966,8 +2952,7 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
 
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
-    # What differs in year, country, a number or a word is never accepted by itself, only offered to a person.  So is a
-    # title that is not equal, unless its year fits.
+    # What differs in year, country, number or word is only offered to a person; so is an unequal title of no sure year.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
@@ -2985,19 +2970,16 @@ def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
     found = sorted(filter(None, (candidate(wanted, show) for show in known)), key=lambda each: -each.score)
     above = [each for each in found if each.score > TAKEN_ABOVE]
     exact = [each for each in above if parse_title(each.show.title)[:2] == parse_title(wanted.title)[:2]]
-    for some in ([each for each in exact if each.fits == 1], exact, above):
-        if len(some) == 1:
-            return Match(some[0].show.id, "title", round(some[0].score, 2))
-        if some:
-            return Conflict("multiple_matches", tuple(found[:MAX_CANDIDATES]))
-    return Conflict("ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
+    some = [each for each in exact if each.fits == 1] or exact or above
+    if len(some) == 1:
+        return Match(some[0].show.id, "title", round(some[0].score, 2))
+    return Conflict("multiple_matches" if some else "ambiguous" if found else "no_match", tuple(found[:MAX_CANDIDATES]))
 
 # -- The journal: Webhook -> Entry, Outcome (entry_of, first_outcome)
 # The statuses of an entry; and two of its events: that of a webhook that counts, and of a play for which none came.
 ENTRY_STATUSES = SUCCESS, FAILED, IGNORED, DUPLICATE = "success", "failed", "ignored", "duplicate"
 SCROBBLE, HISTORY = "media.scrobble", "history"
-# Where a play is known from.  HISTORY and LIBRARY are the server's.
-WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"
+WEBHOOK, LIBRARY, HAND, IMPORT = "webhook", "library", "hand", "import"      # where a play is known from; so is HISTORY
 FOUND = {HISTORY: "recovered", LIBRARY: "marked_in_plex"}     # the events without a webhook, and the action of each
 
 class Entry(NamedTuple):
@@ -3108,13 +3090,6 @@ def split_accounts(accounts: str) -> set[str]:
     """The titles and ids in -accounts."""
     return {name.strip().casefold() for name in accounts.split(",")} - {""}
 
-def is_other_account(webhook: Webhook, accounts: str) -> bool:
-    """Whether someone else watched.  accounts: as -accounts; "": only the webhook's owner counts; "*": everyone."""
-    if accounts in ("", "*"):
-        return not accounts and not webhook.user
-    owner = "1" if webhook.user else ""               # to the server; in webhooks it is the id at plex.tv
-    return not {webhook.account.casefold(), webhook.account_id, owner} & split_accounts(accounts)
-
 def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | None:
     """What becomes of a webhook that marks nothing, whatever is in the tracker; None: the worker decides."""
     if webhook.event != SCROBBLE:
@@ -3123,12 +3098,12 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
     if entry.type not in (EPISODE, MOVIE):
         what = f"a {entry.type}" if entry.type else "an item without a type"
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not {what}")
-    if is_other_account(webhook, accounts):
+    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}      # 1: the server's owner
+    if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
-    if missing := missing_word(entry):
-        return Outcome(FAILED, "validation_failed", f"the webhook has no {missing}")
-    return None
+    missing = missing_word(entry)
+    return Outcome(FAILED, "validation_failed", f"the webhook has no {missing}") if missing else None
 
 # -- Words: -> log, terminal, JSON (conflict_reason, unix_time, episode_row, season_lines)
 def conflict_reason(show: Show, conflict: Conflict) -> str:
@@ -3146,10 +3121,8 @@ def unix_time(word: str) -> int:
             return time_of(int(moment.timestamp()))
     raise ValueError("give a time such as 2026-11-21T20:15:00Z")
 
-# Each time that an episode was watched: Unix s; None: not known when.
-Plays = tuple[int | None, ...]
-# What a witness tells of an episode: season, number, title, and when it was watched; of a movie 0, 0.
-EpisodeRow = tuple[int, int, str, Plays]
+Plays = tuple[int | None, ...]                # each time that an episode was watched: Unix s; None: not known when
+EpisodeRow = tuple[int, int, str, Plays]      # what a witness tells: season and number (of a movie 0, 0), title, plays
 
 def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     """An episode or movie of a server's library; None: it has no season or no number.  at: now (Unix s)."""
@@ -3171,8 +3144,7 @@ def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str)
         near = [each for each in left if at is not None and each[0] is not None and
                 abs(at - each[0]) <= (SAME_SOURCE.get(source, -1) if source == each[1] else SAME_PLAY_S)]
         undated = [each for each in left if (each[0] is None or at is None) and source in (LIBRARY, IMPORT)]
-        near.sort(key=lambda each: abs((at or 0) - (each[0] or 0)))
-        if same := next(iter((*near, *undated)), None):
+        if same := min(near, key=lambda each: abs((at or 0) - (each[0] or 0)), default=next(iter(undated), None)):
             left.remove(same)
             if same[0] is None and at is not None:
                 dates.append(at)
@@ -3187,10 +3159,9 @@ def cut(line: str, width: int = 80) -> str:
 
 def season_lines(season: int, episodes: Sequence[tuple[int, bool]]) -> str:
     """A season as a grid of its (number, watched): # watched, . not watched, a blank for a number that is missing."""
-    watched = dict(episodes)
-    gaps = max(watched) > 2 * len(watched) + 100      # they are numbered by date: 26041103
-    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in (
-        sorted(watched) if gaps else range(min(1, *watched), max(watched) + 1)))
+    watched = dict(episodes)                          # by number; numbers that are dates (26041103) have no blanks
+    numbers = sorted(watched) if max(watched) > 2 * len(watched) + 100 else range(min(1, *watched), max(watched) + 1)
+    cells = "".join({True: "#", False: ".", None: " "}[watched.get(number)] for number in numbers)
     name = f"Season {season}" if season else "Specials"
     lines = [f"{'' if i else name:10}  {cells[i:i + 50]:50}" for i in range(0, len(cells), 50)]
     return "\n".join(lines) + f"  {sum(watched.values())} of {len(watched)}"
@@ -3243,17 +3214,15 @@ def trakt_plays(entries: Iterable[object]) -> Iterator[Play]:
         ids = json_object(of.get("ids"))             # the show's; those of `what` are the episode's own
         show = Show(kind, text(of.get("title")), number(text(of.get("year"))) or None,
                     parse_ids(f"{name}://{text(ids.get(name))}" for name in ("tmdb", "tvdb", "imdb")))
-        yield "neither an episode nor a movie" if kind not in (SHOW, MOVIE) else \
-            play_of((text(ids.get("trakt")), show), show, what.get("season"), what.get("number"), what.get("title"),
-                    entry.get("watched_at"))
+        yield play_of((text(ids.get("trakt")), show), show, what.get("season"), what.get("number"), what.get("title"),
+                      entry.get("watched_at")) if kind in (SHOW, MOVIE) else "neither an episode nor a movie"
 
 def yamtrack_plays(rows: Iterable[Mapping[str, str]]) -> Iterator[Play]:
     """The plays in Yamtrack's rows: each of an episode is one, and each of a completed movie."""
     for row in rows:
         kind, key = row["media_type"], (row["media_type"], row["source"], row["media_id"] or row["title"])
         if kind == SHOW or (kind == MOVIE and row["status"] == "Completed"):
-            ids = Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id)
-            show = Show(kind, text(row["title"]), None, ids)
+            show = Show(kind, text(row["title"]), ids=Ids(parse_ids([f"{row['source']}://{row['media_id']}"]).tmdb_id))
             place = (row["season_number"], row["episode_number"], "") if kind == SHOW else ("0", "0", show.title)
             at = next(filter(None, map(row.get, YAMTRACK_TIMES)), UNKNOWN_TIME)
             for word in (at, *[UNKNOWN_TIME] * min(number(row.get("repeats")) or 0, 99)):    # 2024: watched again
@@ -3315,16 +3284,15 @@ def read_foreign(content: bytes, place: str) -> History | None:
 
 def trakt_history(history: Iterable[tuple[Show, list[EpisodeRow]]]) -> list[dict[str, Any]]:
     """The plays as entries of Trakt's history, the newest first."""
-    entries: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for show, episodes in history:
         ids = {name: each for name, each in zip(("tmdb", "tvdb", "imdb"), show.ids, strict=True) if each}
         of = {"title": show.title, "year": show.year, "ids": ids}
         for season, episode, title, plays in episodes:
             what = {"type": MOVIE, MOVIE: of} if show.type == MOVIE else {"type": SHOW, "show": of, SHOW: {
                 "season": season, "number": episode, "title": title, "ids": {}}}
-            entries += [{"watched_at": f"{iso_time(at or 0)}".replace("Z", ".000Z"), "action": "watch", **what}
-                        for at in plays]
-    return sorted(entries, key=lambda entry: str(entry["watched_at"]), reverse=True)
+            found += [{"watched_at": f"{iso_time(at or 0)}"[:-1] + ".000Z", "action": "watch", **what} for at in plays]
+    return sorted(found, key=lambda entry: str(entry["watched_at"]), reverse=True)
 
 # --- the world
 # -- The database: Tracker
@@ -4231,8 +4199,7 @@ class Worker:
 
 # -- Commands: import
 IMPORT_S = 60.0               # for one page of an import: a small NAS takes seconds for 500 items
-# What is imported of a library, by its type: what a person calls these items, their Show.type ("" for episodes, which
-# are added to shows), and Plex's number and parameter for them.
+# Of a library's type: what a person calls its items, their Show.type ("": episodes, for shows), and Plex's parameters.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
 # The keys of a show or movie in the JSON form of import and export, and their types; and those of plays and episodes.
@@ -4247,9 +4214,9 @@ def same_show(tracker: Tracker, show: Show) -> int:
     return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
         known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
 
-def upsert_show(tracker: Tracker, show: Show, mapped: Match | None = None) -> int:
+def upsert_show(tracker: Tracker, show: Show) -> int:
     """The id of a show in the tracker, added if it is missing; within a transaction."""
-    found = mapped or tracker.match_ids(show)
+    found = tracker.match_ids(show)
     show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
@@ -4259,14 +4226,11 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     # A movie and an episode bring when they were watched.  What a person chose to ignore is left out, and clips are.
     if (item := parse_item(fields)).type == "clip":
         return
-    key, guid = (item.rating_key, item.guid) if type else (text(fields.get("grandparentRatingKey")), "")
-    name = item.title if type else item.grandparent_title
-    entry = Entry(0.0, "import", server, type=type or SHOW, rating_key=key, title=name, show_title=name, show_key=key,
-                  show_guid=guid)
-    show = Show(type or SHOW, name)
-    if type:
-        show = show._replace(year=number(fields.get("year")), ids=parse_ids((*item_guids(fields), guid)))
-    match = tracker.known(entry, show)
+    key, guid, name = (item.rating_key, item.guid, item.title) if type else (
+        text(fields.get("grandparentRatingKey")), "", item.grandparent_title)
+    entry = Entry(0.0, IMPORT, server, "", "", type or SHOW, key, "", name, name, show_key=key, show_guid=guid)
+    ids, year = (parse_ids((*item_guids(fields), guid)), number(fields.get("year"))) if type else (Ids(), None)
+    match = tracker.known(entry, show := Show(type or SHOW, name, year, ids))
     if type and match is None and (same := same_show(tracker, show)):
         match = tracker.doubt(1.0, same) if tracker.is_another(entry, same) else Match(same, "title", 1.0)
     if isinstance(match, Conflict):
@@ -4274,12 +4238,10 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
             tracker.add_conflict(entry, show, match)
         return
     if type and (match is None or match.show_id):
-        before = tracker.mapping(entry)
-        by = "import" if match is None else before["by"] if match.by == "mapping" else match.by
-        match = Match(upsert_show(tracker, show, match), by, match.confidence if match else 1.0)
-        tracker.map(entry, match)
-    row = episode_row(fields, time.time()) if type != SHOW else None
-    if row and match and match.show_id:
+        match = match or Match(tracker.add_show(show), IMPORT, 1.0)
+        tracker.learn_ids(match.show_id, show.ids)
+        tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
+    if type != SHOW and match and match.show_id and (row := episode_row(fields, time.time())):
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
@@ -4307,22 +4269,20 @@ def catch_up(tracker: Tracker, worker: Worker) -> None:
     for entry in tracker.entries("action IN ('conflict_created', 'episode_not_found')"):
         worker.finish(entry)
     with tracker.transaction():
-        for conflict_id, show_id in tracker.all(
-                "SELECT c.id, show_id FROM open_conflict c JOIN mapping m USING (server, type, subject) WHERE "
-                "show_id NOT NULL AND (by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) AND "
-                "(m.guid = c.guid OR '' IN (m.guid, c.guid))", *GUESSED):
-            tracker.close_conflict(conflict_id, show_id)
+        for row in tracker.all("SELECT c.id, show_id FROM open_conflict c JOIN mapping m USING (server, type, subject) "
+                               "WHERE show_id NOT NULL AND (by NOT IN (?, ?) OR at >= CAST(created_at AS INTEGER)) "
+                               "AND (m.guid = c.guid OR '' IN (m.guid, c.guid))", *GUESSED):
+            tracker.close_conflict(*row)
 
 def checked(value: object, place: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """An object of an import file, if its keys and types are known; raises ConfigError with its place in the file."""
     if not isinstance(value, dict):
         raise ConfigError(f"tracker import: {place} is not an object.")
     for key, each in value.items():
-        wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else \
-            f".{key} has the wrong type" if each is not None and type(each) is not keys[key] else \
-            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else \
-            f".{key} is not an id such as tt0903747" if key == "imdb_id" and isinstance(each, str) and \
-            not re.fullmatch(r"tt\d{5,10}", each, re.ASCII) else ""
+        wrong = f" has an unknown key; known are {', '.join(keys)}" if key not in keys else "" if each is None else \
+            f".{key} has the wrong type" if type(each) is not keys[key] else \
+            f".{key} is out of range" if isinstance(each, int) and not 0 <= each <= 2**53 else ".imdb_id is not an id" \
+            " such as tt0903747" if key == "imdb_id" and not re.fullmatch(r"tt\d{5,10}", str(each), re.ASCII) else ""
         if wrong:
             raise ConfigError(f"tracker import: {place}{wrong}.")
     return value
@@ -4332,11 +4292,10 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     season, episode = fields.get("season"), fields.get("episode")
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         raise ConfigError(f"tracker import: {place} needs a season and an episode from 0 to {MAX_NUMBER}.")
-    first = [fields["watched_at"]] if fields.get("watched_at") else []
-    undated = max(0, min(fields.get("plays") or 0, MAX_PLAYS) - len(first))
+    told = [fields["watched_at"]] if fields.get("watched_at") else []
+    told += [None] * (min(fields.get("plays") or 0, MAX_PLAYS) - len(told))       # below 0: none
     try:
-        plays = tuple(None if each is None else unix_time(each)
-                      for each in (*(fields.get("watched") or ()), *first, *(None,) * undated))
+        plays = tuple(None if each is None else unix_time(each) for each in (*(fields.get("watched") or ()), *told))
     except (ValueError, OverflowError, TypeError) as error:
         raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
@@ -4355,10 +4314,9 @@ def read_whole(path: str) -> tuple[dict[str, Any], History]:
 
 def read_shows(whole: Mapping[str, Any]) -> Iterator[tuple[Show, list[EpisodeRow]]]:
     """The shows and movies of a file in the JSON form; raises ConfigError."""
-    for name, kind in (("shows", SHOW), ("movies", MOVIE)):
+    for name, kind, keys in (("shows", SHOW, {"episodes": list}), ("movies", MOVIE, PLAY_KEYS)):
         for i, value in enumerate(whole.get(name) or ()):
-            place = f"{name}[{i}]"
-            fields = checked(value, place, {**SHOW_KEYS, **(PLAY_KEYS if kind == MOVIE else {"episodes": list})})
+            fields = checked(value, place := f"{name}[{i}]", {**SHOW_KEYS, **keys})
             places = {f"{place}.episodes[{j}]": each for j, each in enumerate(fields.get("episodes") or ())}
             episodes = [read_episode(checked(each, where, EPISODE_KEYS), where) for where, each in places.items()] \
                 if kind == SHOW else [read_episode({**fields, "season": 0, "episode": 0}, place)]
@@ -4372,15 +4330,13 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     plex = server_of(config)
     if len(config.words) > 1:
         whole, (read, left) = read_whole(config.words[1])     # all of it is checked before anything is written
-        ids, told, new = list[int](), 0, 0
+        ids, told, new = list[int](), sum(len(row[3]) for _, rows in read for row in rows), 0
         with tracker.transaction():
             for i, (show, episodes) in enumerate(read, 1):
                 ids.append(upsert_show(tracker, show))
-                told += sum(len(row[3]) for row in episodes)
                 new += sum(tracker.add_plays(ids[-1], row, IMPORT) for row in episodes)
                 if sys.stderr.isatty():
-                    print(f"{i} of {len(read)} titles", file=sys.stderr, flush=True,
-                          end="\r" if i < len(read) else "\n")
+                    print(f"{i} of {len(read)} titles", file=sys.stderr, end="\r" if i < len(read) else "\n")
             restore(tracker, whole, ids)
         print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
               file=sys.stderr)
@@ -4398,8 +4354,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                       f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
-# A type in the database -> what a person calls it.
-KINDS = {SHOW: "show", MOVIE: "movie"}
+KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
 # person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
 SHOWS = """SELECT id, type, title, year, tmdb_id, tvdb_id, imdb_id, (SELECT count(DISTINCT season << 32 | episode) FROM
@@ -4423,25 +4378,21 @@ ENTRIES = """SELECT received_at, event, account, title, season, episode, coalesc
 
 def plays_of(tracker: Tracker, show_id: int) -> list[EpisodeRow]:
     """The episodes of a show or movie, each with its plays."""
-    plays = tracker.all("SELECT season, episode, at FROM play WHERE show_id = ? ORDER BY 1, 2, at NULLS LAST", show_id)
-    watched = {key: tuple(row["at"] for row in rows)
-               for key, rows in itertools.groupby(plays, key=lambda row: (row["season"], row["episode"]))}
-    return [(*row, watched.get(row[:2], ())) for row in map(tuple, tracker.all(
-        "SELECT season, episode, title FROM episode WHERE show_id = ?", show_id))]
+    rows = tracker.all("SELECT season, episode, title, play.id, at FROM episode LEFT JOIN play USING (show_id, season, "
+                       "episode) WHERE show_id = ? ORDER BY season, episode, at NULLS LAST", show_id)
+    return [(*key, tuple(at for *_, play_id, at in group if play_id)) for key, group in itertools.groupby(
+        rows, key=lambda row: row[:3])]
 
 def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     """A show or movie in the JSON form of import and export."""
     episodes = [{"season": season, "episode": episode, "title": title, "watched": [iso_time(at) for at in plays]}
                 for season, episode, title, plays in plays_of(tracker, show.id)]
-    fields = {"title": show.title, "year": show.year, **show.ids._asdict()}
-    watched = episodes[0]["watched"] if episodes else []
-    return {**fields, **({"episodes": episodes} if show.type == SHOW else {"watched": watched})}
+    more = {"episodes": episodes} if show.type == SHOW else {"watched": episodes[0]["watched"] if episodes else []}
+    return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
-# The keys of a mapping and of an open conflict in the JSON form.  show: which one of the shows and movies in the file,
-# from 0; null: ignored.
+# The keys of a mapping and a conflict in the JSON form.  show: which of its shows and movies, from 0; null: ignored.
 SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": {**SERVER_KEYS, "by": str, "show": int},
-             "conflicts": {**SERVER_KEYS, **SHOW_KEYS, "kind": str}}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
@@ -4452,13 +4403,10 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
             if which is not None and which >= len(ids):
                 raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
-                tracker.write("INSERT OR IGNORE INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)", *place,
-                              None if which is None else ids[which], text(fields.get("by")) or IMPORT, now)
-            else:
-                tracker.write("INSERT OR IGNORE INTO conflict VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '[]', "
-                              "NULL)", now, text(fields.get("kind")), *place, fields.get("year"), *(
-                                  fields.get(column) for column in CONFIDENCE))
+                row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
+            tracker.write(f"INSERT OR IGNORE INTO {name[:-1]} VALUES (NULL{', ?' * len(row)})", *row)
 
 def tracker_export(config: Config, tracker: Tracker) -> int:
     """Print all but the journal in the JSON form, each show on its own line; or the plays as Trakt's history."""
@@ -4474,8 +4422,7 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
         print(f'{", " if i else "{"}"{name}": [')
-        for j, row in enumerate(rows):
-            print(f"{',' if j else ' '}{json.dumps(row)}")
+        sys.stdout.writelines(f"{',' if j else ' '}{json.dumps(row)}\n" for j, row in enumerate(rows))
         print("]")
     print("}")
     return 0
@@ -4498,11 +4445,10 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     empty = "The tracker is empty. `tracker import` reads your Plex library into it."
     return print_rows(config, rows, "\n".join(lines) if rows else "No title matches." if words else empty)
 
-def show_of(tracker: Tracker, *words: str) -> Show:
+def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
-    found = tracker.shows("id = ?", number(words[0]) or 0) if len(words) == 1 else []
-    found = found or tracker.shows("has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9",
-                                   normal(text(" ".join(words))))
+    found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
+        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4511,22 +4457,20 @@ def show_of(tracker: Tracker, *words: str) -> Show:
 
 def episodes_of(word: str) -> tuple[int | None, int | None]:
     """The season and episode of a word such as S01E02 or S01; None: all.  Raises ConfigError."""
-    found = re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)
-    if not found:
+    if not (found := re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)):
         raise ConfigError(f"{word} is no episode or season; write it as S01E02 or S01.")
     return number(found[1]), number(found[2])
 
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
-    season, episode = episodes_of("".join(config.words[2:]))
+    place = season, episode = episodes_of("".join(config.words[2:]))
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
             if name == "unmark":
                 raise ConfigError(f"{named(show.title, show.year)} has no such episode; see `tracker show {show.id}`.")
-            tracker.add_episodes(show.id, [(season, episode, "")])        # a person says that it exists
-        count = tracker.mark(show.id, season, episode, config.at) if name == "mark" else \
-            tracker.unmark(show.id, season, episode)
+            tracker.add_episodes(show.id, [(*place, "")])         # a person says that it exists
+        count = tracker.mark(show.id, *place, config.at) if name == "mark" else tracker.unmark(show.id, *place)
     said = {"mark": "marked as watched", "unmark": "taken back"}[name]
     return print_rows(config, [{"show_id": show.id, "plays": count}], f"{plural(count, 'play')} {said}.")
 
@@ -4570,13 +4514,12 @@ def tracker_correct(config: Config, tracker: Tracker) -> int:
     table, no = {"map": "mapping", "resolve": "conflict"}[config.words[0]], number(config.words[1]) or 0
     with tracker.transaction():
         show_id, moved = correct(tracker, table, no, config.words[2])
-    done, plays = Worker(config, tracker, server_of(config)).drain(again=True), plural(moved, "play")
+    done, plays = Worker(config, tracker, server_of(config)).drain(again=True), f" {plural(moved, 'play')} moved."
     row = {table: no, "show_id": show_id or None}
     if table == "mapping":
-        return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected; {plays} moved.")
-    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed."
-    return print_rows(config, [{**row, "done": done}],
-                      f"Conflict {no} is resolved. {said}{f' {plays} moved.' if moved else ''}")
+        return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected;{plays}")
+    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed.{plays if moved else ''}"
+    return print_rows(config, [{**row, "done": done}], f"Conflict {no} is resolved. {said}")
 
 def tracker_backup(config: Config, tracker: Tracker) -> int:
     """Copy the database into a new file, whoever writes meanwhile."""
@@ -4592,7 +4535,7 @@ def days(watched: Mapping[str, Any]) -> str:
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
     """Print a show's seasons, each as a grid of what was watched, and its episodes; or when a movie was watched."""
-    show = show_of(tracker, *config.words[1:])
+    show = show_of(tracker, " ".join(config.words[1:]))
     fields, ids = show_fields(tracker, show), [f"{name} {each}" for name, each in show.ids._asdict().items() if each]
     lines = [textwrap.fill(printable(named(show.title, show.year)) + (f"  ({', '.join(ids)})" if ids else ""), 80)]
     for season, group in itertools.groupby(fields.get("episodes", ()), key=lambda each: each["season"]):
@@ -4641,10 +4584,9 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     return print_rows(config, rows, "\n".join(lines) or "No conflicts: nothing is waiting for you.")
 
 # command -> its function, and its words: those in brackets may be left out
-TRACKER_COMMANDS: dict[str, tuple[Callable[[Config, Tracker], int], str]] = {
-    "import": (tracker_import, "[FILE]"), "export": (tracker_export, ""), "backup": (tracker_backup, "FILE"),
-    "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."), "log": (tracker_log, ""),
-    "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
+TRACKER_COMMANDS = {"import": (tracker_import, "[FILE]"), "export": (tracker_export, ""),
+    "backup": (tracker_backup, "FILE"), "shows": (tracker_shows, "[WORDS...]"), "show": (tracker_show, "ID|WORDS..."),
+    "log": (tracker_log, ""), "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
     "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_correct, "MAPPING SHOW|new|ignore|forget"),
     "conflicts": (tracker_conflicts, ""), "resolve": (tracker_correct, "ID SHOW|new|ignore")}
 READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
