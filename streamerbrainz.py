@@ -2273,13 +2273,6 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
-def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it; raises OSError."""
-    if host:
-        family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
-        return family, address
-    return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
-
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
@@ -2372,14 +2365,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send(Answer(code if code < 500 else 400, b"This is not an HTTP request that we understand.\n"))
 
-    def target(self) -> str:
-        """The path that is asked for, without its query; proxies put scheme and host before it."""
-        return (self.path if self.path[:1] == "/" else re.sub(r"^https?://[^/]*", "", self.path)).partition("?")[0]
-
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
-        gate, headers, address, path = self.server.gate, self.headers, self.client_address[0], self.target()
-        is_webhook = path == WEBHOOK_PATH
+        gate, headers, address = self.server.gate, self.headers, self.client_address[0]
+        self.target, _, self.query = re.sub("^https?://[^/?]*", "", self.path).partition("?")    # proxies name the host
+        is_webhook = self.target == WEBHOOK_PATH
         # Every browser sends these with what a website lets it post; Plex and curl never do.
         if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
@@ -2387,8 +2377,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        self.cookie = "" if path == "/healthz" else gate.check(self.path.partition("?")[2], address,
-                                                               ";".join(headers.get_all("Cookie", [])))
+        cookies = ";".join(headers.get_all("Cookie", []))
+        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, cookies)
         self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             try:
@@ -2400,34 +2390,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
-        path, pages, query = self.target(), self.server.pages, self.path.partition("?")[2]
-        numbered = re.fullmatch(r"(/\w+/)(\d{1,10})", path, re.ASCII)
-        key, ids = (f"{numbered[1]}ID", [int(numbered[2])]) if numbered else (path, [])
-        if path != WEBHOOK_PATH and key not in pages.paths:
+        pages, numbered = self.server.pages, re.fullmatch(r"(/\w+/)(\d{1,10})", self.target, re.ASCII)
+        key, ids = (f"{numbered[1]}ID", [int(numbered[2])]) if numbered else (self.target, [])
+        if key != WEBHOOK_PATH and key not in pages.paths:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
-        allowed = "POST" if path == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
+        allowed = "POST" if key == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
         if self.command not in allowed.split(", "):
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
         if key in pages.paths and self.command == "POST":
             self.check_change(body)
-            self.send(pages.forms[key](f"{query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
-            return
+            return self.send(pages.forms[key](f"{self.query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
         if key in pages.paths:
-            answer = pages.paths[key](query, self.headers.get("Host", ""), *ids)
+            answer = pages.paths[key](self.query, self.headers.get("Host", ""), *ids)
             kept = {"Set-Cookie": f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"}
             gives = self.cookie and answer.media_type.startswith("text/html")
-            self.send(answer._replace(headers={**answer.headers, **kept}) if gives else answer)
-            return
+            return self.send(answer._replace(headers={**answer.headers, **kept}) if gives else answer)
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
             gate, address = self.server.gate, self.client_address[0]
             tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
             gate.count(tokens, address, gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
-            self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
-        else:
-            self.server.keep(webhook, thumb)
-            self.send(Answer(200, headers={}))
+            return self.send(Answer(body=f"{TEST_EVENT} has arrived\n".encode()))
+        self.server.keep(webhook, thumb)
+        return self.send(Answer(headers={}))
 
     def check_change(self, body: Body) -> None:
         """Refuse a form from somewhere else than our own pages, or of who knows no secret; raises WebhookError."""
@@ -2445,11 +2431,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
         self.close_connection |= error.status not in (404, 405)
         self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
-        agent, path = self.headers.get("User-Agent", ""), self.target()
-        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
+        agent, path = self.headers.get("User-Agent", ""), self.server.gate.plain(self.target, self.server.pages.paths)
+        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else self.target == WEBHOOK_PATH
         is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
-        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path, self.server.pages.paths),
-                                 self.client_address[0], is_webhook))
+        self.server.tell(Refused(error.status, str(error), path, self.client_address[0], is_webhook))
 
     # -- the body
     def length(self) -> int | None:
@@ -2457,14 +2442,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
         if any(isinstance(defect, DEFECTS) for defect in self.headers.defects) or self.headers.get_unixfrom():
             raise WebhookError(400, "A line of the request's head is not a header.")
-        if codings:
-            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise WebhookError(400, "A body is either chunked or has a Content-Length.")
-            return None
+        if codings and (lengths or [coding.strip().lower() for coding in codings] != ["chunked"]):
+            raise WebhookError(400, "A body is either chunked or has a Content-Length.")
+        if not (codings or lengths) and self.command in ("POST", "PUT", "PATCH"):
+            raise WebhookError(411, "The request has no Content-Length.")
         if not lengths:
-            if self.command in ("POST", "PUT", "PATCH"):
-                raise WebhookError(411, "The request has no Content-Length.")
-            return 0
+            return None if codings else 0
         if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
             raise WebhookError(400, "The Content-Length is not a number.")
         if int(lengths[0]) > MAX_BODY:
@@ -2522,7 +2505,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-            self.server.release(self.connection, "events")    # MAX_STREAMS is limit enough
+            with self.server.changing():
+                self.server.serving[self.connection] = "events"      # nobody's: MAX_STREAMS is limit enough
         if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
         self.send_response(answer.status)
@@ -2564,22 +2548,20 @@ MAX_PARKED = 256              # connections that wait for a thread; each holds a
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
-    # One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
-    # other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
+    # A thousand slow connections of one sender keep no other out: beyond its MAX_OF_ONE they are accepted and parked.
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
         """host "": all addresses, of IPv6 too if the machine has it.  port 0: any free one.  Raises OSError."""
-        # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
-        # the address).  All threads change them under the lock.
-        self.serving: dict[Any, str] = {}
-        self.parked: dict[Any, tuple[str, Any]] = {}
-        self.lock = threading.Lock()
+        self.serving: dict[Any, str] = {}                # each connection that has a thread -> its sender
+        self.parked: dict[Any, tuple[str, Any]] = {}     # that waits for one, the oldest first -> sender, address
+        self.lock = threading.Lock()                     # for both; see changing()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
         self.closing = threading.Event()
-        self.address_family, address = listening_address(host, port)
+        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
         super().__init__(address, Handler)
         self.port = int(self.server_address[1])
 
@@ -2606,8 +2588,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def patience_s(self, request: Any) -> float:
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
-        if not self.parked and len(self.serving) < min(MAX_CONNECTIONS, MAX_OF_ONE // 2 + 1):      # as nearly always
-            return math.inf
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
             if any(who == each for each, _ in self.parked.values()):
@@ -2625,15 +2605,16 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Park a connection until its sender has a thread for it; the listener itself never waits."""
-        with self.lock:
+        with self.changing():
             self.parked[request] = sender(client_address[0]), client_address
-        self.start_parked()
 
-    def start_parked(self) -> None:
-        """Start a thread for each connection that waits and may have one now; where too many still wait, close one."""
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """For a change of the connections: then each that waits and may, gets a thread; if too many wait, one ends."""
         # To start a thread takes long where many run: so not under the lock, for which all of them would wait.
         ready = []
         with self.lock:
+            yield
             threads = collections.Counter(self.serving.values())
             for request, (who, _) in list(self.parked.items()):
                 if len(self.serving) < MAX_CONNECTIONS and threads[who] < MAX_OF_ONE:
@@ -2651,18 +2632,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except RuntimeError:                      # this machine has no more threads
                 self.shutdown_request(request)
 
-    def release(self, request: Any, who: str = "") -> None:
-        """Count a connection for another sender, or for none if it has ended; a parked one may have its place."""
-        with self.lock:
-            self.serving.pop(request, None)
-            if who:
-                self.serving[request] = who
-        self.start_parked()
-
     def shutdown_request(self, request: Any) -> None:
         """The end of a connection."""
         super().shutdown_request(request)
-        self.release(request)
+        with self.changing():
+            self.serving.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
