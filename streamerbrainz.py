@@ -2705,9 +2705,8 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
     """The waiting events with one more."""
-    # While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
-    # takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
-    # What was watched is told, however many changes come.
+    # While a slow command runs, changes wait for it, and a new one takes the place of the others: only the newest
+    # matters.  A switch stays, unless the opposite one comes: then neither is told.  What was watched stays, too.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event == "watched":
         return [*waiting, (event, environment)][:MAX_WATCHED]
@@ -2809,8 +2808,7 @@ class Hooks:
             while True:
                 self.take(self.inbox.get_nowait())
         if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
-            self.amplifier = Amplifier()
-            self.add("inactive")
+            self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
 
     def take(self, change: Change | dict[str, str]) -> None:
         """Add the events of a change, or `watched`, to those that wait."""
@@ -2820,18 +2818,13 @@ class Hooks:
         event = "track_changed" if change.state == change.old_state else change.state      # librespot's words
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
-        if switched_on:
-            self.add("active")
-        self.add(event)
-
-    def add(self, event: str) -> None:
-        """Add an event, with the environment of the last change."""
-        self.waiting = enqueue(self.waiting, event, {**self.latest, "PLAYER_EVENT": event})
+        for each in ("active", event) if switched_on else (event,):
+            self.waiting = enqueue(self.waiting, each, self.latest)
 
     def call(self, event: str, environment: Mapping[str, str]) -> None:
         """Run the command once, and log how it ended."""
         try:
-            status, output = run_hook(self.command, environment, self.stopping)
+            status, output = run_hook(self.command, {**environment, "PLAYER_EVENT": event}, self.stopping)
         except OSError as error:
             say(logging.WARNING, f"the -on-event command could not be started ({why(error)})", event=event,
                 command=self.command[0])
