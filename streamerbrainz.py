@@ -2086,13 +2086,11 @@ def sender(address: str) -> str:
 class Gate:
     """Decides who may send: who knows the secret, and not too often from one address.  For any thread."""
 
-    def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):
-        """a_minute: webhooks from one address; 0: no limit."""
-        self.secret, self.a_minute = secret, a_minute
+    def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):      # webhooks of one sender; 0: no limit
+        self.secret, self.a_minute, self.lock = secret, a_minute, threading.Lock()
         self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
         self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
-        self.lock = threading.Lock()
 
     def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
         """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
@@ -2160,13 +2158,6 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
-def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
-    """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it; raises OSError."""
-    if host:
-        family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
-        return family, address
-    return (socket.AF_INET6, ("::", port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ("0.0.0.0", port))
-
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
@@ -2197,16 +2188,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
-    requestline = command = path = ""     # until a head is read
+    requestline = command = path = cookie = ""      # until a head is read
     server: Listener
     rfile: io.BufferedReader
 
     def setup(self) -> None:
         """Read by a BoundedReader: it holds every limit of time and size below."""
         super().setup()
-        self.opened_at = time.monotonic()
         self.rfile.close()
-        self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
+        self.opened_at, self.reader = time.monotonic(), BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
         self.rfile = LineReader(self.reader, MAX_HEAD)
 
     def handle_one_request(self) -> None:
@@ -2220,18 +2210,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.rfile.peek(1):
                 self.reader.deadline = time.monotonic() + HEAD_S
                 super().handle_one_request()
-        except TimeoutError:
-            pass                                      # an idle connection (http.server ends a slow one)
         except (TooMuch, WebhookError) as error:      # a line alone is too long, or has a CR alone
             self.send_error(431 if isinstance(error, TooMuch) else 400)
 
     def parse_request(self) -> bool:
         """Parse the head; from here on the limits of the body hold."""
         try:
-            is_request = super().parse_request()
-            if is_request and isinstance(self.headers, dict):       # HTTP/0.9 has none, and some Pythons say so
-                self.headers = email.message.Message()
-            return is_request
+            return super().parse_request()
         except (ValueError, TypeError, LookupError):  # email.parser raises these on a broken Content-Type
             self.send_error(400)
             return False
@@ -2240,11 +2225,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         """Answer a request of which the head is read."""
+        if isinstance(self.headers, dict):            # HTTP/0.9 has none, and some Pythons say so
+            self.headers = email.message.Message()
         with contextlib.ExitStack() as held:          # until the error is gone, too: its frames keep the body
             try:
                 self.admit()
-                length = self.length()
-                self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
+                self.route(self.read_body(held))
             except WebhookError as error:
                 self.refuse(error)
 
@@ -2255,18 +2241,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """http.server refuses a broken head or an unknown method: in plain text, and never as 5xx."""
         self.close_connection, self.request_version = True, self.protocol_version
         if code == 501:
-            self.respond()
-        else:
-            self.send(Answer(code if code < 500 else 400, b"This is not an HTTP request that we understand.\n"))
-
-    def target(self) -> str:
-        """The path that is asked for, without its query; proxies put scheme and host before it."""
-        return (self.path if self.path[:1] == "/" else re.sub(r"^https?://[^/]*", "", self.path)).partition("?")[0]
+            return self.respond()
+        return self.send(Answer(code if code < 500 else 400, b"This is not an HTTP request that we understand.\n"))
 
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
-        gate, headers, address, path = self.server.gate, self.headers, self.client_address[0], self.target()
-        is_webhook = path == WEBHOOK_PATH
+        gate, headers, address = self.server.gate, self.headers, self.client_address[0]
+        self.target, _, self.query = re.sub("^https?://[^/?]*", "", self.path).partition("?")    # proxies name the host
+        is_webhook = self.target == WEBHOOK_PATH
         # Every browser sends these with what a website lets it post; Plex and curl never do.
         if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
@@ -2274,8 +2256,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        self.cookie = "" if path == "/healthz" else gate.check(self.path.partition("?")[2], address,
-                                                               ";".join(headers.get_all("Cookie", [])))
+        cookies = ";".join(headers.get_all("Cookie", []))
+        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, cookies)
         self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             try:
@@ -2287,34 +2269,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, body: Body) -> None:
         """Answer a request that is read whole; raises WebhookError."""
-        path, pages, query = self.target(), self.server.pages, self.path.partition("?")[2]
-        numbered = re.fullmatch(r"(/\w+/)(\d{1,10})", path, re.ASCII)
-        key, ids = (f"{numbered[1]}ID", [int(numbered[2])]) if numbered else (path, [])
-        if path != WEBHOOK_PATH and key not in pages.paths:
+        pages, numbered = self.server.pages, re.fullmatch(r"(/\w+/)(\d{1,10})", self.target, re.ASCII)
+        key, ids = (f"{numbered[1]}ID", [int(numbered[2])]) if numbered else (self.target, [])
+        if key != WEBHOOK_PATH and key not in pages.paths:
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
-        allowed = "POST" if path == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
+        allowed = "POST" if key == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
         if self.command not in allowed.split(", "):
             raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
         if key in pages.paths and self.command == "POST":
             self.check_change(body)
-            self.send(pages.forms[key](f"{query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
-            return
+            return self.send(pages.forms[key](f"{self.query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
         if key in pages.paths:
-            answer = pages.paths[key](query, self.headers.get("Host", ""), *ids)
-            kept = {"Set-Cookie": f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"}
-            gives = self.cookie and answer.media_type.startswith("text/html")
-            self.send(answer._replace(headers={**answer.headers, **kept}) if gives else answer)
-            return
+            return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
             gate, address = self.server.gate, self.client_address[0]
             tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
             gate.count(tokens, address, gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
-            self.send(Answer(200, f"{TEST_EVENT} has arrived\n".encode()))
-        else:
-            self.server.keep(webhook, thumb)
-            self.send(Answer(200, headers={}))
+            return self.send(Answer(body=f"{TEST_EVENT} has arrived\n".encode()))
+        self.server.keep(webhook, thumb)
+        return self.send(Answer(headers={}))
 
     def check_change(self, body: Body) -> None:
         """Refuse a form from somewhere else than our own pages, or of who knows no secret; raises WebhookError."""
@@ -2332,11 +2307,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
         self.close_connection |= error.status not in (404, 405)
         self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
-        agent, path = self.headers.get("User-Agent", ""), self.target()
-        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else path == WEBHOOK_PATH
+        agent, path = self.headers.get("User-Agent", ""), self.server.gate.plain(self.target, self.server.pages.paths)
+        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else self.target == WEBHOOK_PATH
         is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
-        self.server.tell(Refused(error.status, str(error), self.server.gate.plain(path, self.server.pages.paths),
-                                 self.client_address[0], is_webhook))
+        self.server.tell(Refused(error.status, str(error), path, self.client_address[0], is_webhook))
 
     # -- the body
     def length(self) -> int | None:
@@ -2344,14 +2318,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
         if any(isinstance(defect, DEFECTS) for defect in self.headers.defects) or self.headers.get_unixfrom():
             raise WebhookError(400, "A line of the request's head is not a header.")
-        if codings:
-            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
-                raise WebhookError(400, "A body is either chunked or has a Content-Length.")
-            return None
+        if codings and (lengths or [coding.strip().lower() for coding in codings] != ["chunked"]):
+            raise WebhookError(400, "A body is either chunked or has a Content-Length.")
+        if not (codings or lengths) and self.command in ("POST", "PUT", "PATCH"):
+            raise WebhookError(411, "The request has no Content-Length.")
         if not lengths:
-            if self.command in ("POST", "PUT", "PATCH"):
-                raise WebhookError(411, "The request has no Content-Length.")
-            return 0
+            return None if codings else 0
         if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
             raise WebhookError(400, "The Content-Length is not a number.")
         if int(lengths[0]) > MAX_BODY:
@@ -2368,16 +2340,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reader.deadline = time.monotonic() + LARGE_S
         return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
 
-    def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
-        """A body of so many bytes."""
-        # A large one has pages of its own: malloc would keep 2 MB for each thread.
-        body = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
-        if not self.fill(body, 0, length, held):
-            raise WebhookError(400, "The body is shorter than its Content-Length.")
-        return body
-
-    def read_chunks(self, held: contextlib.ExitStack) -> Body:
-        """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
+    def read_body(self, held: contextlib.ExitStack) -> Body:
+        """The whole body; what trailers follow one in chunks (RFC 9112, 7.1) is ignored.  Raises WebhookError."""
+        if (length := self.length()) is not None:
+            # A large one has pages of its own: malloc would keep 2 MB for each thread.
+            whole = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
+            if not self.fill(whole, 0, length, held):
+                raise WebhookError(400, "The body is shorter than its Content-Length.")
+            return whole
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while True:
             size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
@@ -2409,14 +2379,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
-            self.server.release(self.connection, "events")    # MAX_STREAMS is limit enough
-        if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
             self.close_connection = True
-        self.send_response(answer.status)
-        headers = {} if events else {"Content-Length": str(len(content))}
+            with self.server.changing():
+                self.server.serving[self.connection] = "events"      # nobody's: MAX_STREAMS is limit enough
+        self.close_connection |= time.monotonic() > self.opened_at + self.server.patience_s(self.connection)
+        self.send_response_only(answer.status)
+        headers = {"Server": USER_AGENT, "Date": self.date_time_string()}     # a second start knows the first by Server
+        headers |= {} if events else {"Content-Length": str(len(content))}
         headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
+        if self.cookie and answer.media_type.startswith("text/html"):
+            headers["Set-Cookie"] = f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"
         closing = {"Connection": "close"} if self.close_connection else {}
         for name, value in {**headers, **answer.headers, **closing}.items():
             self.send_header(name, value)
@@ -2437,10 +2411,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
         super().finish()
 
-    def version_string(self) -> str:
-        """The Server header; a second start of ours recognises the first by it."""
-        return USER_AGENT
-
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the Watcher logs what became of a webhook."""
 
@@ -2451,22 +2421,19 @@ MAX_PARKED = 256              # connections that wait for a thread; each holds a
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
-    # One sender has MAX_OF_ONE threads at most, so that a thousand slow connections of one keep no other out.  Its
-    # other connections are parked: the listener has accepted them, and each gets its thread when another one ends.
+    # A thousand slow connections of one sender keep no other out: beyond its MAX_OF_ONE they are accepted and parked.
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
         """host "": all addresses, of IPv6 too if the machine has it.  port 0: any free one.  Raises OSError."""
-        # The connections that have a thread, and those that wait for one, the oldest first; of each the sender (and
-        # the address).  All threads change them under the lock.
-        self.serving: dict[Any, str] = {}
-        self.parked: dict[Any, tuple[str, Any]] = {}
-        self.lock = threading.Lock()
+        self.serving: dict[Any, str] = {}                # each connection that has a thread -> its sender
+        self.parked: dict[Any, tuple[str, Any]] = {}     # that waits for one, the oldest first -> sender, address
+        self.lock, self.closing = threading.Lock(), threading.Event()      # lock: for both; see changing()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
-        self.closing = threading.Event()
-        self.address_family, address = listening_address(host, port)
+        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
         super().__init__(address, Handler)
         self.port = int(self.server_address[1])
 
@@ -2493,14 +2460,11 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def patience_s(self, request: Any) -> float:
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
-        if not self.parked and len(self.serving) < min(MAX_CONNECTIONS, MAX_OF_ONE // 2 + 1):      # as nearly always
-            return math.inf
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
-            if any(who == each for each, _ in self.parked.values()):
-                return TURN_S
+            waits = who in (each for each, _ in self.parked.values())
             scarce = len(threads) >= MAX_CONNECTIONS or threads.count(who) > MAX_OF_ONE // 2
-            return CROWDED_S if scarce else math.inf
+            return TURN_S if waits else CROWDED_S if scarce else math.inf
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection."""
@@ -2512,15 +2476,16 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Park a connection until its sender has a thread for it; the listener itself never waits."""
-        with self.lock:
+        with self.changing():
             self.parked[request] = sender(client_address[0]), client_address
-        self.start_parked()
 
-    def start_parked(self) -> None:
-        """Start a thread for each connection that waits and may have one now; where too many still wait, close one."""
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the connections in it: then each that may gets a thread; where too many still wait, one is closed."""
         # To start a thread takes long where many run: so not under the lock, for which all of them would wait.
         ready = []
         with self.lock:
+            yield
             threads = collections.Counter(self.serving.values())
             for request, (who, _) in list(self.parked.items()):
                 if len(self.serving) < MAX_CONNECTIONS and threads[who] < MAX_OF_ONE:
@@ -2538,23 +2503,15 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except RuntimeError:                      # this machine has no more threads
                 self.shutdown_request(request)
 
-    def release(self, request: Any, who: str = "") -> None:
-        """Count a connection for another sender, or for none if it has ended; a parked one may have its place."""
-        with self.lock:
-            self.serving.pop(request, None)
-            if who:
-                self.serving[request] = who
-        self.start_parked()
-
     def shutdown_request(self, request: Any) -> None:
         """The end of a connection."""
         super().shutdown_request(request)
-        self.release(request)
+        with self.changing():
+            self.serving.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, (OSError, MemoryError)):
+        """A connection that broke, was idle, or is too much for the memory, ends; all else is a bug, and ends us."""
+        if (error := sys.exc_info()[1]) and not isinstance(error, (OSError, MemoryError)):
             self.tell(error)
 
 # -- secret: a new webhook secret, and the URL to paste
@@ -2591,13 +2548,12 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
-    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
-              "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
-              "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
-              "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title,
-              "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate,
-              "PLEX_BIT_DEPTH": item.bit_depth, "OLD_STATE": change.old_state, "REASON": change.reason}
-    return plain_environment(values)
+    return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
+        "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
+        "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+        "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title, "PLEX_TYPE": item.type,
+        "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth,
+        "OLD_STATE": change.old_state, "REASON": change.reason})
 
 def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
     """Variables of a hook, without those that are not given."""
@@ -2617,9 +2573,8 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
     """The waiting events with one more."""
-    # While a slow command runs, changes wait for it.  Only the newest of them matters: a new change
-    # takes the place of the others.  A switch stays, unless the opposite one comes: then neither is told.
-    # What was watched is told, however many changes come.
+    # While a slow command runs, changes wait for it, and a new one takes the place of the others: only the newest
+    # matters.  A switch stays, unless the opposite one comes: then neither is told.  What was watched stays, too.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event == "watched":
         return [*waiting, (event, environment)][:MAX_WATCHED]
@@ -2637,19 +2592,17 @@ NOT_FOR_HOOKS = {b"NOTIFY_SOCKET", b"WATCHDOG_PID", b"WATCHDOG_USEC", b"CREDENTI
 def hook_command(words: str) -> list[str]:
     """The whole path and the arguments of -on-event; raises ConfigError."""
     try:
-        arguments = shlex.split(words)
+        program, *arguments = shlex.split(words) or [""]
     except ValueError as error:
         raise ConfigError("-on-event: the command has a quote without its end; put both or none.") from error
-    path = shutil.which(arguments[0]) if arguments else None
-    if path is None:
-        raise ConfigError(f"-on-event: {shown_path(arguments[0]) if arguments else 'the command'} is missing or "
+    if not (path := shutil.which(program)):
+        raise ConfigError(f"-on-event: {shown_path(program) if words.strip() else 'the command'} is missing or "
                           "not executable; give its whole path, and chmod +x it.")
-    return [os.path.abspath(path), *arguments[1:]]
+    return [os.path.abspath(path), *arguments]
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
     """Start a command in a process group of its own, with our environment and this one; -> its process id."""
-    # output: a descriptor.  posix_spawn is quick; and it unblocks the signals that we block in all our threads, which a
-    # child would inherit.  Raises OSError.
+    # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
     ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
     given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     return os.posix_spawn(
@@ -2689,10 +2642,9 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: 
         return None if grace_s else code if code >= 0 else 128 - code, output
 
 class Hooks:
-    """Runs the -on-event command, one event at a time, in a thread of its own."""
+    """Runs the -on-event command, one event at a time, in a thread of its own.  level: of the line that says it ran."""
 
     def __init__(self, command: Sequence[str], active_timeout_s: float, level: int = logging.DEBUG):
-        """level: of the line that says that the command ran."""
         self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
         self.inbox: queue.SimpleQueue[Change | dict[str, str]] = queue.SimpleQueue()      # or what tells of `watched`
         self.amplifier, self.latest, self.waiting = Amplifier(), dict[str, str](), Waiting()
@@ -2721,8 +2673,7 @@ class Hooks:
             while True:
                 self.take(self.inbox.get_nowait())
         if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
-            self.amplifier = Amplifier()
-            self.add("inactive")
+            self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
 
     def take(self, change: Change | dict[str, str]) -> None:
         """Add the events of a change, or `watched`, to those that wait."""
@@ -2732,18 +2683,13 @@ class Hooks:
         event = "track_changed" if change.state == change.old_state else change.state      # librespot's words
         self.latest = hook_environment(change, event)
         self.amplifier, switched_on = after_change(self.amplifier, change, time.monotonic(), self.active_timeout_s)
-        if switched_on:
-            self.add("active")
-        self.add(event)
-
-    def add(self, event: str) -> None:
-        """Add an event, with the environment of the last change."""
-        self.waiting = enqueue(self.waiting, event, {**self.latest, "PLAYER_EVENT": event})
+        for each in ("active", event) if switched_on else (event,):
+            self.waiting = enqueue(self.waiting, each, self.latest)
 
     def call(self, event: str, environment: Mapping[str, str]) -> None:
         """Run the command once, and log how it ended."""
         try:
-            status, output = run_hook(self.command, environment, self.stopping)
+            status, output = run_hook(self.command, {**environment, "PLAYER_EVENT": event}, self.stopping)
         except OSError as error:
             say(logging.WARNING, f"the -on-event command could not be started ({why(error)})", event=event,
                 command=self.command[0])
@@ -4785,8 +4731,7 @@ class TrackerPages:
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
-# Threads: "signals" waits for signals, which all other threads block, and puts them into the inbox.  The
-#   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
+# Threads: "signals" waits for signals, which all others block.  A bug in any thread ends the process, with a traceback.
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream, origin
 # Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
@@ -4810,19 +4755,18 @@ def check_complete(config: Config) -> None:
 
 def session_fields(session: Session, configured: bool) -> dict[str, object]:
     """A Session as `players -json` prints it, with the log's and Plex's words."""
-    item = session.item
     return {"machine_id": session.machine_identifier, "player": session.player_title, "product": session.product,
-            "platform": session.platform, "user": session.user, "state": session.state, "type": item.type,
-            "title": item.title, "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
-            "configured": configured}
+            "platform": session.platform, "user": session.user, "state": session.state, "type": session.item.type,
+            "title": session.item.title, "grandparent_title": session.item.grandparent_title,
+            "parent_title": session.item.parent_title, "configured": configured}
 
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines; the last one is a flag to copy."""
     made = ", ".join(filter(None, (session.product, session.platform, "configured" if configured else "")))
-    lines = (f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
-             f"    {playing_sentence(session.state, session.item)}",
-             f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(printable, (
+        f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
+        f"    {playing_sentence(session.state, session.item)}",
+        f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")))
 
 # --- the world
 # -- The log
@@ -4830,10 +4774,9 @@ LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and 
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
 
 class LogFormatter(logging.Formatter):
-    """The log's lines, from the records that say() makes."""
+    """The log's lines, from the records that say() makes.  journal (systemd's): with their priority and no time."""
 
     def __init__(self, as_json: bool, journal: bool):
-        """journal: each line begins with its priority and has no time, for the systemd journal."""
         super().__init__()
         self.as_json, self.journal = as_json, journal
 
@@ -4858,10 +4801,8 @@ def in_journal(environ: Mapping[str, str]) -> bool:
 
 class LogHandler(logging.Handler):
     """Writes the log to a stream, and never blocks: on a pipe, the journal or a terminal that is held."""
-    # Lines without room are dropped and counted; a thread waits for room then, and tells of them.
 
-    def __init__(self, stream: Any):
-        """Raises OSError if the stream has no descriptor."""
+    def __init__(self, stream: Any):      # raises OSError if it has no descriptor
         super().__init__()
         self.descriptor, self.encoding, self.room = stream.fileno(), stream.encoding, select.poll()
         self.dropped, self.torn = 0, b""              # torn: what ends a line that was cut off
@@ -4931,23 +4872,20 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# How long the watcher may take to end (milliseconds, unless it waits for a server).  From one question for our address
-# to the next; and the longest sleep, after which it is asked for, too.
-STOP_S, ADDRESS_S, WAKE_S = 0.3, 10.0, 60.0
-CLOSE_S = 0.5                 # for whoever writes to the tracker when the daemon ends
+# How long the watcher may take to end (milliseconds, unless it waits for a server), and then who writes to the tracker.
+# From one question for our address to the next; and the longest sleep, after which it is asked for, too.
+STOP_S, CLOSE_S, ADDRESS_S, WAKE_S = 0.3, 0.5, 10.0, 60.0
 
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
     # One that is ignored stays ignored: `nohup` does that with SIGHUP.
-    ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signals = {each for each in ours if signal.getsignal(each) != signal.SIG_IGN}
+    signals = {no for no in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(no) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
 
 def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
     """SIGHUP is a look, any other signal the end; a thread of its own, while all others block signals."""
-    # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
-    # STOP_S, this thread ends the process.
+    # No handler: Python runs it in the main thread, which has ended.  If the watcher hangs, this one ends the process.
     while signal.sigwait(signals) == signal.SIGHUP:
         inbox.put(signal.SIGHUP)
     inbox.put(signal.SIGTERM)
@@ -5013,31 +4951,23 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
     if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
         covers.webhook = webhook.item.identity, bytes(thumb)
 
-def start_tracker(config: Config, plex: PlexServer | None, hooks: Hooks | None, inbox: Inbox, trackers: list[Tracker]
-                  ) -> Journal | None:
-    """The journal of the watch tracker, whose worker is at work; None: there is none.  trackers: gets its database."""
-    if not config.tracker_db:
-        return None
-    trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
-    tracker.plex = plex
-    journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
-    if hooks:
-        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
-    start("worker", inbox, worker.run, journal.written)
-    return journal
-
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
-    systemd, board, covers, trackers = Systemd(os.environ), Board(), Covers(plex), list[Tracker]()
+    systemd, board, covers, trackers, journal = Systemd(os.environ), Board(), Covers(plex), list[Tracker](), None
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
-    journal = start_tracker(config, plex, hooks, inbox, trackers)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    look = functools.partial(glance, journal.tracker, journal) if journal else None
-    pages = Pages(board, covers, look, bool(gate.secret), own)
-    if journal:
-        TrackerPages(pages, journal.tracker, journal.written)
+    pages = Pages(board, covers, None, bool(gate.secret), own)
+    if config.tracker_db:
+        trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
+        tracker.plex = plex
+        journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
+        if hooks:
+            worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
+        start("worker", inbox, worker.run, journal.written)
+        pages.glance = functools.partial(glance, tracker, journal)
+        TrackerPages(pages, tracker, journal.written)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")
@@ -5065,12 +4995,10 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
 
 def outlive_main(work: Callable[[], None]) -> None:
     """Do the daemon's work in a thread that goes on after the main thread has ended."""
-    # CPython keeps the syntax tree of a script in memory until the script ends: 10 MB of this one.  So the main thread
-    # ends when all is started.  Python then waits for this thread, as for every thread that is not a daemon thread,
-    # and the memory goes back to the system.
+    # CPython keeps the syntax tree of a script, 10 MB of this one, until the script ends.  So the main thread ends when
+    # all is started; Python then waits for this thread, as for every thread that is not a daemon thread.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
-        work()
-        return
+        return work()
     def go_on() -> None:
         try:
             threading.main_thread().join()
@@ -5082,7 +5010,7 @@ def outlive_main(work: Callable[[], None]) -> None:
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
             os._exit(1)
-    threading.Thread(target=go_on, name="watcher").start()
+    return threading.Thread(target=go_on, name="watcher").start()
 
 # -- The port: free, ours already, or another program's
 def local_url(config: Config, path: str) -> str:
@@ -5093,8 +5021,7 @@ def local_url(config: Config, path: str) -> str:
 
 def port_holder(port: int) -> str:
     """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown."""
-    # A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
-    # among a process's descriptors, that socket is a link to "socket:[INODE]".
+    # A line has the local address in hexadecimal, the state (0A: listening) and the socket's inode, as its 10th word.
     links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
@@ -5113,11 +5040,10 @@ def open_listener(config: Config) -> Listener | None:
     try:
         return Listener(host, port)
     except OSError as error:
-        if error.errno == errno.EACCES:
-            raise ConfigError(f"-webhooks-port: {port} is for root only; give one above 1023.") from error
         if error.errno != errno.EADDRINUSE:
-            raise ConfigError(f"-webhooks-host: cannot listen there ({why(error)}); "
-                              "give an address of this machine.") from error
+            raise ConfigError(
+                f"-webhooks-port: {port} is for root only; give one above 1023." if error.errno == errno.EACCES else
+                f"-webhooks-host: cannot listen there ({why(error)}); give an address of this machine.") from error
         other = ""
         with contextlib.suppress(PlexError):
             other = exchange(local_url(config, "/healthz"), {}).headers.get("Server", "")
@@ -5134,14 +5060,13 @@ def open_listener(config: Config) -> Listener | None:
 # -- run, players
 def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
-    inbox: Inbox = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file) if config.webhook_secret_file else None
     hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
     plex = server_of(config)
-    if (listener := open_listener(config)) is None:
+    if listener := open_listener(config):
+        outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, queue.SimpleQueue()))
+    else:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
-        return 0
-    outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, inbox))
     return 0
 
 def players(config: Config) -> int:
