@@ -2199,13 +2199,11 @@ def sender(address: str) -> str:
 class Gate:
     """Decides who may send: who knows the secret, and not too often from one address.  For any thread."""
 
-    def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):
-        """a_minute: webhooks from one address; 0: no limit."""
-        self.secret, self.a_minute = secret, a_minute
+    def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):      # webhooks of one sender; 0: no limit
+        self.secret, self.a_minute, self.lock = secret, a_minute, threading.Lock()
         self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
         self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
         self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
-        self.lock = threading.Lock()
 
     def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
         """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
@@ -2310,9 +2308,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Read by a BoundedReader: it holds every limit of time and size below."""
         super().setup()
-        self.opened_at = time.monotonic()
         self.rfile.close()
-        self.reader = BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
+        self.opened_at, self.reader = time.monotonic(), BoundedReader(self.connection, KEEP_ALIVE_S, MAX_HEAD)
         self.rfile = LineReader(self.reader, MAX_HEAD)
 
     def handle_one_request(self) -> None:
@@ -2349,8 +2346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.ExitStack() as held:          # until the error is gone, too: its frames keep the body
             try:
                 self.admit()
-                length = self.length()
-                self.route(self.read_chunks(held) if length is None else self.read_exactly(length, held))
+                self.route(self.read_body(held))
             except WebhookError as error:
                 self.refuse(error)
 
@@ -2464,16 +2460,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reader.deadline = time.monotonic() + LARGE_S
         return self.rfile.readinto(memoryview(body)[start:stop]) == stop - start
 
-    def read_exactly(self, length: int, held: contextlib.ExitStack) -> Body:
-        """A body of so many bytes."""
-        # A large one has pages of its own: malloc would keep 2 MB for each thread.
-        body = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
-        if not self.fill(body, 0, length, held):
-            raise WebhookError(400, "The body is shorter than its Content-Length.")
-        return body
-
-    def read_chunks(self, held: contextlib.ExitStack) -> Body:
-        """A body with Transfer-Encoding: chunked (RFC 9112, 7.1) of at most MAX_BODY; its trailers are ignored."""
+    def read_body(self, held: contextlib.ExitStack) -> Body:
+        """The whole body; what trailers follow one in chunks (RFC 9112, 7.1) is ignored.  Raises WebhookError."""
+        if (length := self.length()) is not None:
+            # A large one has pages of its own: malloc would keep 2 MB for each thread.
+            whole = mmap.mmap(-1, length) if length > LARGE_BODY else bytearray(length)
+            if not self.fill(whole, 0, length, held):
+                raise WebhookError(400, "The body is shorter than its Content-Length.")
+            return whole
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while True:
             size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
@@ -2507,10 +2501,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = next(events)                    # raises WebhookError 503 before anything is sent
             with self.server.changing():
                 self.server.serving[self.connection] = "events"      # nobody's: MAX_STREAMS is limit enough
-        if events or time.monotonic() - self.opened_at > self.server.patience_s(self.connection):
-            self.close_connection = True
-        self.send_response(answer.status)
-        headers = {} if events else {"Content-Length": str(len(content))}
+        age_s = time.monotonic() - self.opened_at
+        self.close_connection |= bool(events) or age_s > self.server.patience_s(self.connection)
+        self.send_response_only(answer.status)
+        headers = {"Server": USER_AGENT, "Date": self.date_time_string()}     # a second start knows the first by Server
+        headers |= {} if events else {"Content-Length": str(len(content))}
         headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
@@ -2534,10 +2529,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
         super().finish()
 
-    def version_string(self) -> str:
-        """The Server header; a second start of ours recognises the first by it."""
-        return USER_AGENT
-
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the Watcher logs what became of a webhook."""
 
@@ -2556,10 +2547,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """host "": all addresses, of IPv6 too if the machine has it.  port 0: any free one.  Raises OSError."""
         self.serving: dict[Any, str] = {}                # each connection that has a thread -> its sender
         self.parked: dict[Any, tuple[str, Any]] = {}     # that waits for one, the oldest first -> sender, address
-        self.lock = threading.Lock()                     # for both; see changing()
+        self.lock, self.closing = threading.Lock(), threading.Event()      # lock: for both; see changing()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
-        self.closing = threading.Event()
         host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
         super().__init__(address, Handler)
@@ -2640,8 +2630,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, (OSError, MemoryError)):
+        if (error := sys.exc_info()[1]) and not isinstance(error, (OSError, MemoryError)):
             self.tell(error)
 
 # -- secret: a new webhook secret, and the URL to paste
@@ -2724,19 +2713,17 @@ NOT_FOR_HOOKS = {b"NOTIFY_SOCKET", b"WATCHDOG_PID", b"WATCHDOG_USEC", b"CREDENTI
 def hook_command(words: str) -> list[str]:
     """The whole path and the arguments of -on-event; raises ConfigError."""
     try:
-        arguments = shlex.split(words)
+        program, *arguments = shlex.split(words) or [""]
     except ValueError as error:
         raise ConfigError("-on-event: the command has a quote without its end; put both or none.") from error
-    path = shutil.which(arguments[0]) if arguments else None
-    if path is None:
-        raise ConfigError(f"-on-event: {shown_path(arguments[0]) if arguments else 'the command'} is missing or "
+    if not (path := shutil.which(program)):
+        raise ConfigError(f"-on-event: {shown_path(program) if words.strip() else 'the command'} is missing or "
                           "not executable; give its whole path, and chmod +x it.")
-    return [os.path.abspath(path), *arguments[1:]]
+    return [os.path.abspath(path), *arguments]
 
 def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
     """Start a command in a process group of its own, with our environment and this one; -> its process id."""
-    # output: a descriptor.  posix_spawn is quick; and it unblocks the signals that we block in all our threads, which a
-    # child would inherit.  Raises OSError.
+    # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
     ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
     given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     return os.posix_spawn(
@@ -2776,10 +2763,9 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: 
         return None if grace_s else code if code >= 0 else 128 - code, output
 
 class Hooks:
-    """Runs the -on-event command, one event at a time, in a thread of its own."""
+    """Runs the -on-event command, one event at a time, in a thread of its own.  level: of the line that says it ran."""
 
     def __init__(self, command: Sequence[str], active_timeout_s: float, level: int = logging.DEBUG):
-        """level: of the line that says that the command ran."""
         self.command, self.active_timeout_s, self.level = command, active_timeout_s, level
         self.inbox: queue.SimpleQueue[Change | dict[str, str]] = queue.SimpleQueue()      # or what tells of `watched`
         self.amplifier, self.latest, self.waiting = Amplifier(), dict[str, str](), Waiting()
@@ -4928,8 +4914,7 @@ class TrackerPages:
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
-# Threads: "signals" waits for signals, which all other threads block, and puts them into the inbox.  The
-#   others are those of the chapters above.  A bug in any of them ends the process, with its traceback.
+# Threads: "signals" waits for signals, which all others block.  A bug in any thread ends the process, with a traceback.
 # Needs: Ground
 # Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
 #   server_of, watch_stream, origin
@@ -4954,19 +4939,18 @@ def check_complete(config: Config) -> None:
 
 def session_fields(session: Session, configured: bool) -> dict[str, object]:
     """A Session as `players -json` prints it, with the log's and Plex's words."""
-    item = session.item
     return {"machine_id": session.machine_identifier, "player": session.player_title, "product": session.product,
-            "platform": session.platform, "user": session.user, "state": session.state, "type": item.type,
-            "title": item.title, "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
-            "configured": configured}
+            "platform": session.platform, "user": session.user, "state": session.state, "type": session.item.type,
+            "title": session.item.title, "grandparent_title": session.item.grandparent_title,
+            "parent_title": session.item.parent_title, "configured": configured}
 
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines; the last one is a flag to copy."""
     made = ", ".join(filter(None, (session.product, session.platform, "configured" if configured else "")))
-    lines = (f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
-             f"    {playing_sentence(session.state, session.item)}",
-             f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(printable, (
+        f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
+        f"    {playing_sentence(session.state, session.item)}",
+        f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")))
 
 # --- the world
 # -- The log
@@ -4974,10 +4958,9 @@ LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and 
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
 
 class LogFormatter(logging.Formatter):
-    """The log's lines, from the records that say() makes."""
+    """The log's lines, from the records that say() makes.  journal (systemd's): with their priority and no time."""
 
     def __init__(self, as_json: bool, journal: bool):
-        """journal: each line begins with its priority and has no time, for the systemd journal."""
         super().__init__()
         self.as_json, self.journal = as_json, journal
 
@@ -5004,8 +4987,7 @@ class LogHandler(logging.Handler):
     """Writes the log to a stream, and never blocks: on a pipe, the journal or a terminal that is held."""
     # Lines without room are dropped and counted; a thread waits for room then, and tells of them.
 
-    def __init__(self, stream: Any):
-        """Raises OSError if the stream has no descriptor."""
+    def __init__(self, stream: Any):      # raises OSError if it has no descriptor
         super().__init__()
         self.descriptor, self.encoding, self.room = stream.fileno(), stream.encoding, select.poll()
         self.dropped, self.torn = 0, b""              # torn: what ends a line that was cut off
@@ -5075,23 +5057,20 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# How long the watcher may take to end (milliseconds, unless it waits for a server).  From one question for our address
-# to the next; and the longest sleep, after which it is asked for, too.
-STOP_S, ADDRESS_S, WAKE_S = 0.3, 10.0, 60.0
-CLOSE_S = 0.5                 # for whoever writes to the tracker when the daemon ends
+# How long the watcher may take to end (milliseconds, unless it waits for a server), and then who writes to the tracker.
+# From one question for our address to the next; and the longest sleep, after which it is asked for, too.
+STOP_S, CLOSE_S, ADDRESS_S, WAKE_S = 0.3, 0.5, 10.0, 60.0
 
 def block_signals() -> set[signal.Signals]:
     """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
     # One that is ignored stays ignored: `nohup` does that with SIGHUP.
-    ours = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signals = {each for each in ours if signal.getsignal(each) != signal.SIG_IGN}
+    signals = {no for no in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(no) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
 
 def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], object]) -> NoReturn:
     """SIGHUP is a look, any other signal the end; a thread of its own, while all others block signals."""
-    # Why no handler: Python runs it in the main thread, which has ended by then.  If the watcher does not end within
-    # STOP_S, this thread ends the process.
+    # No handler: Python runs it in the main thread, which has ended.  If the watcher hangs, this one ends the process.
     while signal.sigwait(signals) == signal.SIGHUP:
         inbox.put(signal.SIGHUP)
     inbox.put(signal.SIGTERM)
@@ -5157,30 +5136,22 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
     if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
         covers.webhook = webhook.item.identity, bytes(thumb)
 
-def start_tracker(config: Config, plex: PlexServer | None, hooks: Hooks | None, inbox: Inbox, trackers: list[Tracker]
-                  ) -> Journal | None:
-    """The journal of the watch tracker, whose worker is at work; None: there is none.  trackers: gets its database."""
-    if not config.tracker_db:
-        return None
-    trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
-    journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
-    if hooks:
-        worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
-    start("worker", inbox, worker.run, journal.written)
-    return journal
-
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
-    systemd, board, covers, trackers = Systemd(os.environ), Board(), Covers(plex), list[Tracker]()
+    systemd, board, covers, trackers, journal = Systemd(os.environ), Board(), Covers(plex), list[Tracker](), None
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
-    journal = start_tracker(config, plex, hooks, inbox, trackers)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    look = functools.partial(glance, journal.tracker, journal) if journal else None
-    pages = Pages(board, covers, look, bool(gate.secret), own)
-    if journal:
-        TrackerPages(pages, journal.tracker, journal.written)
+    pages = Pages(board, covers, None, bool(gate.secret), own)
+    if config.tracker_db:
+        trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
+        journal, worker = Journal(tracker, config.accounts), Worker(config, tracker, plex)
+        if hooks:
+            worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
+        start("worker", inbox, worker.run, journal.written)
+        pages.glance = functools.partial(glance, tracker, journal)
+        TrackerPages(pages, tracker, journal.written)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")
@@ -5208,9 +5179,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
 
 def outlive_main(work: Callable[[], None]) -> None:
     """Do the daemon's work in a thread that goes on after the main thread has ended."""
-    # CPython keeps the syntax tree of a script in memory until the script ends: 10 MB of this one.  So the main thread
-    # ends when all is started.  Python then waits for this thread, as for every thread that is not a daemon thread,
-    # and the memory goes back to the system.
+    # CPython keeps the syntax tree of a script, 10 MB of this one, until the script ends.  So the main thread ends when
+    # all is started; Python then waits for this thread, as for every thread that is not a daemon thread.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
         work()
         return
@@ -5277,14 +5247,13 @@ def open_listener(config: Config) -> Listener | None:
 # -- run, players
 def run(config: Config) -> int:
     """The daemon.  If another one listens already, it says so and ends well: a cron line may start it each minute."""
-    inbox: Inbox = queue.SimpleQueue()
     secret = SecretFile("-webhook-secret-file", config.webhook_secret_file) if config.webhook_secret_file else None
     hooks = Hooks(hook_command(config.on_event), config.active_timeout_s) if config.on_event else None
     plex = server_of(config)
-    if (listener := open_listener(config)) is None:
+    if listener := open_listener(config):
+        outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, queue.SimpleQueue()))
+    else:
         say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
-        return 0
-    outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, inbox))
     return 0
 
 def players(config: Config) -> int:
