@@ -2301,7 +2301,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1                    # head and body of an answer in one packet
     disable_nagle_algorithm = True
-    requestline = command = path = ""     # until a head is read
+    requestline = command = path = cookie = ""      # until a head is read
     server: Listener
     rfile: io.BufferedReader
 
@@ -2331,10 +2331,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Parse the head; from here on the limits of the body hold."""
         try:
-            is_request = super().parse_request()
-            if is_request and isinstance(self.headers, dict):       # HTTP/0.9 has none, and some Pythons say so
-                self.headers = email.message.Message()
-            return is_request
+            return super().parse_request()
         except (ValueError, TypeError, LookupError):  # email.parser raises these on a broken Content-Type
             self.send_error(400)
             return False
@@ -2343,6 +2340,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         """Answer a request of which the head is read."""
+        if isinstance(self.headers, dict):            # HTTP/0.9 has none, and some Pythons say so
+            self.headers = email.message.Message()
         with contextlib.ExitStack() as held:          # until the error is gone, too: its frames keep the body
             try:
                 self.admit()
@@ -2357,9 +2356,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """http.server refuses a broken head or an unknown method: in plain text, and never as 5xx."""
         self.close_connection, self.request_version = True, self.protocol_version
         if code == 501:
-            self.respond()
-        else:
-            self.send(Answer(code if code < 500 else 400, b"This is not an HTTP request that we understand.\n"))
+            return self.respond()
+        return self.send(Answer(code if code < 500 else 400, b"This is not an HTTP request that we understand.\n"))
 
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
@@ -2397,10 +2395,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.check_change(body)
             return self.send(pages.forms[key](f"{self.query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
         if key in pages.paths:
-            answer = pages.paths[key](self.query, self.headers.get("Host", ""), *ids)
-            kept = {"Set-Cookie": f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"}
-            gives = self.cookie and answer.media_type.startswith("text/html")
-            return self.send(answer._replace(headers={**answer.headers, **kept}) if gives else answer)
+            return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
             gate, address = self.server.gate, self.client_address[0]
@@ -2509,6 +2504,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
+        if self.cookie and answer.media_type.startswith("text/html"):
+            headers["Set-Cookie"] = f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"
         closing = {"Connection": "close"} if self.close_connection else {}
         for name, value in {**headers, **answer.headers, **closing}.items():
             self.send_header(name, value)
@@ -2580,10 +2577,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
-            if any(who == each for each, _ in self.parked.values()):
-                return TURN_S
+            waits = any(who == each for each, _ in self.parked.values())
             scarce = len(threads) >= MAX_CONNECTIONS or threads.count(who) > MAX_OF_ONE // 2
-            return CROWDED_S if scarce else math.inf
+            return TURN_S if waits else CROWDED_S if scarce else math.inf
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection."""
@@ -4985,7 +4981,6 @@ def in_journal(environ: Mapping[str, str]) -> bool:
 
 class LogHandler(logging.Handler):
     """Writes the log to a stream, and never blocks: on a pipe, the journal or a terminal that is held."""
-    # Lines without room are dropped and counted; a thread waits for room then, and tells of them.
 
     def __init__(self, stream: Any):      # raises OSError if it has no descriptor
         super().__init__()
@@ -5206,8 +5201,7 @@ def local_url(config: Config, path: str) -> str:
 
 def port_holder(port: int) -> str:
     """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown."""
-    # A line of /proc/net/tcp has the local address in hexadecimal, the state (0A: listening) and the socket's inode;
-    # among a process's descriptors, that socket is a link to "socket:[INODE]".
+    # A line has the local address in hexadecimal, the state (0A: listening) and the socket's inode, as its 10th word.
     links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:
@@ -5226,11 +5220,10 @@ def open_listener(config: Config) -> Listener | None:
     try:
         return Listener(host, port)
     except OSError as error:
-        if error.errno == errno.EACCES:
-            raise ConfigError(f"-webhooks-port: {port} is for root only; give one above 1023.") from error
         if error.errno != errno.EADDRINUSE:
-            raise ConfigError(f"-webhooks-host: cannot listen there ({why(error)}); "
-                              "give an address of this machine.") from error
+            raise ConfigError(
+                f"-webhooks-port: {port} is for root only; give one above 1023." if error.errno == errno.EACCES else
+                f"-webhooks-host: cannot listen there ({why(error)}); give an address of this machine.") from error
         other = ""
         with contextlib.suppress(PlexError):
             other = exchange(local_url(config, "/healthz"), {}).headers.get("Server", "")
