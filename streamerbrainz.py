@@ -2323,8 +2323,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.rfile.peek(1):
                 self.reader.deadline = time.monotonic() + HEAD_S
                 super().handle_one_request()
-        except TimeoutError:
-            pass                                      # an idle connection (http.server ends a slow one)
         except (TooMuch, WebhookError) as error:      # a line alone is too long, or has a CR alone
             self.send_error(431 if isinstance(error, TooMuch) else 400)
 
@@ -2494,10 +2492,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events, content = answer.events, answer.body
         if events:
             content = next(events)                    # raises WebhookError 503 before anything is sent
+            self.close_connection = True
             with self.server.changing():
                 self.server.serving[self.connection] = "events"      # nobody's: MAX_STREAMS is limit enough
-        age_s = time.monotonic() - self.opened_at
-        self.close_connection |= bool(events) or age_s > self.server.patience_s(self.connection)
+        self.close_connection |= time.monotonic() > self.opened_at + self.server.patience_s(self.connection)
         self.send_response_only(answer.status)
         headers = {"Server": USER_AGENT, "Date": self.date_time_string()}     # a second start knows the first by Server
         headers |= {} if events else {"Content-Length": str(len(content))}
@@ -2625,7 +2623,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.serving.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke, or is too much for the memory, ends; any other exception is a bug, and ends us."""
+        """A connection that broke, was idle, or is too much for the memory, ends; all else is a bug, and ends us."""
         if (error := sys.exc_info()[1]) and not isinstance(error, (OSError, MemoryError)):
             self.tell(error)
 
@@ -5177,8 +5175,7 @@ def outlive_main(work: Callable[[], None]) -> None:
     # CPython keeps the syntax tree of a script, 10 MB of this one, until the script ends.  So the main thread ends when
     # all is started; Python then waits for this thread, as for every thread that is not a daemon thread.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
-        work()
-        return
+        return work()
     def go_on() -> None:
         try:
             threading.main_thread().join()
@@ -5190,7 +5187,7 @@ def outlive_main(work: Callable[[], None]) -> None:
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
             os._exit(1)
-    threading.Thread(target=go_on, name="watcher").start()
+    return threading.Thread(target=go_on, name="watcher").start()
 
 # -- The port: free, ours already, or another program's
 def local_url(config: Config, path: str) -> str:
