@@ -2575,7 +2575,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
-            waits = any(who == each for each, _ in self.parked.values())
+            waits = who in (each for each, _ in self.parked.values())
             scarce = len(threads) >= MAX_CONNECTIONS or threads.count(who) > MAX_OF_ONE // 2
             return TURN_S if waits else CROWDED_S if scarce else math.inf
 
@@ -2662,13 +2662,12 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
     """What a hook finds in its environment, besides ours (see spawn)."""
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
-    values = {"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
-              "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
-              "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
-              "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title,
-              "PLEX_TYPE": item.type, "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate,
-              "PLEX_BIT_DEPTH": item.bit_depth, "OLD_STATE": change.old_state, "REASON": change.reason}
-    return plain_environment(values)
+    return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
+        "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
+        "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+        "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title, "PLEX_TYPE": item.type,
+        "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth,
+        "OLD_STATE": change.old_state, "REASON": change.reason})
 
 def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
     """Variables of a hook, without those that are not given."""
