@@ -2594,7 +2594,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """For a change of the connections: then each that waits and may, gets a thread; if too many wait, one ends."""
+        """Change the connections in it: then each that may gets a thread; where too many still wait, one is closed."""
         # To start a thread takes long where many run: so not under the lock, for which all of them would wait.
         ready = []
         with self.lock:
