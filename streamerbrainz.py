@@ -2158,6 +2158,12 @@ def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
         return webhook_url(guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
+def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address to bind for a host; "" is every address, of IPv6 too if the machine has it; raises OSError."""
+    host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+    family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
+    return family, address
+
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
@@ -2432,8 +2438,7 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.lock, self.closing = threading.Lock(), threading.Event()      # lock: for both; see changing()
         self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
         self.turns = [threading.Lock() for _ in range(MAX_CONNECTIONS)]      # one large body of a sender at a time
-        host = host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        self.address_family, *_, address = find_addresses(host, port, time.monotonic() + PLEX_S)[0]
+        self.address_family, address = listening_address(host, port)
         super().__init__(address, Handler)
         self.port = int(self.server_address[1])
 
@@ -2460,6 +2465,8 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def patience_s(self, request: Any) -> float:
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
+        if not self.parked and len(self.serving) < min(MAX_CONNECTIONS, MAX_OF_ONE // 2 + 1):      # as nearly always
+            return math.inf
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
             waits = who in (each for each, _ in self.parked.values())
@@ -2577,7 +2584,7 @@ def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waitin
     # matters.  A switch stays, unless the opposite one comes: then neither is told.  What was watched stays, too.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event == "watched":
-        return [*waiting, (event, environment)][:MAX_WATCHED]
+        return [*waiting, (event, environment)] if len(waiting) < MAX_WATCHED else waiting
     if event in SWITCHES:
         return changes if len(changes) < len(waiting) else [*waiting, (event, environment)]
     return [*(each for each in waiting if each[0] in (*SWITCHES, "watched")), (event, environment)]
