@@ -2934,8 +2934,7 @@ def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
     # Legacy agents give an episode the id of its *show*, then season and episode; a short guid (tmdb://), its own id.
     if not (found := _GUID.fullmatch(guid)) or (found[1] == "imdb") != bool(found[2]):
         return None
-    value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
-    return DATABASES[found[1]], value, number(found[4]), number(found[5])
+    return DATABASES[found[1]], f"tt{found[3]:0>7}" if found[2] else int(found[3]), number(found[4]), number(found[5])
 
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
@@ -3139,8 +3138,7 @@ class Entry(NamedTuple):
     @property
     def subject(self) -> str:
         """What the show or movie is called on its server, for a mapping: by its key, else its guid, else its title."""
-        guid = self.guid_of_show
-        return f"key:{self.key}" if self.key else f"guid:{guid}" if guid else f"title:{self.name}"
+        return f"key:{self.key}" if self.key else f"guid:{own}" if (own := self.guid_of_show) else f"title:{self.name}"
 
     @property
     def show(self) -> Show:
@@ -3246,8 +3244,7 @@ def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         return None
-    first = (time_of(last) if last and last <= at else None,) if count else ()
-    return season, episode, item.title, first + (None,) * (count - 1)
+    return season, episode, item.title, (time_of(last) if last and last <= at else None, *[None] * (count - 1))[:count]
 
 def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str) -> tuple[list[int | None], list[int]]:
     """What a witness's plays add to those that are known, each with its source: plays, and dates of undated ones."""
@@ -4308,10 +4305,12 @@ IMPORT_S = 60.0               # for one page of an import: a small NAS takes sec
 # Of a library's type: what a person calls its items, their Show.type ("": episodes, for shows), and Plex's parameters.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
-# The keys of a show or movie in the JSON form of import and export, and their types; and those of plays and episodes.
+# Keys of the JSON form of import and export, and their types.  show: which show or movie in it, from 0; null: ignored.
 SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
+SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def same_show(tracker: Tracker, show: Show) -> int:
     """The id of a show of the same title and year; 0: none."""
@@ -4494,10 +4493,6 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
                 for season, episode, title, plays in plays_of(tracker, show.id)]
     more = {"episodes": episodes} if show.type == SHOW else {"watched": episodes[0]["watched"] if episodes else []}
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
-
-# The keys of a mapping and a conflict in the JSON form.  show: which of its shows and movies, from 0; null: ignored.
-SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
