@@ -3027,7 +3027,7 @@ GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
 # A title is taken if its score is higher than 0.9; as in the contract, as YEAR_ADDS.  A person is asked about at most 5
 # titles, for more would not be read; and about none whose similarity is under 0.5: they share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
-YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}     # by years_agree(), to the score
+YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}  # added to the score, by years_agree()
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 # Seasons from FIRST_YEAR on are years: no rule holds.  An anime may have one season for ever, of over EPISODES_A_YEAR.
@@ -3066,7 +3066,7 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
 
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
-    # What differs in year, country, number or word is only offered to a person; so is an unequal title of no sure year.
+    # Only offered to a person: what differs in year, country, number or word; an unequal title, unless its year fits.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
@@ -3211,7 +3211,8 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
     if entry.type not in (EPISODE, MOVIE):
         what = f"a {entry.type}" if entry.type else "an item without a type"
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not {what}")
-    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}      # 1: the server's owner
+    # The owner's id is 1 to the server; in webhooks it is the one at plex.tv.  Without -accounts only the owner counts.
+    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}
     if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
