@@ -2772,8 +2772,7 @@ def parse_guid(guid: str) -> tuple[str, Any, int | None, int | None] | None:
     # Legacy agents give an episode the id of its *show*, then season and episode; a short guid (tmdb://), its own id.
     if not (found := _GUID.fullmatch(guid)) or (found[1] == "imdb") != bool(found[2]):
         return None
-    value = f"tt{found[3]:0>7}" if found[2] else int(found[3])
-    return DATABASES[found[1]], value, number(found[4]), number(found[5])
+    return DATABASES[found[1]], f"tt{found[3]:0>7}" if found[2] else int(found[3]), number(found[4]), number(found[5])
 
 def parse_ids(guids: Iterable[str]) -> Ids:
     """The ids in these guids; if there are two of one database, the first."""
@@ -2866,7 +2865,7 @@ GUESSED = "title", "earlier"  # of Match.by: no id and no person proves it
 # A title is taken if its score is higher than 0.9; as in the contract, as YEAR_ADDS.  A person is asked about at most 5
 # titles, for more would not be read; and about none whose similarity is under 0.5: they share little but "of the".
 TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
-YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}     # by years_agree(), to the score
+YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}  # added to the score, by years_agree()
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
 # Seasons from FIRST_YEAR on are years: no rule holds.  An anime may have one season for ever, of over EPISODES_A_YEAR.
@@ -2905,7 +2904,7 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
 
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
-    # What differs in year, country, number or word is only offered to a person; so is an unequal title of no sure year.
+    # Only offered to a person: what differs in year, country, number or word; an unequal title, unless its year fits.
     title, known_title = parse_title(wanted.title), parse_title(known.title)
     countries, alike = {title.country, known_title.country}, similarity(title.normal, known_title.normal)
     if wanted.ids.contradicts(known.ids) or (len(countries) == 2 and "" not in countries) or alike < MIN_SIMILARITY:
@@ -2977,8 +2976,7 @@ class Entry(NamedTuple):
     @property
     def subject(self) -> str:
         """What the show or movie is called on its server, for a mapping: by its key, else its guid, else its title."""
-        guid = self.guid_of_show
-        return f"key:{self.key}" if self.key else f"guid:{guid}" if guid else f"title:{self.name}"
+        return f"key:{self.key}" if self.key else f"guid:{own}" if (own := self.guid_of_show) else f"title:{self.name}"
 
     @property
     def show(self) -> Show:
@@ -3051,7 +3049,8 @@ def first_outcome(webhook: Webhook, entry: Entry, accounts: str) -> Outcome | No
     if entry.type not in (EPISODE, MOVIE):
         what = f"a {entry.type}" if entry.type else "an item without a type"
         return Outcome(IGNORED, "not_supported_type", f"only episodes and movies are tracked, not {what}")
-    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}      # 1: the server's owner
+    # The owner's id is 1 to the server; in webhooks it is the one at plex.tv.  Without -accounts only the owner counts.
+    names = {webhook.account.casefold(), webhook.account_id, "1" if webhook.user else ""}
     if accounts != "*" and not (names & split_accounts(accounts) if accounts else webhook.user):
         reason = "is not in -accounts" if accounts else "is not the owner of the webhook; -accounts can add others"
         return Outcome(IGNORED, "other_account", f"{webhook.account or 'the account'} {reason}")
@@ -3085,8 +3084,7 @@ def episode_row(fields: Mapping[str, Any], at: float) -> EpisodeRow | None:
     season, episode = (0, 0) if item.type == MOVIE else (item.parent_index, item.index)
     if season is None or episode is None or max(season, episode) > MAX_NUMBER:
         return None
-    first = (time_of(last) if last and last <= at else None,) if count else ()
-    return season, episode, item.title, first + (None,) * (count - 1)
+    return season, episode, item.title, (time_of(last) if last and last <= at else None, *[None] * (count - 1))[:count]
 
 def new_plays(known: Sequence[tuple[int | None, str]], told: Plays, source: str) -> tuple[list[int | None], list[int]]:
     """What a witness's plays add to those that are known, each with its source: plays, and dates of undated ones."""
@@ -4155,10 +4153,12 @@ IMPORT_S = 60.0               # for one page of an import: a small NAS takes sec
 # Of a library's type: what a person calls its items, their Show.type ("": episodes, for shows), and Plex's parameters.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
-# The keys of a show or movie in the JSON form of import and export, and their types; and those of plays and episodes.
+# Keys of the JSON form of import and export, and their types.  show: which show or movie in it, from 0; null: ignored.
 SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id": str}
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
+SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def same_show(tracker: Tracker, show: Show) -> int:
     """The id of a show of the same title and year; 0: none."""
@@ -4342,10 +4342,6 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
                 for season, episode, title, plays in plays_of(tracker, show.id)]
     more = {"episodes": episodes} if show.type == SHOW else {"watched": episodes[0]["watched"] if episodes else []}
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
-
-# The keys of a mapping and a conflict in the JSON form.  show: which of its shows and movies, from 0; null: ignored.
-SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
