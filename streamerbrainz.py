@@ -2712,9 +2712,11 @@ class Hooks:
             say(self.level, "the -on-event command ran", event=event, output=said[:MAX_TEXT])
 
 # -- hook: try the command by hand
-HOOK_EVENTS = (PLAYING, PAUSED, STOPPED, "track_changed", *SWITCHES)
+HOOK_EVENTS = (PLAYING, PAUSED, STOPPED, "track_changed", *SWITCHES, "watched")
 SAMPLE = Item(TRACK, "101", "plex://track/5d07cdb2403c640290f4b12a", "Karma Police", "OK Computer", "Radiohead",
               duration=264000, sample_rate=44100, bit_depth=16)
+WATCHED_SAMPLE = {"PLAYER_EVENT": "watched", "NAME": "Pilot", "SHOW": "Breaking Bad", "SEASON": "1", "EPISODE": "1",
+                  "PLEX_TYPE": EPISODE, "PLEX_RATING_KEY": "62085", "TRACK_ID": "plex://episode/5d9c08f4ba2eb9001fb0a4d9"}
 
 def hook(config: Config) -> int:
     """Run the -on-event command once, with sample values, and print everything about it."""
@@ -2724,7 +2726,8 @@ def hook(config: Config) -> int:
         raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', or the @FILE that has its flag.")
     event, command = config.words[0], hook_command(config.on_event)
     before = STOPPED if event in (PLAYING, "active") else PLAYING
-    environment = hook_environment(Change(event, before, SAMPLE, 61000, "Living Room", "sample-player", "hook"), event)
+    change = Change(event, before, SAMPLE, 61000, "Living Room", "sample-player", "hook")
+    environment = WATCHED_SAMPLE if event == "watched" else hook_environment(change, event)
     values = (f"    {name}={shlex.quote(value)}" for name, value in environment.items())
     print("\n".join([shlex.join(command), *values]), flush=True)
     try:
@@ -2742,7 +2745,8 @@ def hook(config: Config) -> int:
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
 #   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
-# Needs of Player: Webhook, Scrobble, boot_s, item_guids, parse_scrobble, exchange, tls_context, PlexServer, server_of
+# Needs of Player: LibraryPage, PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of,
+#   tls_context
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
@@ -2840,6 +2844,7 @@ class Show(NamedTuple):
     own_year: bool = True         # False: the year is that of a season or an episode
     season: int | None = None     # of the episode that was watched; None: not known
     episode: int = 0              # its number in the season; 0: not known
+    episode_title: str = ""       # of that episode, as Plex or the tracker has it; "": not known
     seasons: int = 0              # the last season that the tracker has of it; 0: not known
 
 class Match(NamedTuple):
@@ -2858,6 +2863,7 @@ class Conflict(NamedTuple):
     """It is not certain which show is meant."""
     kind: str                     # multiple_matches, ambiguous, no_match
     candidates: tuple[Candidate, ...] = ()
+    lacks: bool = False           # the candidate would be meant, but does not have the episode
 
 # How much an id is trusted, in the order in which they are tried and stand in Ids; as in the contract.
 CONFIDENCE = {"tmdb_id": 1.0, "tvdb_id": 0.95, "imdb_id": 0.95}
@@ -2868,6 +2874,7 @@ TAKEN_ABOVE, MAX_CANDIDATES, MIN_SIMILARITY = 0.9, 5, 0.5
 YEAR_ADDS: Mapping[int | None, float] = {1: 0.10, 0: 0.05, -1: 0.0, None: 0.0}  # added to the score, by years_agree()
 # The numbers in a normal title: "part 1" is not "part 2", although the titles are very similar.
 _NUMBER = re.compile(r"\d+|\b(?:[ivx]+|one|two|three|four|five|six|seven|eight|nine|ten)\b")
+_PLAIN = re.compile(r"\d|\b(?:episode|chapter|part|pilot|premiere|finale|special|untitled)\b")      # an episode's title
 # Seasons from FIRST_YEAR on are years: no rule holds.  An anime may have one season for ever, of over EPISODES_A_YEAR.
 LEFT_OUT, FIRST_YEAR, EPISODES_A_YEAR = {"and", "the"}, 1900, 25     # LEFT_OUT: words that people leave out of a title
 
@@ -2902,6 +2909,12 @@ def years_agree(wanted: Show, wanted_title: Title, known: Show, known_title: Tit
         return -1
     return season_fits(age, wanted, known) if not own else 1 if abs(age) <= 1 else -1
 
+def other_episode(one: str, two: str) -> bool:
+    """Whether these titles are those of two episodes.  "Pilot", "Episode 3" and a translation do not tell."""
+    titles = [normal(one), normal(two)]
+    tell = all(len(each) > 2 and each.isascii() and not _PLAIN.search(each) for each in titles)
+    return tell and similarity(*titles) < MIN_SIMILARITY / 2
+
 def candidate(wanted: Show, known: Show) -> Candidate | None:
     """A known show as one that may be meant; None if it cannot be."""
     # Only offered to a person: what differs in year, country, number or word; an unequal title, unless its year fits.
@@ -2912,7 +2925,8 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
     words, known_words = (len({*each.normal.split()} - LEFT_OUT) for each in (title, known_title))
-    differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2])) or \
+    differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2] or other_episode(
+        wanted.episode_title, known.episode_title))) or \
         words != known_words or _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
     return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
@@ -2983,7 +2997,8 @@ class Entry(NamedTuple):
         """The show or movie, as far as the entry describes it.  The ids of an episode are not those of its show."""
         movie = self.type == MOVIE
         guids = (self.guid, *self.guids.split()) if movie else (self.show_guid, self.guid_of_show)
-        return Show(self.type, self.name, self.year, parse_ids(guids), 0, movie, self.season, self.episode or 0)
+        return Show(self.type, self.name, self.year, parse_ids(guids), 0, movie, self.season, self.episode or 0,
+                    "" if movie else self.title)
 
 class Outcome(NamedTuple):
     """What became of an entry."""
@@ -3064,7 +3079,7 @@ def conflict_reason(show: Show, conflict: Conflict) -> str:
     best = ", ".join(f"{named(each.show.title, each.show.year)} ({each.score:.2f})" for each in conflict.candidates[:3])
     said = {"no_match": f"nothing in the tracker is similar to {name}", "ambiguous": f"{name} may be {best}",
             "multiple_matches": f"{name} may be any of {best}"}
-    return f"{conflict.kind}: {said[conflict.kind]}"
+    return f"{conflict.kind}: {said[conflict.kind]}{', which lacks this episode' * conflict.lacks}"
 
 def unix_time(word: str) -> int:
     """The Unix time of a word such as 2026-11-21T20:15:00Z; raises ValueError, also for a time without a zone."""
@@ -3624,8 +3639,11 @@ class Tracker:
         alike = self.shows("id IN (SELECT id FROM (SELECT id, similarity(normal, ?) AS alike FROM show WHERE type = ?) "
                            "WHERE alike >= ? ORDER BY alike DESC LIMIT 50)", parse_title(show.title).normal, show.type,
                            MIN_SIMILARITY)
-        return choose_show(show, [each._replace(seasons=self.one(
-            "SELECT coalesce(max(season), 0) FROM episode WHERE show_id = ?", each.id)[0]) for each in alike])
+        # A title that all its episodes have is none.
+        return choose_show(show, [each._replace(episode_title=title if titles > 1 else "", seasons=seasons)
+                                  for each in alike for title, titles, seasons in self.all(
+            "SELECT max(iif(season = ? AND episode = ?, title, '')), count(DISTINCT title), coalesce(max(season), 0) "
+            "FROM episode WHERE show_id = ?", show.season, show.episode, each.id)])
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
@@ -3981,7 +3999,7 @@ class Worker:
             if self.tracker.is_another(entry, verdict.show_id):
                 return self.tracker.doubt(TAKEN_ABOVE, verdict.show_id)
             if self.tracker.episode(verdict.show_id, entry.season, entry.episode) is None:
-                return self.tracker.doubt(verdict.confidence, verdict.show_id)
+                return self.tracker.doubt(verdict.confidence, verdict.show_id)._replace(lacks=True)
         return verdict
 
     def conclude(self, entry: Entry, asked: Asked, verdict: Match | Conflict | PlexError) -> Outcome:
@@ -4149,7 +4167,8 @@ class Worker:
                     "status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
 
 # -- Commands: import
-IMPORT_S = 60.0               # for one page of an import: a small NAS takes seconds for 500 items
+KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
+IMPORT_S, MAX_IMPORTS = 60.0, 5       # for one page: a small NAS takes seconds; how often a library is begun again
 # Of a library's type: what a person calls its items, their Show.type ("": episodes, for shows), and Plex's parameters.
 LIBRARIES = {"movie": (("movies", MOVIE, "type=1&includeGuids=1"),),
              "show": (("shows", SHOW, "type=2&includeGuids=1"), ("episodes", "", "type=4"))}
@@ -4174,11 +4193,15 @@ def upsert_show(tracker: Tracker, show: Show) -> int:
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
-def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> None:
+def plural(count: int, word: str) -> str:
+    """How many of something: "1 play", "2 plays"."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, Any]) -> str:
     """Add a show or movie (its type) and the mapping from its key; or an episode (type "") whose show is mapped."""
-    # A movie and an episode bring when they were watched.  What a person chose to ignore is left out, and clips are.
+    # A movie and an episode bring when they were watched.  -> what is left out, for a person; "": it is not.
     if (item := parse_item(fields)).type == "clip":
-        return
+        return "clip such as a home video"
     key, guid, name = (item.rating_key, item.guid, item.title) if type else (
         text(fields.get("grandparentRatingKey")), "", item.grandparent_title)
     entry = Entry(0.0, IMPORT, server, "", "", type or SHOW, key, "", name, name, show_key=key, show_guid=guid)
@@ -4189,31 +4212,54 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
     if isinstance(match, Conflict):
         if type:
             tracker.add_conflict(entry, show, match)
-        return
+        return f"{KINDS[type]} without a certain match" if type else "episode without a certain show"
     if type and (match is None or match.show_id):
         match = match or Match(tracker.add_show(show), IMPORT, 1.0)
         tracker.learn_ids(match.show_id, show.ids)
         tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
-    if type != SHOW and match and match.show_id and (row := episode_row(fields, time.time())):
+    if type == SHOW or match is None:
+        return "" if type else "episode without a certain show"
+    if (row := episode_row(fields, time.time())) and match.show_id:
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
+    return "" if row else "episode without a number"
+
+def import_section(tracker: Tracker, pages: Iterable[LibraryPage], note: str, title: str,
+                   add: Callable[[Mapping[str, Any]], str]) -> collections.Counter[str] | None:
+    """Import the pages of a library; -> what was left out; None: its items moved meanwhile, so it must begin again."""
+    # Each page is a transaction that also notes how far it came: an import that was stopped continues there.
+    left, totals = collections.Counter[str](), set[int | None]()
+    for page in pages:
+        totals.add(page.total)
+        with tracker.transaction():
+            left.update(map(add, page.items))
+            tracker.take_note(note, page.end if len(totals) == 1 else 0)
+        if len(totals) > 1:
+            return None
+        total = max(page.total or 0, page.end)
+        print(f"{title}: {page.end} of {total}", file=sys.stderr, flush=True,
+              end="\r" if sys.stderr.isatty() and page.end < total else "\n")
+    return left
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
-    # Each page is a transaction that also notes how far it came: an import that was stopped continues there.  The
-    # newest items come last, so that what is added to the library meanwhile moves no page.
-    server = plex.server_id
+    # The newest items come last, so that what is added to the library meanwhile moves no page.
+    server, left = plex.server_id, collections.Counter[str]()
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
             note, path = f"import {server} {key} {name}", f"/library/sections/{key}/all?{query}&sort=addedAt:asc"
-            for page in plex.pages(path, tracker.note(note), IMPORT_S):
-                with tracker.transaction():
-                    for item in page.items:
-                        import_item(tracker, server, show_type, item)
-                    tracker.take_note(note, page.end)
-                total = max(page.total or 0, page.end)
-                print(f"{title}: {name}: {page.end} of {total}", file=sys.stderr, flush=True,
-                      end="\r" if sys.stderr.isatty() and page.end < total else "\n")
+            add, said = functools.partial(import_item, tracker, server, show_type), f"{title}: {name}"
+            for _ in range(MAX_IMPORTS):
+                found = import_section(tracker, plex.pages(path, tracker.note(note), IMPORT_S), note, said, add)
+                if found is not None:
+                    break
+            else:
+                raise PlexError("nonsense", f"{said} change all the time; import them when no scan of it runs.")
+            left.update(found)
+    for what, count in left.items():
+        noun, _, which = what.partition(" ")
+        if what:
+            print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
@@ -4307,7 +4353,6 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                       f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
-KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
 # person may choose, [[id, title, year, score], ...]: candidates, and what was searched for.
 SHOWS = """SELECT id, type, title, year, tmdb_id, tvdb_id, imdb_id, (SELECT count(DISTINCT season << 32 | episode) FROM
@@ -4350,6 +4395,7 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
         for i, value in enumerate(whole.get(name) or ()):
             fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
+            place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
             if which is not None and which >= len(ids):
                 raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
@@ -4365,9 +4411,11 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
         return 0
     places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
-    more = {name: [{key: places.get(row["show_id"]) if key == "show" else row["subject" if key == "key" else key]
-                    for key in keys} for row in tracker.all(f"SELECT * FROM {table} ORDER BY id")]
-            for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True)}
+    more: dict[str, list[dict[str, object]]] = {"mappings": [], "conflicts": []}
+    for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True):
+        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY id")):
+            row |= {"key": row["subject"], "show": places.get(row.get("show_id", 0)), "type": KINDS[row["type"]]}
+            more[name].append({key: row[key] for key in keys})
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
         print(f'{", " if i else "{"}"{name}": [')
@@ -4375,10 +4423,6 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("]")
     print("}")
     return 0
-
-def plural(count: int, word: str) -> str:
-    """How many of something: "1 play", "2 plays"."""
-    return f"{count} {word}{'s' * (count != 1)}"
 
 def tracker_shows(config: Config, tracker: Tracker) -> int:
     """Print each show and movie, the last watched first."""
@@ -4447,8 +4491,11 @@ def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]
         raise ConfigError("one is a movie, the other is not: see `tracker shows`.")
     show_id = known.id if known else 0
     if word == "new":
-        show_id = tracker.add_show(Show(row["type"], row["title"])) if is_mapping else \
-            upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0])
+        # Asked twice, it is the show that this mapping alone has made.
+        own = tracker.one("SELECT id FROM show WHERE id = ? AND title = ? AND NOT EXISTS (SELECT 1 FROM mapping WHERE "
+                          "show_id = show.id AND id <> ?)", row["show_id"], row["title"], no) if is_mapping else None
+        show_id = own[0] if own and row["by"] == "person" else tracker.add_show(Show(row["type"], row["title"])) \
+            if is_mapping else upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0])
     if show_id and not is_mapping:                    # the person says that these episodes exist
         tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
                                                   "conflict_id = ? AND season NOT NULL", no))
