@@ -3322,14 +3322,12 @@ MIGRATIONS = {1: (
     "INSERT INTO mapping SELECT NULL, server, type, subject, guid, '', show_id, iif(EXISTS (SELECT 1 FROM conflict c "
     "WHERE (c.server, c.type, c.subject) = (m.server, m.type, m.subject) AND resolution IS NOT NULL), 'person', "
     "'earlier'), confidence, NULL FROM mapping_1 m",
-    """INSERT INTO play SELECT NULL, l.show_id, e.season, e.episode, CAST(received_at AS INTEGER),
-        iif(event = 'history', 'history', 'webhook'), m.id, l.id FROM webhook_log l JOIN episode_1 e ON
-        (e.show_id, e.season, e.episode) = (l.show_id, l.season, l.episode) AND e.plays > 0 LEFT JOIN mapping m ON
-        m.server = l.server AND m.type = l.type AND m.subject = 'key:' || iif(l.type = 'movie', rating_key, show_key)
-        WHERE status = 'success'""",
-    """INSERT INTO play SELECT NULL, show_id, season, episode, watched_at, 'import', NULL, NULL FROM episode_1 e WHERE
-        watched_at NOT NULL AND NOT EXISTS (SELECT 1 FROM play p WHERE (p.show_id, p.season, p.episode, p.at) =
-        (e.show_id, e.season, e.episode, e.watched_at))""",
+    """INSERT INTO play SELECT NULL, l.show_id, season, episode, CAST(received_at AS INTEGER),
+        iif(event = 'history', 'history', 'webhook'), m.id, l.id FROM webhook_log l JOIN episode_1 USING (show_id,
+        season, episode) LEFT JOIN mapping m ON (m.server, m.type, m.subject) = (l.server, l.type, 'key:' ||
+        iif(l.type = 'movie', rating_key, show_key)) WHERE status = 'success' AND plays > 0""",
+    """INSERT INTO play SELECT NULL, *, 'import', NULL, NULL FROM (SELECT show_id, season, episode, watched_at FROM
+        episode_1 WHERE watched_at NOT NULL EXCEPT SELECT show_id, season, episode, at FROM play)""",
     f"""INSERT INTO play WITH RECURSIVE rest AS (SELECT e.show_id, e.season, e.episode, min(e.plays, {MAX_PLAYS}) -
         coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN watched w USING (show_id, season, episode) WHERE
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
@@ -3648,12 +3646,11 @@ class Tracker:
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
         # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
-        guid = entry.guid_of_show
-        return self.one("SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND "
-                        "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) "
-                        "OR :guid LIKE 'plex://%' AND guid = :guid) "
-                        "ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC",
-                        server=entry.server, type=entry.type, subject=entry.subject, guid=guid, name=entry.name)
+        return self.one("""SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND
+            (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
+            :guid LIKE 'plex://%' AND guid = :guid)
+            ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC""", server=entry.server,
+            type=entry.type, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
 
     def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
         """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
@@ -3670,18 +3667,15 @@ class Tracker:
         return self.doubt(match.confidence, found.show_id if found else 0, match.show_id) if doubted else match
 
     def is_another(self, entry: Entry, show_id: int) -> bool:
-        """Whether the server has this show already, under another guid of Plex's."""
-        # Each show has only one, so two shows of the same title on one server are two shows.
-        return entry.guid_of_show.startswith("plex://") and self.one(
-            "SELECT 1 FROM mapping WHERE show_id = ? AND server = ? AND guid LIKE 'plex://%' AND guid <> ?", show_id,
-            entry.server, entry.guid_of_show) is not None
+        """Whether the server has this show already, under another guid of Plex's: each show has only one."""
+        return entry.guid_of_show.startswith("plex://") and self.one("""SELECT 1 FROM mapping WHERE show_id = ? AND
+            server = ? AND guid LIKE 'plex://%' AND guid <> ?""", show_id, entry.server, entry.guid_of_show) is not None
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
-        self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                   "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
-                   "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
-                   entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(self.now()))
+        self.write("""INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET (guid,
+            title, show_id, by, confidence, at) = (?4, ?5, ?6, ?7, ?8, ?9)""", entry.server, entry.type, entry.subject,
+            entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(self.now()))
 
     def add_show(self, show: Show) -> int:
         """Add a show; returns its id.  A year that may be a season's is left out."""
@@ -3740,8 +3734,8 @@ class Tracker:
 
     def remap(self, mapping_id: int, show_id: int) -> int:
         """Correct which show is meant (0: ignore it); the plays by this mapping move along; -> how many."""
-        plays = self.all("SELECT play.*, title FROM play JOIN episode USING (show_id, season, episode) WHERE "
-                         "mapping_id = ? AND show_id <> ?", mapping_id, show_id)
+        plays = self.all("SELECT id, season, episode, title, at, source, entry_id FROM play JOIN episode USING "
+                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", mapping_id, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), mapping_id)
         # What was ignored is finished anew.
@@ -3749,13 +3743,12 @@ class Tracker:
                    "SELECT server, type FROM mapping WHERE id = ?1) AND (SELECT subject FROM mapping WHERE id = ?1) "
                    "IN ('key:' || iif(type = 'movie', rating_key, show_key), 'guid:' || show_guid, "
                    "'title:' || iif(type = 'movie', title, show_title))", mapping_id)
-        for play in plays:
-            self.write("DELETE FROM play WHERE id = ?", play["id"])
+        for no, season, episode, title, at, source, entry_id in plays:
+            self.write("DELETE FROM play WHERE id = ?", no)
             if show_id:
-                row = play["season"], play["episode"], play["title"], (play["at"],)
-                self.add_plays(show_id, row, play["source"], mapping_id, play["entry_id"])
+                self.add_plays(show_id, (season, episode, title, (at,)), source, mapping_id, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
-                       *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), play["entry_id"])
+                       *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), entry_id)
         return len(plays)
 
     # -- conflicts
@@ -3770,17 +3763,14 @@ class Tracker:
             subject=entry.subject, guid=entry.guid_of_show, title=show.title,
             year=show.year if show.own_year else None, candidates=candidates, **show.ids._asdict()), True
 
-    def resolve(self, conflict_id: int, show_id: int) -> int:
-        """Close a conflict: remember which show is meant (0: ignore it), and let the entries that wait be finished."""
-        # If it was answered before: what was marked then moves along; -> how many plays.
-        self.write("INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person', 1, NULL FROM "
-                   "conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid", conflict_id)
-        mapping_id, = self.one("SELECT mapping.id FROM mapping JOIN conflict USING (server, type, subject) WHERE "
-                               "conflict.id = ?", conflict_id)
+    def resolve(self, no: int, show_id: int) -> int:
+        """Close a conflict by the show that is meant (0: ignore it); -> how many plays of an earlier answer moved."""
+        mapping_id, = self.one("""INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person',
+            1, NULL FROM conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid RETURNING id""", no)
         moved = self.remap(mapping_id, show_id)
-        for show in self.shows("id = ?", conflict_id, table="conflict") if show_id else ():
+        for show in self.shows("id = ?", no, table="conflict") if show_id else ():
             self.learn_ids(show_id, show.ids)
-        self.close_conflict(conflict_id, show_id)
+        self.close_conflict(no, show_id)
         return moved
 
     def close_conflict(self, no: int, show_id: int) -> None:
@@ -3963,11 +3953,10 @@ class Worker:
             outcome = self.conclude(entry, asked, verdict)
             if outcome.action == "conflict_created" and isinstance(verdict, Conflict):
                 conflict_id, new = self.tracker.add_conflict(entry, asked.show, verdict)
-            wait_s = retry_after_s(entry.attempts) if outcome.retry else None
-            self.tracker.write(
-                "UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = nullif(?, 0), conflict_id = ?, "
-                "retry_at = ?, attempts = attempts + 1 WHERE id = ?", *outcome[:3], outcome.match and
-                outcome.match.show_id, conflict_id, None if wait_s is None else self.tracker.now() + wait_s, entry.id)
+            wait_s = retry_after_s(entry.attempts) if outcome.retry else None       # None + now is NULL: finished
+            self.tracker.write("""UPDATE webhook_log SET status = ?, action = ?, reason = ?, show_id = nullif(?, 0),
+                conflict_id = ?, retry_at = ? + ?, attempts = attempts + 1 WHERE id = ?""", *outcome[:3], outcome.match
+                and outcome.match.show_id, conflict_id, wait_s, self.tracker.now(), entry.id)
         report_outcome(entry, outcome, conflict_id if new else None)
         if self.tell and outcome.status == SUCCESS and outcome.action != "already_watched":
             self.tell(entry)
