@@ -882,9 +882,8 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
         state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
         changed_at=at if changed else player.changed_at, player_title=player_title or player.player_title,
         previous=player.previous if same or not player.item else player.item.identity)
-    change = Change(state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by,
-                    reason)
-    return player, (change,) if changed else ()
+    change = state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by, reason
+    return player, (Change(*change),) if changed else ()
 
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook, where there is no server to ask: it is believed, unless it is late."""
@@ -1738,12 +1737,11 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
-# A metric of Prometheus: name, kind, help, the names of its labels, and its samples by the labels' values (or its one).
-Family = tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]
+# Prometheus' metrics: name, kind, help, the names of the labels, and samples by the labels' values (or its one).
+Families = Iterable[tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]]
 
-def metric_families(status: Status, entries: Mapping[str, int], process: Mapping[str, float], at: float
-                    ) -> Iterator[Family]:
-    """All figures; no title, user or session is in a label.  entries: of the journal, by status."""
+def metric_families(status: Status, rows: Mapping[str, int], process: Mapping[str, float], at: float) -> Families:
+    """All figures; no title, user or session is in a label.  rows: of the tracker's journal, by status."""
     player, us, position_s = status.player, "streamerbrainz", position_ms(status.player, at) / 1000
     if player.has_server:
         up = bool(status.looks) and not player.outage
@@ -1759,11 +1757,11 @@ def metric_families(status: Status, entries: Mapping[str, int], process: Mapping
     yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
     yield (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
            ("state", "by"), status.reported)
-    yield f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), entries
+    yield f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), rows
     for name, value in process.items():
         yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), value
 
-def metric_lines(families: Iterable[Family]) -> str:
+def metric_lines(families: Families) -> str:
     """Metrics in Prometheus' text format."""
     lines = []
     for name, kind, words, labels, samples in families:
@@ -2556,11 +2554,10 @@ def hook_environment(change: Change, event: str) -> dict[str, str]:
     # The names are librespot's, so that people's scripts for it work, and some of Plex.
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
-        "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title,
-        "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms,
+        "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
+        "DURATION_MS": item.duration or 0, "POSITION_MS": change.position_ms, "OLD_STATE": change.old_state,
         "PLEX_PLAYER_ID": change.machine_identifier, "PLEX_PLAYER_TITLE": change.player_title, "PLEX_TYPE": item.type,
-        "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth,
-        "OLD_STATE": change.old_state, "REASON": change.reason})
+        "PLEX_RATING_KEY": item.rating_key, "PLEX_SAMPLE_RATE": item.sample_rate, "PLEX_BIT_DEPTH": item.bit_depth})
 
 def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
     """Variables of a hook, without those that are not given."""
@@ -2612,10 +2609,9 @@ def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -
     # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
     ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
     given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
-    return os.posix_spawn(
-        command[0], list(command), {**ours, **given}, setpgroup=0, setsigmask=(), setsigdef=(signal.SIGPIPE,),
-        file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, output, 1),
-                      (os.POSIX_SPAWN_DUP2, output, 2)])
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
+    return os.posix_spawn(command[0], list(command), {**ours, **given}, file_actions=files, setpgroup=0, setsigmask=(),
+                          setsigdef=(signal.SIGPIPE,))
 
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
     """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
@@ -3635,8 +3631,7 @@ class Tracker:
         """The show that is meant by title and year."""
         # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
         alike = self.shows("id IN (SELECT id FROM (SELECT id, similarity(normal, ?) AS alike FROM show WHERE type = ?) "
-                           "WHERE alike >= ? ORDER BY alike DESC LIMIT 50)", parse_title(show.title).normal, show.type,
-                           MIN_SIMILARITY)
+                           "WHERE alike >= ? ORDER BY 2 DESC LIMIT 50)", normal(show.title), show.type, MIN_SIMILARITY)
         # A title that all its episodes have is none.
         return choose_show(show, [each._replace(episode_title=title if titles > 1 else "", seasons=seasons)
                                   for each in alike for title, titles, seasons in self.all(
@@ -3758,10 +3753,9 @@ class Tracker:
                              entry.server, entry.type, entry.subject):
             return known["id"], False
         candidates = json.dumps([[each.show.id, round(each.score, 2)] for each in conflict.candidates])
-        return self.insert(
-            "conflict", created_at=self.now(), kind=conflict.kind, server=entry.server, type=entry.type,
-            subject=entry.subject, guid=entry.guid_of_show, title=show.title,
-            year=show.year if show.own_year else None, candidates=candidates, **show.ids._asdict()), True
+        return self.insert("conflict", created_at=self.now(), kind=conflict.kind, server=entry.server, type=entry.type,
+                           subject=entry.subject, guid=entry.guid_of_show, title=show.title, candidates=candidates,
+                           year=show.year if show.own_year else None, **show.ids._asdict()), True
 
     def resolve(self, no: int, show_id: int) -> int:
         """Close a conflict by the show that is meant (0: ignore it); -> how many plays of an earlier answer moved."""
@@ -4151,9 +4145,8 @@ class Worker:
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
-                deleted = self.tracker.write(
-                    "DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE received_at < ? AND "
-                    "status <> 'failed' AND retry_at IS NULL LIMIT ?)", before, BATCH).rowcount
+                deleted = self.tracker.write("""DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE
+                    received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", before, BATCH).rowcount
 
 # -- Commands: import
 KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
@@ -4802,10 +4795,9 @@ def session_fields(session: Session, configured: bool) -> dict[str, object]:
 def session_lines(session: Session, configured: bool) -> str:
     """A Session as `players` prints it: three short lines; the last one is a flag to copy."""
     made = ", ".join(filter(None, (session.product, session.platform, "configured" if configured else "")))
-    return "\n".join(map(printable, (
-        f"{'* ' if configured else '  '}{session.player_title or 'without a name'}{f' ({made})' if made else ''}",
-        f"    {playing_sentence(session.state, session.item)}",
-        f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")))
+    name = f"{' *'[configured]} {session.player_title or 'without a name'}{f' ({made})' if made else ''}"
+    return "\n".join(map(printable, (name, f"    {playing_sentence(session.state, session.item)}",
+                                     f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")))
 
 # --- the world
 # -- The log
