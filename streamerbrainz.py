@@ -3269,9 +3269,8 @@ SCHEMA = (
     "CREATE INDEX show_normal ON show (normal, type)",
     # The episodes of a show; a movie has one, 0x0.  unmarked_at: when a person took its marks back: until it is watched
     # anew, no library, history or import marks it.
-    """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL,
-        episode INTEGER NOT NULL, title TEXT NOT NULL, unmarked_at INTEGER,
-        PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
+    """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT
+        NULL, title TEXT NOT NULL, unmarked_at INTEGER, PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
     # Each time that one was watched.  at: NULL: not known when.  source: webhook, history, library, hand, import.
     # mapping_id: the mapping by which its show was found; entry_id: the row of webhook_log that made it; NULL: none.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
@@ -3385,13 +3384,12 @@ class Tracker:
 
     def open(self) -> None:
         """Open the file, anew if it was open; raises ConfigError if it is not one of our trackers."""
-        # mode=rw: SQLite must not make a file anew that was deleted.
         self.leave()
         if not os.path.getsize(self.path) and (file_version(self.path + "-wal") or (0, 0))[1]:
             raise self.sqlite3.DatabaseError("it is empty, but its -wal is not")      # SQLite would delete the log
-        connection = self.connection = self.sqlite3.connect(
-            f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw", uri=True, isolation_level=None,
-            check_same_thread=False, timeout=DATABASE_S)
+        path = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # SQLite must not make a deleted one anew
+        connection = self.connection = self.sqlite3.connect(path, uri=True, isolation_level=None, timeout=DATABASE_S,
+                                                            check_same_thread=False)
         connection.row_factory = self.sqlite3.Row
         connection.create_function("similarity", 2, similarity)
         connection.create_function("has_words", 2, has_words)
@@ -3412,7 +3410,7 @@ class Tracker:
             raise ConfigError(f"-tracker-db: {self.path} was made by a newer version of StreamerBrainz "
                               f"(form {version}; this one knows form {SCHEMA_VERSION}); update streamerbrainz.py.")
         connection.execute("COMMIT")
-        if version < SCHEMA_VERSION and (ours or not self.may_write):
+        if ours and version < SCHEMA_VERSION:
             self.carry_over(version)
         connection.execute("PRAGMA journal_mode = WAL")
         last, = connection.execute("SELECT coalesce(max(id), 0) FROM webhook_log").fetchone()       # this makes the log
@@ -3426,8 +3424,7 @@ class Tracker:
         if not os.path.exists(copy):
             self.backup(copy)
         with self.connection:
-            self.connection.execute("BEGIN IMMEDIATE")
-            # Another process may have done it meanwhile.
+            self.connection.execute("BEGIN IMMEDIATE")          # another process may have done it meanwhile
             for form in range(self.connection.execute("PRAGMA user_version").fetchone()[0], SCHEMA_VERSION):
                 for statement in MIGRATIONS[form]:
                     self.connection.execute(statement)
@@ -3488,12 +3485,10 @@ class Tracker:
     def guarded(self) -> Iterator[None]:
         """Have the connection alone, opened anew if there was a fault or the file was deleted or replaced."""
         with self.lock, self.faults():
-            # What is broken is tried again each REOPEN_S.  What was replaced is opened at once: only this connection
-            # may still have rows that were acknowledged.
-            replaced = not self.fault and not self.connection.in_transaction and self.inodes() != self.files
+            # What is broken waits REOPEN_S.  What was replaced does not: only we may still have its acknowledged rows.
             if self.fault and time.monotonic() < self.retry_at:
                 raise TrackerError(self.fault)
-            if self.fault or replaced:
+            if self.fault or (not self.connection.in_transaction and self.inodes() != self.files):
                 self.retry_at, self.fault = time.monotonic() + REOPEN_S, self.fault or f"{self.path} was replaced"
                 try:
                     self.open()
@@ -3641,11 +3636,10 @@ class Tracker:
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
         # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
-        return self.one("""SELECT * FROM mapping WHERE type = :type AND ((server, subject) = (:server, :subject) AND
-            (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
-            :guid LIKE 'plex://%' AND guid = :guid)
-            ORDER BY (server, subject) = (:server, :subject) DESC, by = 'person' DESC, at DESC""", server=entry.server,
-            type=entry.type, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
+        return self.one("""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
+            (own AND (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
+            :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC""", type=entry.type,
+            server=entry.server, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
 
     def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
         """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
