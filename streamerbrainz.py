@@ -3630,8 +3630,8 @@ class Tracker:
     def match_title(self, show: Show) -> Match | Conflict:
         """The show that is meant by title and year."""
         # Only shows without mapping and known ids come here: the look at every title takes 10 ms for 1,000 shows.
-        alike = self.shows("id IN (SELECT id FROM (SELECT id, similarity(normal, ?) AS s FROM show WHERE type = ?) "
-                           "WHERE s >= ? ORDER BY s DESC LIMIT 50)", normal(show.title), show.type, MIN_SIMILARITY)
+        alike = self.shows("""id IN (SELECT id FROM (SELECT id, similarity(normal, ?) AS s FROM show WHERE type = ?)
+            WHERE s >= ? ORDER BY s DESC LIMIT 50)""", parse_title(show.title).normal, show.type, MIN_SIMILARITY)
         # A title that all its episodes have is none.
         return choose_show(show, [each._replace(episode_title=title if titles > 1 else "", seasons=seasons)
                                   for each in alike for title, titles, seasons in self.all(
