@@ -3263,43 +3263,35 @@ def trakt_history(history: Iterable[tuple[Show, list[EpisodeRow]]]) -> list[dict
 
 # --- the world
 # -- The database: Tracker
-# These two numbers in the file's head tell a tracker from every other file, and from one of a newer version.
-APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 2
-# Times are Unix seconds.
-SCHEMA = (
+APPLICATION_ID, SCHEMA_VERSION = 0x5342547A, 2      # in the file's head: tell it from other files, and newer versions
+SCHEMA = (      # times are Unix seconds
     # A show (type "episode") or a movie.  normal: see parse_title().  year: the first.  NULL: not known.
     """CREATE TABLE show (id INTEGER PRIMARY KEY, type TEXT NOT NULL, title TEXT NOT NULL, normal TEXT NOT NULL,
         year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT,
         UNIQUE (type, tmdb_id), UNIQUE (type, tvdb_id), UNIQUE (type, imdb_id))""",
     "CREATE INDEX show_normal ON show (normal, type)",
-    # The episodes of a show; a movie has one, 0x0.  unmarked_at: when a person took its marks back: until it is watched
-    # anew, no library, history or import marks it.
+    # A movie has one, 0x0.  unmarked_at: when a person unmarked it: library, history, import mark only what is later.
     """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT
         NULL, title TEXT NOT NULL, unmarked_at INTEGER, PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
-    # Each time that one was watched.  at: NULL: not known when.  source: webhook, history, library, hand, import.
-    # mapping_id: the mapping by which its show was found; entry_id: the row of webhook_log that made it; NULL: none.
+    # Each viewing.  at: NULL: unknown.  source: see WEBHOOK.  mapping_id: how its show was found; entry_id: its entry.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
     "CREATE INDEX play_episode ON play (show_id, season, episode, at)", "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
-    # Which of our shows a server's show is.  subject: "key:" and its rating key there, else "guid:" or "title:".
-    # guid: its guid at that time: after a library is built anew, another show may have the key.  title: the server's.
-    # show_id: NULL: a person chose to ignore the show.  by: as in Match; person; at: when it was made (Unix s).
+    # Which of our shows a server's show is: see mapping().  subject: as in Entry.  show_id: NULL: a person ignores it.
     """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
         guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
         confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
     "CREATE INDEX mapping_show ON mapping (show_id)", "CREATE INDEX mapping_guid ON mapping (guid) WHERE guid LIKE 'plex://%'",
-    # A question to a person.  server to guid: as in mapping; title to imdb_id: as in show.
-    # candidates: JSON, [[show_id, score], ...].  resolution: a show's id, or "ignore"; NULL: it is open.
+    # A question; else as mapping and show.  candidates: [[show_id, score], ...].  resolution: a show's id, or "ignore".
     """CREATE TABLE conflict (id INTEGER PRIMARY KEY, created_at REAL NOT NULL, kind TEXT NOT NULL,
         server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL, guid TEXT NOT NULL, title TEXT NOT NULL,
         year INTEGER, tmdb_id INTEGER, tvdb_id INTEGER, imdb_id TEXT, candidates TEXT NOT NULL, resolution TEXT)""",
     "CREATE UNIQUE INDEX conflict_open ON conflict (server, type, subject) WHERE resolution IS NULL",
     "CREATE VIEW open_conflict AS SELECT * FROM conflict WHERE resolution IS NULL",
-    # The journal: its entries (see Entry), and what became of each (see Outcome).
-    # status: NULL: the worker has not begun.  retry_at: when to finish it, or to try again; NULL: it is finished.
+    # The journal: see Entry and Outcome.  status: NULL: not begun.  retry_at: when to finish or retry; NULL: finished.
     """CREATE TABLE webhook_log (id INTEGER PRIMARY KEY, received_at REAL NOT NULL, event TEXT NOT NULL,
         server TEXT NOT NULL, account_id TEXT NOT NULL, account TEXT NOT NULL,
         type TEXT, rating_key TEXT, guid TEXT, title TEXT, show_title TEXT, season INTEGER, episode INTEGER,
@@ -3309,14 +3301,12 @@ SCHEMA = (
     "CREATE INDEX webhook_log_play ON webhook_log (rating_key, received_at) WHERE rating_key IS NOT NULL",
     "CREATE INDEX webhook_log_old ON webhook_log (received_at) WHERE retry_at IS NULL AND status <> 'failed'",
     "CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL",
-    # How far an import or the reading of the history has come.
-    "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",     # how far a reading has come
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-# What carries a file of an earlier form over to the next one: form -> statements.  Of form 1, which kept for an episode
-# its first date and how often it was watched, the journal knows the dates of what webhooks and the history told.
+# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows others.
 MIGRATIONS = {1: (
-    "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found", "DROP INDEX mapping_show",
-    "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
+    "UPDATE show SET normal = normal_title(title)", "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found",
+    "DROP INDEX mapping_show", "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
     *(each for each in SCHEMA if re.search("(TABLE|INDEX|VIEW) (?!show|conflict|webhook_log|note)", each)),
     "INSERT INTO episode SELECT show_id, season, episode, title, NULL FROM episode_1",
     "INSERT INTO mapping SELECT NULL, server, type, subject, guid, '', show_id, iif(EXISTS (SELECT 1 FROM conflict c "
@@ -3332,25 +3322,20 @@ MIGRATIONS = {1: (
         coalesce(w.plays, 0) AS lack FROM episode_1 e LEFT JOIN watched w USING (show_id, season, episode) WHERE
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
         SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
-    "UPDATE show SET normal = normal_title(title)", "DROP TABLE episode_1", "DROP TABLE mapping_1",
-    "PRAGMA user_version = 2")}
+    "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
 # How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
 # are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
 # 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month; one
 # that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
-# The condition of the episodes of a show, season (None: of all) or episode.
-SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"
-# Two scrobbles of an item within five minutes are one; as in the contract.
-DUPLICATE_S = 300.0
-# What Python raises when a damaged file gives values of other types or sizes than were written, or text that is none
-# (sqlite3 raises UnicodeDecodeError even while it makes the words of its own error).
+SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"      # None: all of them
+DUPLICATE_S = 300.0           # two scrobbles of an item within it are one; as in the contract
+# What Python raises at values of a damaged file (sqlite3: UnicodeDecodeError even while it words its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 class Tracker:
-    """The watch tracker's database, for all threads of a process.  All methods raise TrackerError."""
-    # One connection for all: after its log (-wal) was replaced, SQLite opens it anew only if no other connection of the
-    # process has the old one.  Methods that write must be called within transaction().
+    """The watch tracker's database.  All methods raise TrackerError; those that write must be within transaction()."""
+    # One connection for all threads: SQLite opens a replaced log (-wal) anew only if no other has the old one open.
 
     def __init__(self, path: str, create: bool = False, write: bool = True, patient: bool = False):
         """Open the file; raises ConfigError if that is no tracker.  write: False: nobody who writes is waited for."""
@@ -3512,7 +3497,6 @@ class Tracker:
     @contextlib.contextmanager
     def transaction(self, lasting: bool = True) -> Iterator[None]:
         """Commit all that is written within it, or nothing.  lasting: wait for the disk; else the next such does so."""
-        # A file that was deleted or replaced is noticed before and after: SQLite itself would go on to write into it.
         with self.guarded():
             self.connection.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             self.connection.execute("BEGIN IMMEDIATE")
@@ -3520,7 +3504,7 @@ class Tracker:
                 ahead_s = self.set_clock()
                 yield
             self.ahead_s = ahead_s
-            if self.inodes() != self.files:
+            if self.inodes() != self.files:           # SQLite itself would go on to write into such a file
                 raise TrackerError(f"{self.path} or its -wal was deleted or replaced meanwhile; try again.")
 
     def clock_ahead_s(self) -> float:
@@ -3579,8 +3563,7 @@ class Tracker:
 
     # -- the journal
     def add_entry(self, entry: Entry, outcome: Outcome | None) -> None:
-        """Add an entry; outcome None: the worker is to finish it."""
-        # Of the many webhooks that are not media.scrobble (play, pause, ...) only a short row is kept.
+        """Add an entry; outcome None: the worker is to finish it.  Of the many but media.scrobble, a short row."""
         kept = ("received_at", "event", "server", "account_id", "account", "type", "title") \
             if outcome and outcome.action == "event_not_scrobble" else Entry._fields[:-2]      # not id, attempts
         ends = dict(zip(("status", "action", "reason"), outcome, strict=False)) if outcome else {"retry_at": 0.0}
@@ -3592,8 +3575,7 @@ class Tracker:
         return [Entry(*row) for row in rows]
 
     def is_duplicate(self, entry: Entry) -> bool:
-        """Whether the same account finished the same item within DUPLICATE_S, and that was a success."""
-        # Live TV has no rating key: so guid and title are compared, too.
+        """Whether the same account finished the same item (live TV: without key) within DUPLICATE_S, with success."""
         same = ("rating_key", "guid", "title", "show_title", "season", "episode", "server", "account", "account_id")
         return self.one(f"SELECT 1 FROM webhook_log WHERE {' AND '.join(f'{name} IS :{name}' for name in same)} AND "
                         "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND "
@@ -3667,9 +3649,10 @@ class Tracker:
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
-        self.write("""INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET (guid,
-            title, show_id, by, confidence, at) = (?4, ?5, ?6, ?7, ?8, ?9)""", entry.server, entry.type, entry.subject,
-            entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(self.now()))
+        self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                   "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
+                   "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
+                   entry.guid_of_show, entry.name, match.show_id or None, match.by, match.confidence, int(self.now()))
 
     def add_show(self, show: Show) -> int:
         """Add a show; returns its id.  A year that may be a season's is left out."""
@@ -3726,21 +3709,19 @@ class Tracker:
         self.write(f"UPDATE episode SET unmarked_at = ? WHERE {SOME}", int(self.now()), show_id, season, episode)
         return int(self.write(f"DELETE FROM play WHERE {SOME}", show_id, season, episode).rowcount)
 
-    def remap(self, mapping_id: int, show_id: int) -> int:
-        """Correct which show is meant (0: ignore it); the plays by this mapping move along; -> how many."""
+    def remap(self, no: int, show_id: int) -> int:
+        """Say which show is meant (0: ignore it): its plays move along, what was ignored is done anew; -> how many."""
         plays = self.all("SELECT id, season, episode, title, at, source, entry_id FROM play JOIN episode USING "
-                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", mapping_id, show_id)
+                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
-                   show_id or None, int(self.now()), mapping_id)
-        # What was ignored is finished anew.
-        self.write("UPDATE webhook_log SET retry_at = 0 WHERE action = 'auto_mark_disabled' AND (server, type) = ("
-                   "SELECT server, type FROM mapping WHERE id = ?1) AND (SELECT subject FROM mapping WHERE id = ?1) "
-                   "IN ('key:' || iif(type = 'movie', rating_key, show_key), 'guid:' || show_guid, "
-                   "'title:' || iif(type = 'movie', title, show_title))", mapping_id)
-        for no, season, episode, title, at, source, entry_id in plays:
-            self.write("DELETE FROM play WHERE id = ?", no)
+                   show_id or None, int(self.now()), no)
+        self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
+            action) = (m.server, m.type, 'auto_mark_disabled') AND subject IN ('key:' || iif(m.type = 'movie',
+            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))""", no)
+        for play_id, season, episode, title, at, source, entry_id in plays:
+            self.write("DELETE FROM play WHERE id = ?", play_id)
             if show_id:
-                self.add_plays(show_id, (season, episode, title, (at,)), source, mapping_id, entry_id)
+                self.add_plays(show_id, (season, episode, title, (at,)), source, no, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
                        *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), entry_id)
         return len(plays)
@@ -3780,10 +3761,9 @@ def glance(tracker: Tracker, journal: Journal | None = None) -> Glance:
             asked = tracker.all("SELECT id, title, year, kind FROM open_conflict ORDER BY id LIMIT 5")
             counts = tracker.all("SELECT coalesce(status, 'waiting'), count(*) FROM webhook_log GROUP BY 1")
             oldest, = tracker.one("SELECT min(received_at) FROM webhook_log WHERE retry_at NOT NULL AND status IS NULL")
-            return Glance(tuple((time_of(at), text(name)) for at, name in marked),
-                          tuple((no, named(text(title), year), text(kind)) for no, title, year, kind in asked),
-                          0.0 if oldest is None else tracker.now() - oldest, dict(map(tuple, counts)),
-                          refused=journal is not None and journal.fault is not None)
+            return Glance(tuple((time_of(at), text(name)) for at, name in marked), tuple(
+                (no, named(text(title), year), text(kind)) for no, title, year, kind in asked), 0.0 if oldest is None
+                else tracker.now() - oldest, dict(map(tuple, counts)), refused=bool(journal and journal.fault))
     except TrackerError as error:
         return Glance(broken=str(error))
 
@@ -3799,17 +3779,15 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
         **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
 
-# An entry on its way to the disk; its outcome (None: the worker decides); how the commit ended, for the waiting thread.
-Ticket = tuple[Entry, Outcome | None, queue.SimpleQueue[TrackerError | None]]
 
 class Journal:
     """Entries that are on the disk before their webhooks are answered."""
-    # Request threads append; the one that comes first commits for all that wait.  So a burst of webhooks
-    # waits a few times for the disk (10 to 50 ms on an SD card), not once for each webhook.
+    # The thread that comes first commits for all: a burst waits for the disk (10 to 50 ms on an SD card) a few times.
 
     def __init__(self, tracker: Tracker, accounts: str):
         self.tracker, self.accounts = tracker, accounts
-        self.waiting: collections.deque[Ticket] = collections.deque()
+        # Each an entry; its outcome (None: the worker decides); how the commit ended (empty: it has not).
+        self.waiting: collections.deque[tuple[Entry, Outcome | None, list[TrackerError | None]]] = collections.deque()
         self.written = threading.Event()              # set when there is something for the worker
         self.fault: TrackerError | None = None        # of the last commit
 
@@ -3817,19 +3795,20 @@ class Journal:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
         at, viewed_at = self.tracker.now(), webhook.scrobble.viewed_at if webhook.scrobble else 0
         entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
-        result: queue.SimpleQueue[TrackerError | None] = queue.SimpleQueue()
+        result: list[TrackerError | None] = []
         outcome = first_outcome(webhook, entry, self.accounts)
         self.waiting.append((entry, outcome, result))
         with self.tracker.turn():                     # if it does not come, the entry may be committed later
-            if result.empty():                        # else another thread has committed it meanwhile
-                self.commit([self.waiting.popleft() for _ in range(len(self.waiting))])
-        if error := result.get_nowait():
+            if not result:                            # else another thread has committed it meanwhile
+                self.commit()
+        if error := result[0]:
             raise error
         if outcome and outcome.action != "event_not_scrobble":
             report_outcome(entry, outcome)
 
-    def commit(self, tickets: Sequence[Ticket]) -> None:
+    def commit(self) -> None:
         """Write the entries of all that wait, in one transaction, and tell each waiting thread how it ended."""
+        tickets = [self.waiting.popleft() for _ in range(len(self.waiting))]
         before, self.fault = self.fault, None
         try:
             with self.tracker.transaction():
@@ -3842,17 +3821,16 @@ class Journal:
             say(logging.DEBUG if before else logging.ERROR,
                 f"webhooks are refused (503), because the tracker cannot be written: {error}")
         for _, outcome, result in tickets:
-            result.put(self.fault)
+            result.append(self.fault)
             if not (self.fault or outcome):
                 self.written.set()
 
 # -- Entries -> marks and conflicts: find_in_tmdb, Worker
 def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | None:
     """The TMDB id of a show or movie, by its id in another database; None: not found.  Raises PlexError."""
-    # The token travels in a header only.
     url = os.environ.get("STREAMERBRAINZ_TMDB_URL", "https://api.themoviedb.org")       # the variable is for tests
     reply = exchange(f"{url}/3/find/{value}?external_source={column}", {"Authorization": f"Bearer {token}"},
-                     context=tls_context(url))
+                     context=tls_context(url))        # the token travels in a header only
     if reply.status != 200:
         hint = ": put a valid token into the -tmdb-token-file" if reply.status in (401, 403) else ""
         raise PlexError("refused" if hint else "unreachable", f"TMDB answers {reply.status}{hint}.")
@@ -3861,8 +3839,7 @@ def find_in_tmdb(token: str, type: str, column: str, value: object) -> int | Non
     found = answer.get("movie_results" if type == MOVIE else "tv_results")       # there are other kinds, too
     return number(json_object(found[0]).get("id")) if isinstance(found, list) and len(found) == 1 else None
 
-# The server's history is read every hour, or a minute after the server was down.  A play younger than a minute is left
-# for the next reading: its webhook may still come.
+# The history is read hourly, or a minute after the server was down, up to a minute ago: webhooks may still come.
 HISTORY_S, HISTORY_RETRY_S, HISTORY_REST_S = 3600.0, 60.0, 60.0
 MAX_TITLE = 200               # characters of an episode's title in a list of MAX_LISTED, which must fit into memory
 TRACKER_RETRY_S = 30.0        # from a fault of the tracker (the disk is full) to the next try
@@ -3897,12 +3874,11 @@ class Worker:
                         history_at = time.monotonic() + (HISTORY_S if self.recover() else HISTORY_RETRY_S)
                         self.prune()
                     self.drain()
-                    due_at, = self.tracker.one("SELECT coalesce(min(retry_at), 1e12) FROM webhook_log WHERE retry_at "
-                                               "NOT NULL")
-                    pause_s = min(history_at - time.monotonic(), due_at - self.tracker.now())
+                    due_s, = self.tracker.one("SELECT ifnull(min(retry_at), 1e12) - ? FROM webhook_log WHERE retry_at "
+                                              "NOT NULL", self.tracker.now())
                     if fails:
                         say(logging.INFO, "the tracker works again")
-                    fails = False
+                    pause_s, fails = min(history_at - time.monotonic(), due_s), False
             except Exception as error:                # a bug of ours ends neither the log nor the hooks
                 known = isinstance(error, TrackerError) and not log.isEnabledFor(logging.DEBUG)
                 say(logging.DEBUG if fails else logging.ERROR, f"the tracker cannot work for now: {why(error)}",
@@ -3912,7 +3888,7 @@ class Worker:
     def bound_times(self, now: float) -> None:
         """Bring back what a clock that was ahead has put off for years."""
         with self.tracker.transaction(lasting=False):
-            self.tracker.write("UPDATE webhook_log SET retry_at = ?1 WHERE retry_at > ?1", now + ENTRY_RETRY_MAX_S)
+            self.tracker.write("UPDATE webhook_log SET retry_at = ? WHERE retry_at > ?", *[now + ENTRY_RETRY_MAX_S] * 2)
             self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
 
     def drain(self, again: bool = False) -> int:
@@ -3927,8 +3903,7 @@ class Worker:
 
     def finish(self, entry: Entry) -> None:
         """Find out what becomes of an entry, and write it down in one transaction."""
-        # While servers are asked, another process may write (a person resolves the conflict): so the decision is made
-        # again within the transaction, from what the servers said and what the database knows then.
+        # While servers are asked, another process may finish or resolve it, and the clock be set: it is read anew then.
         verdict: Match | Conflict | PlexError | None = None
         asked, conflict_id, new = Asked(entry.show), None, False
         try:
@@ -3936,7 +3911,6 @@ class Worker:
         except PlexError as error:
             verdict, self.down = error, error if error.fault != "nonsense" else None     # that may be only this item
         with self.tracker.transaction(lasting=False):
-            # Another process (`tracker resolve`, `tracker import`) may have finished it, and the clock been set.
             row = self.tracker.one("SELECT received_at, status NOT NULL AND retry_at IS NULL AND action NOT IN "
                                    "('conflict_created', 'episode_not_found') FROM webhook_log WHERE id = ?", entry.id)
             if row is None or row[1]:
@@ -3956,8 +3930,7 @@ class Worker:
 
     def ask(self, entry: Entry) -> Asked:
         """Ask the servers for what is needed to finish an entry; raises PlexError."""
-        # The server is asked only about a show that is not known yet for certain, and for episodes only if that of the
-        # entry is missing; TMDB only about ids that no show in the tracker has.
+        # Only: the server about a show that is not certain and about missing episodes; TMDB about ids that no show has.
         asked, row = Asked(entry.show), self.tracker.mapping(entry)
         if row and row["by"] in GUESSED:
             with contextlib.suppress(PlexError):      # what is known will do
@@ -4068,7 +4041,6 @@ class Worker:
     # -- plays without a webhook
     def recover(self) -> bool:
         """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
-        # How far the history was read is noted with the entries of each page.
         if not self.plex:
             return True
         since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
@@ -4076,7 +4048,7 @@ class Worker:
             server, accounts = self.plex.server_id, self.accounts()
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 read = [time_of(fields.get("viewedAt")) for fields in page.items]
-                with self.tracker.transaction(lasting=False):
+                with self.tracker.transaction(lasting=False):         # with its entries, how far the history was read
                     for play in filter(None, (history_entry(fields, server, accounts) for fields in page.items)):
                         if since <= play.received_at <= until and not self.tracker.knows_play(play):
                             self.tracker.add_entry(play, None)
@@ -4126,8 +4098,7 @@ class Worker:
         if self.config.accounts in ("", "*"):
             return None if self.config.accounts else {"1"}              # 1 is the owner
         assert self.plex
-        wanted = split_accounts(self.config.accounts)
-        # An id of plex.tv is known by the name that a webhook gave it.
+        wanted = split_accounts(self.config.accounts)         # an id of plex.tv has the name that a webhook gave it
         names = wanted | {row[0].casefold() for each in wanted for row in self.tracker.all(
             "SELECT account FROM webhook_log WHERE account_id = ? ORDER BY id DESC LIMIT 1", each)} - {""}
         try:
