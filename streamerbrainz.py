@@ -4804,24 +4804,17 @@ def session_lines(session: Session, configured: bool) -> str:
 LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and the journal's priorities
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
 
-class LogFormatter(logging.Formatter):
-    """The log's lines, from the records that say() makes.  journal (systemd's): with their priority and no time."""
-
-    def __init__(self, as_json: bool, journal: bool):
-        super().__init__()
-        self.as_json, self.journal = as_json, journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A record as one line."""
-        sentence, fields = record.getMessage(), getattr(record, "fields", {})
-        level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
-        if self.as_json:
-            stamp = {} if self.journal else {"time": local_time("%Y-%m-%dT%H:%M:%S%z", record.created)}
-            line = json_line({**stamp, "level": level, **({"msg": sentence} if sentence else {}), **fields})
-        else:
-            now = "" if self.journal else f"{local_time('%Y-%m-%d %H:%M:%S', record.created)} {level.upper():5} "
-            line = f"{now}{text_line(sentence, fields)}"
-        return f"<{priority}>{line}" if self.journal else line
+def log_line(as_json: bool, journal: bool, record: logging.LogRecord) -> str:
+    """A record of say() as a line of the log.  journal (systemd's): with its priority and no time."""
+    sentence, fields = record.getMessage(), getattr(record, "fields", {})
+    level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
+    if as_json:
+        stamp = {} if journal else {"time": local_time("%Y-%m-%dT%H:%M:%S%z", record.created)}
+        line = json_line({**stamp, "level": level, **({"msg": sentence} if sentence else {}), **fields})
+    else:
+        now = "" if journal else f"{local_time('%Y-%m-%d %H:%M:%S', record.created)} {level.upper():5} "
+        line = f"{now}{text_line(sentence, fields)}"
+    return f"<{priority}>{line}" if journal else line
 
 def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether stderr goes to the systemd journal, which reads a line's priority (systemd.exec(5), JOURNAL_STREAM)."""
@@ -4870,7 +4863,8 @@ def set_up_log(config: Config) -> None:
     handler: logging.Handler = logging.StreamHandler()
     with contextlib.suppress(OSError, AttributeError):        # stderr is a test's, or closed
         handler = LogHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(config.log_format == "json", in_journal(os.environ)))
+    handler.format = functools.partial(  # type: ignore[method-assign]
+        log_line, config.log_format == "json", in_journal(os.environ))
     log.handlers[:] = [handler]
     log.setLevel(LEVELS[config.log_level][0])
     log.propagate = False
