@@ -2576,9 +2576,8 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
     return Amplifier(playing, at + active_timeout_s if amplifier.playing and not playing else amplifier.off_at), False
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
-    """The waiting events with one more."""
-    # While a slow command runs, changes wait for it, and a new one takes the place of the others: only the newest
-    # matters.  A switch stays, unless the opposite one comes: then neither is told.  What was watched stays, too.
+    """The events that wait while a slow command runs, with one more."""
+    # Of changes only the newest matters.  A switch stays until its opposite comes: neither is told.  `watched` stays.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event == "watched":
         return [*waiting, (event, environment)] if len(waiting) < MAX_WATCHED else waiting
@@ -2629,8 +2628,7 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
-    # The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
-    # `stopping` could be read: then its whole process group was ended.
+    # The status: 128 + the signal that ended it; None: we ended its process group, after HOOK_S or for `stopping`.
     reader, writer = os.pipe()
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
@@ -2657,7 +2655,13 @@ class Hooks:
     def run(self) -> None:
         """Until end()."""
         while not self.ended:
-            self.receive(None if self.waiting else self.amplifier.off_at)
+            with contextlib.suppress(queue.Empty):
+                while True:                           # take all that came; wait for more only if no command waits
+                    off_at = self.amplifier.off_at
+                    left_s = None if off_at is None else max(0.0, off_at - time.monotonic())
+                    self.take(self.inbox.get(not self.waiting, left_s))
+            if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
+                self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
             if self.waiting:
                 with self.running:
                     self.call(*self.waiting.pop(0))
@@ -2667,16 +2671,6 @@ class Hooks:
         self.ended = True
         os.eventfd_write(self.stopping, 1)
         self.running.acquire(timeout=2 * HOOK_STOP_S)
-
-    def receive(self, until: float | None) -> None:
-        """Take the changes that came; if no command is waiting to run, wait for one of them."""
-        with contextlib.suppress(queue.Empty):
-            if not self.waiting:
-                self.take(self.inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic())))
-            while True:
-                self.take(self.inbox.get_nowait())
-        if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
-            self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
 
     def take(self, change: Change | dict[str, str]) -> None:
         """Add the events of a change, or `watched`, to those that wait."""
@@ -4688,16 +4682,15 @@ MAPPING_CARDS = f"""SELECT id, type, iif(title = '', subject, title) AS title, N
     ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, plays) AS said,
     {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 # path -> what makes its HTML, and the query for the rows
-questions_html = functools.partial(cards_html, "Which show is it?", "questions")
-mappings_html = functools.partial(cards_html, "Mappings", "mappings")
+_QUESTIONS = functools.partial(cards_html, "Which show is it?", "questions"), CARDS
+_MAPPINGS = functools.partial(cards_html, "Mappings", "mappings"), MAPPING_CARDS
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": (questions_html, CARDS), "/questions/ID": (questions_html, CARDS),
-    "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
+    "/questions": _QUESTIONS, "/questions/ID": _QUESTIONS, "/mappings": _MAPPINGS, "/mappings/ID": _MAPPINGS}
 
 # --- the world
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
@@ -5019,9 +5012,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     return watch
 
 def outlive_main(work: Callable[[], None]) -> None:
-    """Do the daemon's work in a thread that goes on after the main thread has ended."""
-    # CPython keeps the syntax tree of a script, 10 MB of this one, until the script ends.  So the main thread ends when
-    # all is started; Python then waits for this thread, as for every thread that is not a daemon thread.
+    """Do the daemon's work in a thread that goes on after the main thread has ended: Python waits for it."""
+    # For CPython keeps the syntax tree of a script, 10 MB of this one, until its main thread ends.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
         return work()
     def go_on() -> None:
@@ -5113,10 +5105,9 @@ def players(config: Config) -> int:
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
-# What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
-#   says where it got lost.  `doctor` looks at each, and says what to correct.  What it sends changes nothing.
+# What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
-# Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
+# Threads: none.  It asks the daemon, another process, over HTTP, like the server and plex.tv; it changes nothing there.
 # Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
 #   find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
@@ -5155,9 +5146,8 @@ def compare_clocks(date: str, now: float) -> Finding:
     return Finding(FAIL, f"it is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's",
                    "sudo timedatectl set-ntp true   # here and on the server")
 
-# What the server tells of itself.  For each check: which values are right, what is said of them and of others, the
-# remedy, how likely it is.  Plex sends webhooks only for an owner with Plex Pass, from a server that is signed in to
-# plex.tv, where the URLs are kept, and only if they are on in the server's settings: off is false in JSON, "0" in XML.
+# A check -> which values are right, what is said of them and of others, the remedy, how likely it is.  Plex sends
+# webhooks only for an owner with Plex Pass, from a server signed in to plex.tv, which keeps the URLs, if they are on.
 TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
     "Plex Pass": (lambda features: "webhooks" in features.split(","), "the owner's features have webhooks",
                   "the owner's features have no webhooks: none is ever sent", "get Plex Pass at "
@@ -5165,7 +5155,7 @@ TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
     "signed in": (lambda state: state == "ok", "the server is signed in to plex.tv",
                   "the server is not signed in to plex.tv ({})", "Plex Web: Settings > General > Sign in", 6),
     "webhooks switch": (lambda value: value not in ("0", "false"), "on", "webhooks are off in the server's settings",
-                        "Plex Web: Settings > Network > Webhooks: on", 8)}
+                        "Plex Web: Settings > Network > Webhooks: on", 8)}          # "0" is XML's false
 
 def verdict(check: str, value: str) -> Finding:
     """What a value of the server means for a check in TOLD.  "": it did not tell; older servers tell less."""
@@ -5419,13 +5409,12 @@ class Doctor:
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
-        differs = {
+        return [words for words, so in {
             elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
             f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
-            "the secret is another one" if given else "the secret is missing": valid and not given & valid}
-        return [words for words, so in differs.items() if so]
+            f"the secret is {'another one' if given else 'missing'}": valid and not given & valid}.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
@@ -5475,12 +5464,11 @@ def doctor(config: Config) -> int:
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
 
-_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (           # what plays in the evening, as Plex's attributes of it
-    {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
-     "duration": duration} for key, title, artist, album, duration in (
-        ("101", "Karma Police", "Radiohead", "OK Computer", "264000"),
-        ("102", "No Surprises", "Radiohead", "OK Computer", "229000"),
-        ("103", "Teardrop", "Massive Attack", "Mezzanine", "331000")))
+_KARMA_POLICE = {"type": "track", "ratingKey": "101", "title": "Karma Police", "grandparentTitle": "Radiohead",
+                 "parentTitle": "OK Computer", "duration": "264000"}      # what plays, as Plex's attributes of it
+_NO_SURPRISES = _KARMA_POLICE | {"ratingKey": "102", "title": "No Surprises", "duration": "229000"}
+_TEARDROP = _KARMA_POLICE | {"ratingKey": "103", "title": "Teardrop", "grandparentTitle": "Massive Attack",
+                             "parentTitle": "Mezzanine", "duration": "331000"}
 _PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
           "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
 # (second, what the viewer reads, state, item, the webhook that Plex sends, how often it sends it)
