@@ -187,8 +187,7 @@ class Config(NamedTuple):
 
     @property
     def webhooks_a_minute(self) -> int:
-        """How many webhooks one address may send; 0: no limit."""
-        # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
+        """How many webhooks one address may send; 0: no limit, as for those that cause a look and no more."""
         return 100 * bool(self.webhook_secret_file or self.tracker_db) if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
@@ -385,8 +384,7 @@ def file_version(file: str | int) -> tuple[int, ...] | None:
     return None
 
 def is_private(path: str, mode: int) -> bool:
-    """Whether no other user can read a file."""
-    # The credentials of systemd look readable for a group, but the folder around them is closed to others.
+    """Whether no other user can read a file.  systemd's credentials only look readable: their folder is closed."""
     return not mode & 0o077 or os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
 
 def read_regular(path: str, most: int) -> tuple[bytes, int, tuple[int, ...] | None]:
@@ -2550,8 +2548,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn)."""
-    # The names are librespot's, so that people's scripts for it work, and some of Plex.
+    """What a hook finds in its environment, besides ours (see spawn): as librespot's, so that its scripts work."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -4674,16 +4671,14 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
-CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
-    replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id =
-    resolution), resolution)) AS said FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC
-    LIMIT :most OFFSET :skip"""
-MAPPING_CARDS = f"""SELECT id, type, iif(title = '', subject, title) AS title, NULL AS year, at, 0 AS open,
-    ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, plays) AS said,
-    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 # path -> what makes its HTML, and the query for the rows
-_QUESTIONS = functools.partial(cards_html, "Which show is it?", "questions"), CARDS
-_MAPPINGS = functools.partial(cards_html, "Mappings", "mappings"), MAPPING_CARDS
+_QUESTIONS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
+    NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
+    waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
+    FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
+_MAPPINGS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
+    title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
+    confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
@@ -4890,13 +4885,11 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# How long the watcher may take to end (milliseconds, unless it waits for a server), and then who writes to the tracker.
-# From one question for our address to the next; and the longest sleep, after which it is asked for, too.
-STOP_S, CLOSE_S, ADDRESS_S, WAKE_S = 0.3, 0.5, 10.0, 60.0
+STOP_S, CLOSE_S = 0.3, 0.5    # for the watcher to end (milliseconds, unless it asks a server), then for a tracker write
+ADDRESS_S, WAKE_S = 10.0, 60.0    # between questions for our address; the longest sleep, after which it is asked for
 
 def block_signals() -> set[signal.Signals]:
-    """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
-    # One that is ignored stays ignored: `nohup` does that with SIGHUP.
+    """Block the signals for us, but not one that `nohup` ignores, in this thread and all it will start; -> those."""
     signals = {no for no in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(no) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
@@ -4913,13 +4906,12 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
 
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
     """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last."""
-    # It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
     while True:
         asked_at = time.monotonic()
         while time.monotonic() < asked_at + ADDRESS_S:
-            yield
+            yield                                     # goes on whenever the watcher does
         if (url := configured_url(config, port)) not in (said, nameless):
             news = "is known now" if said == nameless else "has changed"
             say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
@@ -4957,10 +4949,9 @@ def watched_environment(entry: Entry) -> dict[str, str]:
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there."""
-    # If a write fails, it is judged all the same.
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
-    if journal:
+    if journal:                                       # if a write fails, the webhook is judged all the same
         try:
             journal.append(webhook)
         except TrackerError as error:
@@ -5031,8 +5022,7 @@ def outlive_main(work: Callable[[], None]) -> None:
 
 # -- The port: free, ours already, or another program's
 def local_url(config: Config, path: str) -> str:
-    """The URL at which this machine reaches the listener of a daemon with these flags."""
-    # 0.0.0.0 and :: are all addresses to listen on, and none to connect to.
+    """The URL at which this machine reaches a daemon with these flags; 0.0.0.0 and :: are none to connect to."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
 
@@ -5117,10 +5107,9 @@ def players(config: Config) -> int:
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
-SERVER, ANSWER, OWNER, DAEMON = (f"not asked: {reason}" for reason in (
-    "no server is configured, or its token cannot be read", "the server does not answer",
-    "the server does not accept the token", "the daemon does not listen"))
-# Of the account's URLs.  Another host (NOT_HERE) may forward to us, as a proxy does: a webhook that ARRIVES shows it.
+SERVER, ANSWER = "no server is configured, or its token cannot be read", "the server does not answer"
+OWNER, DAEMON = "the server does not accept the token", "the daemon does not listen"
+# Of the account's URLs.  One of another host (NOT_HERE) is right if it ARRIVES: through a proxy, or into a container.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
@@ -5219,8 +5208,7 @@ def host_difference(host: str, plex_url: str) -> str:
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
 def send_to(url: str) -> str:
-    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
-    # It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
+    """What becomes of a TEST_EVENT, which changes nothing, at this URL; ARRIVES: a StreamerBrainz answers its name."""
     content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
     try:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
@@ -5282,7 +5270,7 @@ class Doctor:
         """All findings, without a secret in them."""
         for name, need, check, known_remedy in self.checks():
             try:
-                finding = check() if need in self.met else Finding(SKIP, need)
+                finding = check() if need in self.met else Finding(SKIP, f"not asked: {need}")
             except (ConfigError, TrackerError, PlexError) as error:
                 finding = Finding(FAIL, str(error), known_remedy) if known_remedy else self.failure(error)
             evidence, remedy = finding.evidence, finding.remedy if finding.status == FAIL else ""
@@ -5380,7 +5368,6 @@ class Doctor:
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
-        # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
         plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
         headers = {"Accept": "application/json", "X-Plex-Token": self.plex.current_token,
                    "X-Plex-Client-Identifier": "streamerbrainz"}
@@ -5400,17 +5387,15 @@ class Doctor:
 
     def differences(self, url: str) -> list[str]:
         """How a URL differs from one that works, each in words; first the host, which is the usual mistake."""
-        try:
+        host = None
+        with contextlib.suppress(ValueError):         # "http://[", or a port above 65535
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError:                            # "http://[", or a port above 65535
-            return [NO_URL]
         if not host or not re.fullmatch("https?://[!-~]+", url) or (shown := without_secrets(url)) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
-        return [words for words, so in {
-            elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+        return [words for words, so in {elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
             f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
@@ -5588,7 +5573,6 @@ def flag_in(word: str) -> str:
     name = re.sub("^--", "-", word).partition("=")[0]
     return name if re.fullmatch("-[a-z-]{1,30}", name) else "-..."
 
-# -- Flags and their values
 def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
     """The number in a word; raises ValueError.  or_zero: 0 turns something off."""
     # What float() and int() take, too, is none: "nan", "1e3", "-1", "1_000".
