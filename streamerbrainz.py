@@ -187,8 +187,7 @@ class Config(NamedTuple):
 
     @property
     def webhooks_a_minute(self) -> int:
-        """How many webhooks one address may send; 0: no limit."""
-        # Without a secret and without the tracker a webhook causes a look and no more: no limit needed.
+        """How many webhooks one address may send; 0: no limit, as for those that cause a look and no more."""
         return 100 * bool(self.webhook_secret_file or self.tracker_db) if self.rate_limit is None else self.rate_limit
 
 # -- Errors: by whose fault
@@ -385,8 +384,7 @@ def file_version(file: str | int) -> tuple[int, ...] | None:
     return None
 
 def is_private(path: str, mode: int) -> bool:
-    """Whether no other user can read a file."""
-    # The credentials of systemd look readable for a group, but the folder around them is closed to others.
+    """Whether no other user can read a file.  systemd's credentials only look readable: their folder is closed."""
     return not mode & 0o077 or os.path.dirname(path) == os.environ.get("CREDENTIALS_DIRECTORY")
 
 def read_regular(path: str, most: int) -> tuple[bytes, int, tuple[int, ...] | None]:
@@ -2550,8 +2548,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn)."""
-    # The names are librespot's, so that people's scripts for it work, and some of Plex.
+    """What a hook finds in its environment, besides ours (see spawn): as librespot's, so that its scripts work."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -2576,9 +2573,8 @@ def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout
     return Amplifier(playing, at + active_timeout_s if amplifier.playing and not playing else amplifier.off_at), False
 
 def enqueue(waiting: Waiting, event: str, environment: dict[str, str]) -> Waiting:
-    """The waiting events with one more."""
-    # While a slow command runs, changes wait for it, and a new one takes the place of the others: only the newest
-    # matters.  A switch stays, unless the opposite one comes: then neither is told.  What was watched stays, too.
+    """The events that wait while a slow command runs, with one more."""
+    # Of changes only the newest matters.  A switch stays until its opposite comes: neither is told.  `watched` stays.
     changes = [each for each in waiting if each[0] not in SWITCHES]
     if event == "watched":
         return [*waiting, (event, environment)] if len(waiting) < MAX_WATCHED else waiting
@@ -2629,8 +2625,7 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
     """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
-    # The status is 128 plus the signal's number if a signal ended it, and None if it took more than HOOK_S, or
-    # `stopping` could be read: then its whole process group was ended.
+    # The status: 128 + the signal that ended it; None: we ended its process group, after HOOK_S or for `stopping`.
     reader, writer = os.pipe()
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
@@ -2657,7 +2652,13 @@ class Hooks:
     def run(self) -> None:
         """Until end()."""
         while not self.ended:
-            self.receive(None if self.waiting else self.amplifier.off_at)
+            with contextlib.suppress(queue.Empty):
+                while True:                           # take all that came; wait for more only if no command waits
+                    off_at = self.amplifier.off_at
+                    left_s = None if off_at is None else max(0.0, off_at - time.monotonic())
+                    self.take(self.inbox.get(not self.waiting, left_s))
+            if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
+                self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
             if self.waiting:
                 with self.running:
                     self.call(*self.waiting.pop(0))
@@ -2667,16 +2668,6 @@ class Hooks:
         self.ended = True
         os.eventfd_write(self.stopping, 1)
         self.running.acquire(timeout=2 * HOOK_STOP_S)
-
-    def receive(self, until: float | None) -> None:
-        """Take the changes that came; if no command is waiting to run, wait for one of them."""
-        with contextlib.suppress(queue.Empty):
-            if not self.waiting:
-                self.take(self.inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic())))
-            while True:
-                self.take(self.inbox.get_nowait())
-        if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
-            self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
 
     def take(self, change: Change | dict[str, str]) -> None:
         """Add the events of a change, or `watched`, to those that wait."""
@@ -4650,24 +4641,21 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
-CARDS = f"""SELECT id, type, title, year, NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL,
-    replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id =
-    resolution), resolution)) AS said FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC
-    LIMIT :most OFFSET :skip"""
-MAPPING_CARDS = f"""SELECT id, type, iif(title = '', subject, title) AS title, NULL AS year, at, 0 AS open,
-    ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by, confidence, plays) AS said,
-    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 # path -> what makes its HTML, and the query for the rows
-questions_html = functools.partial(cards_html, "Which show is it?", "questions")
-mappings_html = functools.partial(cards_html, "Mappings", "mappings")
+_QUESTIONS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
+    NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
+    waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
+    FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
+_MAPPINGS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
+    title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
+    confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": (questions_html, CARDS), "/questions/ID": (questions_html, CARDS),
-    "/mappings": (mappings_html, MAPPING_CARDS), "/mappings/ID": (mappings_html, MAPPING_CARDS)}
+    "/questions": _QUESTIONS, "/questions/ID": _QUESTIONS, "/mappings": _MAPPINGS, "/mappings/ID": _MAPPINGS}
 
 # --- the world
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
@@ -4774,24 +4762,17 @@ def session_lines(session: Session, configured: bool) -> str:
 LEVELS = {"error": (logging.ERROR, 3), "warn": (logging.WARNING, 4),      # and the journal's priorities
           "info": (logging.INFO, 6), "debug": (logging.DEBUG, 7)}
 
-class LogFormatter(logging.Formatter):
-    """The log's lines, from the records that say() makes.  journal (systemd's): with their priority and no time."""
-
-    def __init__(self, as_json: bool, journal: bool):
-        super().__init__()
-        self.as_json, self.journal = as_json, journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A record as one line."""
-        sentence, fields = record.getMessage(), getattr(record, "fields", {})
-        level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
-        if self.as_json:
-            stamp = {} if self.journal else {"time": local_time("%Y-%m-%dT%H:%M:%S%z", record.created)}
-            line = json_line({**stamp, "level": level, **({"msg": sentence} if sentence else {}), **fields})
-        else:
-            now = "" if self.journal else f"{local_time('%Y-%m-%d %H:%M:%S', record.created)} {level.upper():5} "
-            line = f"{now}{text_line(sentence, fields)}"
-        return f"<{priority}>{line}" if self.journal else line
+def log_line(as_json: bool, journal: bool, record: logging.LogRecord) -> str:
+    """A record of say() as a line of the log.  journal (systemd's): with its priority and no time."""
+    sentence, fields = record.getMessage(), getattr(record, "fields", {})
+    level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
+    if as_json:
+        stamp = {} if journal else {"time": local_time("%Y-%m-%dT%H:%M:%S%z", record.created)}
+        line = json_line({**stamp, "level": level, **({"msg": sentence} if sentence else {}), **fields})
+    else:
+        now = "" if journal else f"{local_time('%Y-%m-%d %H:%M:%S', record.created)} {level.upper():5} "
+        line = f"{now}{text_line(sentence, fields)}"
+    return f"<{priority}>{line}" if journal else line
 
 def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether stderr goes to the systemd journal, which reads a line's priority (systemd.exec(5), JOURNAL_STREAM)."""
@@ -4840,7 +4821,8 @@ def set_up_log(config: Config) -> None:
     handler: logging.Handler = logging.StreamHandler()
     with contextlib.suppress(OSError, AttributeError):        # stderr is a test's, or closed
         handler = LogHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(config.log_format == "json", in_journal(os.environ)))
+    handler.format = functools.partial(  # type: ignore[method-assign]
+        log_line, config.log_format == "json", in_journal(os.environ))
     log.handlers[:] = [handler]
     log.setLevel(LEVELS[config.log_level][0])
     log.propagate = False
@@ -4873,13 +4855,11 @@ class Systemd:
                 self.pinged_at, self.told = now, doing
 
 # -- Signals and threads
-# How long the watcher may take to end (milliseconds, unless it waits for a server), and then who writes to the tracker.
-# From one question for our address to the next; and the longest sleep, after which it is asked for, too.
-STOP_S, CLOSE_S, ADDRESS_S, WAKE_S = 0.3, 0.5, 10.0, 60.0
+STOP_S, CLOSE_S = 0.3, 0.5    # for the watcher to end (milliseconds, unless it asks a server), then for a tracker write
+ADDRESS_S, WAKE_S = 10.0, 60.0    # between questions for our address; the longest sleep, after which it is asked for
 
 def block_signals() -> set[signal.Signals]:
-    """Block the signals that are for us, in this thread and all that it will start; -> those to wait for."""
-    # One that is ignored stays ignored: `nohup` does that with SIGHUP.
+    """Block the signals for us, but not one that `nohup` ignores, in this thread and all it will start; -> those."""
     signals = {no for no in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(no) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     return signals
@@ -4896,13 +4876,12 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
 
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
     """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last."""
-    # It goes on whenever the watcher does, and asks the kernel for the address each ADDRESS_S.
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
     say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
     while True:
         asked_at = time.monotonic()
         while time.monotonic() < asked_at + ADDRESS_S:
-            yield
+            yield                                     # goes on whenever the watcher does
         if (url := configured_url(config, port)) not in (said, nameless):
             news = "is known now" if said == nameless else "has changed"
             say(logging.INFO, f"this machine's address {news}: Plex needs this URL", webhook_url=url + query)
@@ -4940,10 +4919,9 @@ def watched_environment(entry: Entry) -> dict[str, str]:
 def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there."""
-    # If a write fails, it is judged all the same.
     if not put_message(inbox, webhook):
         raise WebhookError(503, "Too many webhooks are waiting; try again in a moment.")
-    if journal:
+    if journal:                                       # if a write fails, the webhook is judged all the same
         try:
             journal.append(webhook)
         except TrackerError as error:
@@ -4995,9 +4973,8 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     return watch
 
 def outlive_main(work: Callable[[], None]) -> None:
-    """Do the daemon's work in a thread that goes on after the main thread has ended."""
-    # CPython keeps the syntax tree of a script, 10 MB of this one, until the script ends.  So the main thread ends when
-    # all is started; Python then waits for this thread, as for every thread that is not a daemon thread.
+    """Do the daemon's work in a thread that goes on after the main thread has ended: Python waits for it."""
+    # For CPython keeps the syntax tree of a script, 10 MB of this one, until its main thread ends.
     if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
         return work()
     def go_on() -> None:
@@ -5015,8 +4992,7 @@ def outlive_main(work: Callable[[], None]) -> None:
 
 # -- The port: free, ours already, or another program's
 def local_url(config: Config, path: str) -> str:
-    """The URL at which this machine reaches the listener of a daemon with these flags."""
-    # 0.0.0.0 and :: are all addresses to listen on, and none to connect to.
+    """The URL at which this machine reaches a daemon with these flags; 0.0.0.0 and :: are none to connect to."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
 
@@ -5089,10 +5065,9 @@ def players(config: Config) -> int:
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
-# What for: a webhook passes the server's settings, the account at plex.tv, the network and our listener, and nobody
-#   says where it got lost.  `doctor` looks at each, and says what to correct.  What it sends changes nothing.
+# What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
-# Threads: none.  The daemon is another process, which doctor asks over HTTP, like the server and plex.tv.
+# Threads: none.  It asks the daemon, another process, over HTTP, like the server and plex.tv; it changes nothing there.
 # Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
 #   find_addresses, origin
 # Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
@@ -5102,10 +5077,9 @@ def players(config: Config) -> int:
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
-SERVER, ANSWER, OWNER, DAEMON = (f"not asked: {reason}" for reason in (
-    "no server is configured, or its token cannot be read", "the server does not answer",
-    "the server does not accept the token", "the daemon does not listen"))
-# Of the account's URLs.  Another host (NOT_HERE) may forward to us, as a proxy does: a webhook that ARRIVES shows it.
+SERVER, ANSWER = "no server is configured, or its token cannot be read", "the server does not answer"
+OWNER, DAEMON = "the server does not accept the token", "the daemon does not listen"
+# Of the account's URLs.  One of another host (NOT_HERE) is right if it ARRIVES: through a proxy, or into a container.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
@@ -5131,9 +5105,8 @@ def compare_clocks(date: str, now: float) -> Finding:
     return Finding(FAIL, f"it is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's",
                    "sudo timedatectl set-ntp true   # here and on the server")
 
-# What the server tells of itself.  For each check: which values are right, what is said of them and of others, the
-# remedy, how likely it is.  Plex sends webhooks only for an owner with Plex Pass, from a server that is signed in to
-# plex.tv, where the URLs are kept, and only if they are on in the server's settings: off is false in JSON, "0" in XML.
+# A check -> which values are right, what is said of them and of others, the remedy, how likely it is.  Plex sends
+# webhooks only for an owner with Plex Pass, from a server signed in to plex.tv, which keeps the URLs, if they are on.
 TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
     "Plex Pass": (lambda features: "webhooks" in features.split(","), "the owner's features have webhooks",
                   "the owner's features have no webhooks: none is ever sent", "get Plex Pass at "
@@ -5141,7 +5114,7 @@ TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
     "signed in": (lambda state: state == "ok", "the server is signed in to plex.tv",
                   "the server is not signed in to plex.tv ({})", "Plex Web: Settings > General > Sign in", 6),
     "webhooks switch": (lambda value: value not in ("0", "false"), "on", "webhooks are off in the server's settings",
-                        "Plex Web: Settings > Network > Webhooks: on", 8)}
+                        "Plex Web: Settings > Network > Webhooks: on", 8)}          # "0" is XML's false
 
 def verdict(check: str, value: str) -> Finding:
     """What a value of the server means for a check in TOLD.  "": it did not tell; older servers tell less."""
@@ -5205,8 +5178,7 @@ def host_difference(host: str, plex_url: str) -> str:
     return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
 
 def send_to(url: str) -> str:
-    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
-    # It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
+    """What becomes of a TEST_EVENT, which changes nothing, at this URL; ARRIVES: a StreamerBrainz answers its name."""
     content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
     try:
         reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
@@ -5268,7 +5240,7 @@ class Doctor:
         """All findings, without a secret in them."""
         for name, need, check, known_remedy in self.checks():
             try:
-                finding = check() if need in self.met else Finding(SKIP, need)
+                finding = check() if need in self.met else Finding(SKIP, f"not asked: {need}")
             except (ConfigError, TrackerError, PlexError) as error:
                 finding = Finding(FAIL, str(error), known_remedy) if known_remedy else self.failure(error)
             evidence, remedy = finding.evidence, finding.remedy if finding.status == FAIL else ""
@@ -5366,7 +5338,6 @@ class Doctor:
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
-        # A URL that looks wrong is right if a webhook arrives by it: through a proxy, or into a container.
         plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
         headers = {"Accept": "application/json", "X-Plex-Token": self.plex.current_token,
                    "X-Plex-Client-Identifier": "streamerbrainz"}
@@ -5386,22 +5357,19 @@ class Doctor:
 
     def differences(self, url: str) -> list[str]:
         """How a URL differs from one that works, each in words; first the host, which is the usual mistake."""
-        try:
+        host = None
+        with contextlib.suppress(ValueError):         # "http://[", or a port above 65535
             parts = urllib.parse.urlsplit(url)
             host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError:                            # "http://[", or a port above 65535
-            return [NO_URL]
         if not host or not re.fullmatch("https?://[!-~]+", url) or (shown := without_secrets(url)) == "/...":
             return [NO_URL]
         elsewhere = host_difference(host, self.config.plex_server_url)
         given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
-        differs = {
-            elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+        return [words for words, so in {elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
             "Plex does not deliver to a certificate of your own": parts.scheme != "http",
             f"the port is {port}, not {self.port}": port != self.port,
             f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
-            "the secret is another one" if given else "the secret is missing": valid and not given & valid}
-        return [words for words, so in differs.items() if so]
+            f"the secret is {'another one' if given else 'missing'}": valid and not given & valid}.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
@@ -5451,12 +5419,11 @@ def doctor(config: Config) -> int:
 # Needs of Hooks: Hooks, hook_command
 # Needs of Daemon: block_signals, serve, start
 
-_KARMA_POLICE, _NO_SURPRISES, _TEARDROP = (           # what plays in the evening, as Plex's attributes of it
-    {"type": "track", "ratingKey": key, "title": title, "grandparentTitle": artist, "parentTitle": album,
-     "duration": duration} for key, title, artist, album, duration in (
-        ("101", "Karma Police", "Radiohead", "OK Computer", "264000"),
-        ("102", "No Surprises", "Radiohead", "OK Computer", "229000"),
-        ("103", "Teardrop", "Massive Attack", "Mezzanine", "331000")))
+_KARMA_POLICE = {"type": "track", "ratingKey": "101", "title": "Karma Police", "grandparentTitle": "Radiohead",
+                 "parentTitle": "OK Computer", "duration": "264000"}      # what plays, as Plex's attributes of it
+_NO_SURPRISES = _KARMA_POLICE | {"ratingKey": "102", "title": "No Surprises", "duration": "229000"}
+_TEARDROP = _KARMA_POLICE | {"ratingKey": "103", "title": "Teardrop", "grandparentTitle": "Massive Attack",
+                             "parentTitle": "Mezzanine", "duration": "331000"}
 _PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
           "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
 # (second, what the viewer reads, state, item, the webhook that Plex sends, how often it sends it)
@@ -5576,7 +5543,6 @@ def flag_in(word: str) -> str:
     name = re.sub("^--", "-", word).partition("=")[0]
     return name if re.fullmatch("-[a-z-]{1,30}", name) else "-..."
 
-# -- Flags and their values
 def a_number(lowest: int, highest: int, or_zero: bool, is_whole: bool, word: str) -> float:
     """The number in a word; raises ValueError.  or_zero: 0 turns something off."""
     # What float() and int() take, too, is none: "nan", "1e3", "-1", "1_000".

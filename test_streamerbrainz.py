@@ -109,7 +109,7 @@ def lines():
         def emit(self, record):
             heard.append(self.format(record))
     ear = Ear()
-    ear.setFormatter(sb.LogFormatter(as_json=False, journal=True))
+    ear.format = functools.partial(sb.log_line, False, True)
     with the_log():
         sb.log.handlers[:] = [ear]
         sb.log.setLevel(sb.logging.DEBUG)
@@ -6559,7 +6559,7 @@ def test_under_systemd_each_line_has_its_priority_and_no_time():
     status_ = os.fstat(2)
     assert sb.in_journal({"JOURNAL_STREAM": f"{status_.st_dev}:{status_.st_ino}"})
     record = sb.logging.makeLogRecord({"msg": "%s", "args": ("a\nb",), "levelno": sb.logging.WARNING, "fields": {"a": "x y"}})
-    assert sb.LogFormatter(as_json=False, journal=True).format(record) == r'<4>a\nb a="x y"'
+    assert sb.log_line(as_json=False, journal=True, record=record) == r'<4>a\nb a="x y"'
 
 
 def hold(descriptor, action):
@@ -6574,7 +6574,7 @@ def test_what_nobody_reads_of_the_log_is_dropped_at_once_counted_and_told_when_i
     reader, writer = make()
     with the_log(), open(writer, "w") as stream, open(reader, "rb", buffering=0) as heard:
         handler = sb.LogHandler(stream)
-        handler.setFormatter(sb.LogFormatter(as_json=False, journal=True))
+        handler.format = functools.partial(sb.log_line, False, True)
         sb.log.handlers[:], sb.log.level, sb.log.propagate = [handler], sb.logging.INFO, False
         for turn in range(2):
             logged, begun, text = 0, time.monotonic(), b""
