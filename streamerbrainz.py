@@ -440,15 +440,13 @@ class SecretFile:
 # === Player: what Plex says -> what is true (parse_webhook, parse_sessions, advance, PlexServer, Watcher) ===
 # What for: to know what the chosen player does, and to report each change of it once, in order and never falsely.
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
-# Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
-#   it says into the inbox; "names" look names up, for whoever connects.  Only the watcher decides.
+# Threads: "watcher" owns the PlayerStates, asks, decides; "stream" reads events into its inbox; "names" look names up.
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
-# Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81 characters.  More
-# than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
-MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
+# More than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
+MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # Plex sends 3 guids, 2 parts and 10 kB of JSON
 MAX_PAYLOAD_VALUES = 20_000   # in a payload's JSON, by the characters that stand before one; Plex's have about 500
-MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
+MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # Plex sends under 100 bytes, and 81 characters
 
 class Scrobble(NamedTuple):
     """What a finished episode or movie tells besides its Item."""
@@ -1147,9 +1145,8 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
     return player, reports + news
 
 # -- Status: what the Watcher knows, for the other chapters
-# The events of Plex's documentation, as a label of the metrics; all others are "other".
 EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
-                    "admin.database.corrupted", "device.new"))
+                    "admin.database.corrupted", "device.new"))  # documented by Plex; all others are "other" in metrics
 
 class Status(NamedTuple):
     """What the Watcher knows.  Each change of it makes a new one, which any thread may read."""
@@ -1210,9 +1207,8 @@ class BoundedReader(io.RawIOBase):
 
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
 # getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
-# thread, MAX_LOOKUPS at once.  If it takes over NAME_S (the C library asks again after 5 s), we go on with the last
-# good addresses.  The names are few: they come from the flags, and doctor's from the account.
-MAX_LOOKUPS, NAME_S = 4, 1.0
+# thread.  The names are few: they come from the flags, and doctor's from the account.
+MAX_LOOKUPS, NAME_S = 4, 1.0  # at once; s until we take the last good addresses (the C library asks again after 5 s)
 KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
 _LOOKUPS = threading.Lock()                   # for who starts one
 
@@ -1276,28 +1272,6 @@ class _Connection(http.client.HTTPConnection):
 class _ConnectionTLS(http.client.HTTPSConnection, _Connection):
     """The same over TLS."""
 
-def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
-    """What went wrong on the way to a server.  The URL in it has no path and no query."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        # A Pi without a network has no clock, and begins with the day of its last stop.
-        now = local_time("%Y-%m-%d %H:%M", time.time())
-        hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
-                if cause.verify_code in (9, 10) else          # OpenSSL's: not yet valid, expired
-                "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
-        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): {hint}")
-    if isinstance(cause, TooMuch):
-        return PlexError("nonsense", f"{url} answered far more than Plex does.")
-    if isinstance(cause, TimeoutError):
-        return PlexError("unreachable", f"{url} did not answer within {timeout_s:g} s.")
-    if not isinstance(cause, OSError):
-        return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
-    if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
-        return PlexError("unreachable", f"{url} drops the connection: "
-                         "does Plex demand https (Settings > Network > Secure connections)?")
-    hint = "" if urllib.parse.urlsplit(url).port else " It has no port: Plex usually listens on 32400."
-    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
-
 def origin(url: str) -> str:
     """What messages show of a URL: scheme, host and port.  Its path may be a token in the wrong place."""
     return urllib.parse.urljoin(url, "/")[:-1]
@@ -1307,9 +1281,26 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
     """For calls of http.client and nothing else: all that they raise on foreign bytes becomes a PlexError."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError,
-            MemoryError) as error:
-        raise network_error(error, origin(url), timeout_s) from None
+    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError, MemoryError) as seen:
+        cause = seen.reason if isinstance(seen, urllib.error.URLError) else seen
+        fault, said = "unreachable", f"cannot be reached: {why(cause)}."
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            # A Pi without a network has no clock, and begins with the day of its last stop.
+            now = local_time("%Y-%m-%d %H:%M", time.time())
+            hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
+                    if cause.verify_code in (9, 10) else          # OpenSSL's: not yet valid, expired
+                    "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
+            said = f"has a certificate that does not fit ({cause.verify_message}): {hint}"
+        elif not isinstance(cause, OSError):
+            fault, said = "nonsense", ("answered far more than Plex does." if isinstance(cause, TooMuch) else
+                                       f"does not speak HTTP as Plex does ({type(cause).__name__}).")
+        elif isinstance(cause, TimeoutError):
+            said = f"did not answer within {timeout_s:g} s."
+        elif isinstance(cause, ConnectionResetError) and url.startswith("http:"):
+            said = "drops the connection: does Plex demand https (Settings > Network > Secure connections)?"
+        elif not urllib.parse.urlsplit(url).port:
+            said += " It has no port: Plex usually listens on 32400."
+        raise PlexError(fault, f"{origin(url)} {said}") from None
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
                 context: ssl.SSLContext | None) -> _Answer:
@@ -1351,9 +1342,8 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
                           "give a PEM file.") from error
 
 # -- Plex Media Server (PlexServer)
-# Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
-# that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
-MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
+MAX_LIBRARY_PAGE, PAGE_ITEMS = 2 * 2**20, 50      # bytes of a library's page, and its items: of 5 to 10 kB, seldom 40
+MAX_ITEMS, MAX_LISTED = 2_000_000, 12_000         # of all pages; of a list in memory: a soap opera has 10,000 episodes
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
 # From a stream that broke to the next try: the first time, at most (it grows by half each time), and WITHOUT_STREAM.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
@@ -1462,10 +1452,8 @@ class PlexServer:
 
 def server_of(config: Config) -> PlexServer | None:
     """The configured server; None: there is none.  Raises ConfigError."""
-    if not config.plex_server_url or not config.plex_token_file:
-        return None
     return PlexServer(config.plex_server_url, SecretFile("-plex-token-file", config.plex_token_file).first,
-                      config.plex_ca_file)
+                      config.plex_ca_file) if config.plex_server_url and config.plex_token_file else None
 
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
 # How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait,
