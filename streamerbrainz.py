@@ -1456,9 +1456,8 @@ def server_of(config: Config) -> PlexServer | None:
                       config.plex_ca_file) if config.plex_server_url and config.plex_token_file else None
 
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
-# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait,
-# for webhooks need the room: if it is left out, it comes again after 10 s.
-MAX_INBOX, MAX_NOTED = 2000, 100
+MAX_INBOX = 2000              # messages that may wait: 400 a second while a look hangs for PLEX_S
+MAX_NOTED = 100               # the same for a notification: webhooks need the room, and it comes again after 10 s
 REST_S = 0.01                 # after each wake-up: webhooks of one moment (a stop and a play, or doubles) share a look
 MAX_PLAYERS, MAX_RECENT = 50, 10      # players remembered where there is no server to ask; changes that the page shows
 
@@ -1510,10 +1509,9 @@ class Watcher:
         """tell: hears of each new Status, and of the Changes since the last one.  wake_s: the longest sleep."""
         self.config, self.inbox, self.plex, self.tell, self.wake_s = config, inbox, plex, tell, wake_s
         self.latest = config.plex_machine_id         # the player that changed last
-        self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
-        if plex:
-            self.players[self.latest] = PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
-                                                    poll_interval_s=config.poll_interval_s)
+        # By machine_identifier: the configured one, or all heard of.
+        self.players = {self.latest: PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
+                                                 poll_interval_s=config.poll_interval_s)} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
@@ -1571,10 +1569,16 @@ class Watcher:
         event = webhook.event if webhook.event in EVENTS else "other"
         self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(),
                                            webhooks=counted(self.status.webhooks, (event, "ok")))
-        chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
-        if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
-            self.meet(webhook)
-        result = "reported" if self.judge(webhook) else "a look" if self.plex and webhook.player_uuid else "nothing new"
+        chosen, key = self.config.plex_machine_id in ("", webhook.player_uuid), webhook.player_uuid
+        if not self.plex and key and webhook.event in CLAIMS and chosen:
+            player, crowded = self.players.pop(key, None), len(self.players) >= MAX_PLAYERS
+            if not player:            # a new one becomes one of ours, and its flag is said, for a newcomer to copy
+                say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
+                    f"-plex-machine-id {shlex.quote(key)}", player=webhook.player_title)
+                if crowded:           # forget the one silent longest, rather a stopped one
+                    del self.players[min(self.players, key=lambda each: self.players[each].state != STOPPED)]
+            self.players[key] = player or PlayerState(key, has_server=False)
+        result = "reported" if self.judge(webhook) else "a look" if self.plex and key else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
 
@@ -1590,16 +1594,6 @@ class Watcher:
             say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
         still = self.status.stream_missing and stream.event == "failed"
         self.status = self.status._replace(stream_open=stream.event == "opened", stream_missing=bool(missing) or still)
-
-    def meet(self, webhook: Webhook) -> None:
-        """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
-        if (player := self.players.pop(webhook.player_uuid, None)) is None:
-            if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
-                del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
-            player = PlayerState(webhook.player_uuid, has_server=False)
-            say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
-                f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
-        self.players[webhook.player_uuid] = player
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1628,9 +1622,8 @@ class Watcher:
         if isinstance(report, Change):
             say(logging.INFO, "", **change_fields(report, not self.plex, log.isEnabledFor(logging.DEBUG)))
             self.news.append(report)
-            changes = ((time.time(), report), *self.status.changes)[:MAX_RECENT]
-            reported = counted(self.status.reported, (report.state, report.by))
-            self.status = self.status._replace(changes=changes, reported=reported)
+            self.status = self.status._replace(changes=((time.time(), report), *self.status.changes)[:MAX_RECENT],
+                                               reported=counted(self.status.reported, (report.state, report.by)))
         elif isinstance(report, Outage):
             level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
             say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
