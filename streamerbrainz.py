@@ -1711,10 +1711,9 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
         lasts_s, fault = at - player.outage_at, player.outage.fault
         (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
-    if tracked.waiting_s >= UNHEALTHY_S:
-        reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player.proof.in_a_row >= PROOF_MISSES:
-        degraded.append(proof_sentence(status, at))
+    wait_s = tracked.waiting_s
+    reasons += [f"a webhook has been waiting for the tracker for {wait_s:.0f} s"] * (wait_s >= UNHEALTHY_S)
+    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -1820,16 +1819,10 @@ def layout(main: str, nonce: str, script: str, here: str | None) -> str:
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
-def clock(ms: int) -> str:
-    """A position or duration as people read it: 4:24."""
-    return f"{ms // 60000}:{ms // 1000 % 60:02}"
-
 def item_words(item: Item) -> tuple[str, str]:
     """What stands below an item's title: the artist and the album, or the show and its episode."""
-    if item.type == EPISODE:
-        season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
-        return item.grandparent_title, season
-    return (item.artist, item.parent_title) if item.type == TRACK else ("", "")
+    season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
+    return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
 def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool) -> str:
     """What plays, with its picture and its position."""
@@ -1837,41 +1830,39 @@ def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: b
         return "<h1>Nothing has played yet</h1>"
     escape, item, position = html.escape, player.item, position_ms(player, at)
     whose, of = item_words(item)
+    there, end = (f"{ms // 60000}:{ms // 1000 % 60:02}" for ms in (position, item.duration or 0))      # 4:24
     bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
            f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim><span id=position>'
-           f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
+           f"{there}</span> of {end}</p>") if item.duration else ""
     source = "data-src" if has_secret else "src"      # the script adds the secret
     cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
     where = f" on {player.player_title}" if player.player_title else ""
     return (f"{cover}<div><p class=dim>{escape(player.state)}{escape(where)}</p><h1>{escape(item.title)}</h1>"
             f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
 
-def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
-    """What was marked as watched, and which conflicts are open."""
-    marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {html.escape(name)}</li>"
-                     for when, name in tracked.marked)
-    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{html.escape(name)}</a> ({html.escape(kind)})</li>'
-                      for conflict_id, name, kind in tracked.conflicts)
-    return (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
-            (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
-
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
     # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
+    escape, seen = html.escape, tracked or Glance()
     signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
-    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {html.escape(each['words'])}</li>"
+    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {html.escape(change.state)} "
-                      f"<b>{html.escape(change.item.title)}</b> {html.escape(item_words(change.item)[0])} "
-                      f"<span class=dim>({html.escape(change.by)})</span></li>" for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
+                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
+    marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {escape(name)}</li>" for when, name in seen.marked)
+    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{escape(name)}</a> ({escape(kind)})</li>'
+                      for conflict_id, name, kind in seen.conflicts)
+    which = f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""
+    watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>{which}" if tracked else ""
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
 <h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
-<p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
+<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
-{tracker_html(tracked, local) if tracked else ''}""", nonce, SCRIPT, "" if tracked else None)
+{watched}""", nonce, SCRIPT, "" if tracked else None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
