@@ -2030,9 +2030,8 @@ def given_secrets(query: str) -> list[bytes]:
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
 
-# The name of our cookie, and for how long a browser keeps it.  Bytes of a form: ours have 20.
-COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400
-FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def cookie_of(secret: str) -> str:
     """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
@@ -2044,9 +2043,8 @@ def webhook_url(host: str, port: int) -> str:
 
 # --- the world
 MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
-# Requests a minute of one sender that lack the secret; and how late the secrets of a sender are compared that has sent
-# more: with its 16 threads it can send 16 URLs a second.
-MAX_GUESSES, GUESS_S = 30, 1.0
+MAX_GUESSES = 30              # requests a minute of one sender that lack the secret
+GUESS_S = 1.0                 # how late its secrets are compared after more: its 16 threads can send 16 URLs a second
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
@@ -2081,7 +2079,7 @@ class Gate:
             return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_TEXT]  # type: ignore[index]
         return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
-    def check(self, query: str, address: str, cookies: str = "") -> str:
+    def check(self, query: str, address: str, cookies: Iterable[str] | None = None) -> str:
         """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones."""
         # -> the cookie that proves the query's secret; "": the query has none.
         if self.secret is None:
@@ -2092,7 +2090,7 @@ class Gate:
         with self.lock:
             words = self.secret.renewed()
         told = [word for each in given_secrets(query) for word in words if hmac.compare_digest(each, word.encode())]
-        given = re.findall(rf"(?:^|;) *{COOKIE}=([0-9a-f]+)", cookies)[:MAX_PAIRS]
+        given = re.findall(rf"(?:^|;) *{COOKIE}=([0-9a-f]+)", ";".join(cookies or ()))[:MAX_PAIRS]
         known = [hmac.compare_digest(each, cookie_of(word)) for each in given for word in words]
         if not told and not any(known):
             self.count(self.guesses, address, MAX_GUESSES, "requests without the secret")
@@ -2137,14 +2135,11 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
-# Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
-LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
-# Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
-MAX_TRAILERS = 100
-DEFECTS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
-# How long an idle connection may hold its thread, as in Apache and Node; and at most, and to be closed after an answer,
-# while the threads are scarce, or others of its sender wait for one (on each connection some webhooks, not one).
-KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
+LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4      # bytes, above most thumbs; how many larger ones are in memory at once
+MAX_TRAILERS = 100            # lines after a chunked body; http.server takes as many headers
+NOT_HEADERS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
+KEEP_ALIVE_S = 5.0            # how long an idle connection may hold its thread, as in Apache and Node
+CROWDED_S, TURN_S = 1.0, 0.1  # its age when threads are scarce, or others of its sender wait: some webhooks, not one
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
 LINGER_S = 2.0                # how long a refused sender may go on sending; nginx gives 5 s
@@ -2232,8 +2227,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        cookies = ";".join(headers.get_all("Cookie", []))
-        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, cookies)
+        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, headers.get_all("Cookie"))
         self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             try:
@@ -2292,7 +2286,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def length(self) -> int | None:
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
-        if any(isinstance(defect, DEFECTS) for defect in self.headers.defects) or self.headers.get_unixfrom():
+        if any(isinstance(defect, NOT_HEADERS) for defect in self.headers.defects) or self.headers.get_unixfrom():
             raise WebhookError(400, "A line of the request's head is not a header.")
         if codings and (lengths or [coding.strip().lower() for coding in codings] != ["chunked"]):
             raise WebhookError(400, "A body is either chunked or has a Content-Length.")
@@ -2326,8 +2320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return whole
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while True:
-            size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
-            if not size:
+            if not (size := re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))):
                 raise WebhookError(400, "A chunk of the body has no size.")
             start, total = total, total + int(size[1], 16)
             if total == start:                        # the last
