@@ -438,15 +438,13 @@ class SecretFile:
 # === Player: what Plex says -> what is true (parse_webhook, parse_sessions, advance, PlexServer, Watcher) ===
 # What for: to know what the chosen player does, and to report each change of it once, in order and never falsely.
 # Way: bytes -> Webhook, Notification, Look -> advance() -> PlayerState and Changes -> tell(Status, Changes)
-# Threads: "watcher" owns the PlayerStates and asks the server; "stream" reads the server's event stream, and puts what
-#   it says into the inbox; "names" look names up, for whoever connects.  Only the watcher decides.
+# Threads: "watcher" owns the PlayerStates, asks, decides; "stream" reads events into its inbox; "names" look names up.
 
 # -- Webhook: bytes -> Webhook (parse_webhook)
-# Plex sends 3 guids, 2 parts, 10 kB of JSON, a part's header under 100 bytes and a Content-Type of 81 characters.  More
-# than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
-MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # items, items, bytes
+# More than these limits costs too much: JSON as Python objects takes 25 times its bytes; email.parser is quadratic.
+MAX_GUIDS, MAX_PARTS, MAX_PAYLOAD = 16, 16, 2**20             # Plex sends 3 guids, 2 parts and 10 kB of JSON
 MAX_PAYLOAD_VALUES = 20_000   # in a payload's JSON, by the characters that stand before one; Plex's have about 500
-MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # bytes, characters
+MAX_PART_HEADER, MAX_CONTENT_TYPE = 1024, 300                 # Plex sends under 100 bytes, and 81 characters
 
 class Scrobble(NamedTuple):
     """What a finished episode or movie tells besides its Item."""
@@ -1145,9 +1143,8 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
     return player, reports + news
 
 # -- Status: what the Watcher knows, for the other chapters
-# The events of Plex's documentation, as a label of the metrics; all others are "other".
 EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
-                    "admin.database.corrupted", "device.new"))
+                    "admin.database.corrupted", "device.new"))  # documented by Plex; all others are "other" in metrics
 
 class Status(NamedTuple):
     """What the Watcher knows.  Each change of it makes a new one, which any thread may read."""
@@ -1208,9 +1205,8 @@ class BoundedReader(io.RawIOBase):
 
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
 # getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
-# thread, MAX_LOOKUPS at once.  If it takes over NAME_S (the C library asks again after 5 s), we go on with the last
-# good addresses.  The names are few: they come from the flags, and doctor's from the account.
-MAX_LOOKUPS, NAME_S = 4, 1.0
+# thread.  The names are few: they come from the flags, and doctor's from the account.
+MAX_LOOKUPS, NAME_S = 4, 1.0  # at once; s until we take the last good addresses (the C library asks again after 5 s)
 KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
 _LOOKUPS = threading.Lock()                   # for who starts one
 
@@ -1274,28 +1270,6 @@ class _Connection(http.client.HTTPConnection):
 class _ConnectionTLS(http.client.HTTPSConnection, _Connection):
     """The same over TLS."""
 
-def network_error(error: Exception, url: str, timeout_s: float) -> PlexError:
-    """What went wrong on the way to a server.  The URL in it has no path and no query."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        # A Pi without a network has no clock, and begins with the day of its last stop.
-        now = local_time("%Y-%m-%d %H:%M", time.time())
-        hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
-                if cause.verify_code in (9, 10) else          # OpenSSL's: not yet valid, expired
-                "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
-        return PlexError("unreachable", f"{url} has a certificate that does not fit ({cause.verify_message}): {hint}")
-    if isinstance(cause, TooMuch):
-        return PlexError("nonsense", f"{url} answered far more than Plex does.")
-    if isinstance(cause, TimeoutError):
-        return PlexError("unreachable", f"{url} did not answer within {timeout_s:g} s.")
-    if not isinstance(cause, OSError):
-        return PlexError("nonsense", f"{url} does not speak HTTP as Plex does ({type(cause).__name__}).")
-    if isinstance(cause, ConnectionResetError) and url.startswith("http:"):
-        return PlexError("unreachable", f"{url} drops the connection: "
-                         "does Plex demand https (Settings > Network > Secure connections)?")
-    hint = "" if urllib.parse.urlsplit(url).port else " It has no port: Plex usually listens on 32400."
-    return PlexError("unreachable", f"{url} cannot be reached: {why(cause)}.{hint}")
-
 def origin(url: str) -> str:
     """What messages show of a URL: scheme, host and port.  Its path may be a token in the wrong place."""
     return urllib.parse.urljoin(url, "/")[:-1]
@@ -1305,9 +1279,26 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
     """For calls of http.client and nothing else: all that they raise on foreign bytes becomes a PlexError."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError,
-            MemoryError) as error:
-        raise network_error(error, origin(url), timeout_s) from None
+    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, OverflowError, MemoryError) as seen:
+        cause = seen.reason if isinstance(seen, urllib.error.URLError) else seen
+        fault, said = "unreachable", f"cannot be reached: {why(cause)}."
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            # A Pi without a network has no clock, and begins with the day of its last stop.
+            now = local_time("%Y-%m-%d %H:%M", time.time())
+            hint = (f"this machine's clock says {now}; if that is wrong, see `timedatectl`, else renew the certificate."
+                    if cause.verify_code in (9, 10) else          # OpenSSL's: not yet valid, expired
+                    "give the address in it (...plex.direct), or its CA as -plex-ca-file.")
+            said = f"has a certificate that does not fit ({cause.verify_message}): {hint}"
+        elif not isinstance(cause, OSError):
+            fault, said = "nonsense", ("answered far more than Plex does." if isinstance(cause, TooMuch) else
+                                       f"does not speak HTTP as Plex does ({type(cause).__name__}).")
+        elif isinstance(cause, TimeoutError):
+            said = f"did not answer within {timeout_s:g} s."
+        elif isinstance(cause, ConnectionResetError) and url.startswith("http:"):
+            said = "drops the connection: does Plex demand https (Settings > Network > Secure connections)?"
+        elif not urllib.parse.urlsplit(url).port:
+            said += " It has no port: Plex usually listens on 32400."
+        raise PlexError(fault, f"{origin(url)} {said}") from None
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
                 context: ssl.SSLContext | None) -> _Answer:
@@ -1349,9 +1340,8 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
                           "give a PEM file.") from error
 
 # -- Plex Media Server (PlexServer)
-# Bytes of a page of the library, its items, and the items of all pages.  An item has 5 to 10 kB, seldom 40.  Of a list
-# that is kept in memory, MAX_LISTED: a soap opera has 10,000 episodes.
-MAX_LIBRARY_PAGE, PAGE_ITEMS, MAX_ITEMS, MAX_LISTED = 2 * 2**20, 50, 2_000_000, 12_000
+MAX_LIBRARY_PAGE, PAGE_ITEMS = 2 * 2**20, 50      # bytes of a library's page, and its items: of 5 to 10 kB, seldom 40
+MAX_ITEMS, MAX_LISTED = 2_000_000, 12_000         # of all pages; of a list in memory: a soap opera has 10,000 episodes
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
 # From a stream that broke to the next try: the first time, at most (it grows by half each time), and WITHOUT_STREAM.
 STREAM_MIN_S, STREAM_MAX_S, STREAM_RARE_S = 0.25, 60.0, 600.0
@@ -1460,15 +1450,12 @@ class PlexServer:
 
 def server_of(config: Config) -> PlexServer | None:
     """The configured server; None: there is none.  Raises ConfigError."""
-    if not config.plex_server_url or not config.plex_token_file:
-        return None
     return PlexServer(config.plex_server_url, SecretFile("-plex-token-file", config.plex_token_file).first,
-                      config.plex_ca_file)
+                      config.plex_ca_file) if config.plex_server_url and config.plex_token_file else None
 
 # -- The inbox, and the Watcher: the one owner of the PlayerStates
-# How many messages may wait: 400 a second while a look hangs for PLEX_S.  A notification is added only while few wait,
-# for webhooks need the room: if it is left out, it comes again after 10 s.
-MAX_INBOX, MAX_NOTED = 2000, 100
+MAX_INBOX = 2000              # messages that may wait: 400 a second while a look hangs for PLEX_S
+MAX_NOTED = 100               # the same for a notification: webhooks need the room, and it comes again after 10 s
 REST_S = 0.01                 # after each wake-up: webhooks of one moment (a stop and a play, or doubles) share a look
 MAX_PLAYERS, MAX_RECENT = 50, 10      # players remembered where there is no server to ask; changes that the page shows
 
@@ -1520,10 +1507,9 @@ class Watcher:
         """tell: hears of each new Status, and of the Changes since the last one.  wake_s: the longest sleep."""
         self.config, self.inbox, self.plex, self.tell, self.wake_s = config, inbox, plex, tell, wake_s
         self.latest = config.plex_machine_id         # the player that changed last
-        self.players: dict[str, PlayerState] = {}    # by machine_identifier: the configured one, or all heard of
-        if plex:
-            self.players[self.latest] = PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
-                                                    poll_interval_s=config.poll_interval_s)
+        # By machine_identifier: the configured one, or all heard of.
+        self.players = {self.latest: PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
+                                                 poll_interval_s=config.poll_interval_s)} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
@@ -1581,10 +1567,16 @@ class Watcher:
         event = webhook.event if webhook.event in EVENTS else "other"
         self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(),
                                            webhooks=counted(self.status.webhooks, (event, "ok")))
-        chosen = self.config.plex_machine_id in ("", webhook.player_uuid)
-        if not self.plex and webhook.player_uuid and webhook.event in CLAIMS and chosen:
-            self.meet(webhook)
-        result = "reported" if self.judge(webhook) else "a look" if self.plex and webhook.player_uuid else "nothing new"
+        chosen, key = self.config.plex_machine_id in ("", webhook.player_uuid), webhook.player_uuid
+        if not self.plex and key and webhook.event in CLAIMS and chosen:
+            player, crowded = self.players.pop(key, None), len(self.players) >= MAX_PLAYERS
+            if not player:            # a new one becomes one of ours, and its flag is said, for a newcomer to copy
+                say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
+                    f"-plex-machine-id {shlex.quote(key)}", player=webhook.player_title)
+                if crowded:           # forget the one silent longest, rather a stopped one
+                    del self.players[min(self.players, key=lambda each: self.players[each].state != STOPPED)]
+            self.players[key] = player or PlayerState(key, has_server=False)
+        result = "reported" if self.judge(webhook) else "a look" if self.plex and key else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
 
@@ -1600,16 +1592,6 @@ class Watcher:
             say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
         still = self.status.stream_missing and stream.event == "failed"
         self.status = self.status._replace(stream_open=stream.event == "opened", stream_missing=bool(missing) or still)
-
-    def meet(self, webhook: Webhook) -> None:
-        """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
-        if (player := self.players.pop(webhook.player_uuid, None)) is None:
-            if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
-                del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
-            player = PlayerState(webhook.player_uuid, has_server=False)
-            say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
-                f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
-        self.players[webhook.player_uuid] = player
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
@@ -1638,9 +1620,8 @@ class Watcher:
         if isinstance(report, Change):
             say(logging.INFO, "", **change_fields(report, not self.plex, log.isEnabledFor(logging.DEBUG)))
             self.news.append(report)
-            changes = ((time.time(), report), *self.status.changes)[:MAX_RECENT]
-            reported = counted(self.status.reported, (report.state, report.by))
-            self.status = self.status._replace(changes=changes, reported=reported)
+            self.status = self.status._replace(changes=((time.time(), report), *self.status.changes)[:MAX_RECENT],
+                                               reported=counted(self.status.reported, (report.state, report.by)))
         elif isinstance(report, Outage):
             level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
             say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
@@ -1728,10 +1709,9 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
         lasts_s, fault = at - player.outage_at, player.outage.fault
         (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
-    if tracked.waiting_s >= UNHEALTHY_S:
-        reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player.proof.in_a_row >= PROOF_MISSES:
-        degraded.append(proof_sentence(status, at))
+    wait_s = tracked.waiting_s
+    reasons += [f"a webhook has been waiting for the tracker for {wait_s:.0f} s"] * (wait_s >= UNHEALTHY_S)
+    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -1837,16 +1817,10 @@ def layout(main: str, nonce: str, script: str, here: str | None) -> str:
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
-def clock(ms: int) -> str:
-    """A position or duration as people read it: 4:24."""
-    return f"{ms // 60000}:{ms // 1000 % 60:02}"
-
 def item_words(item: Item) -> tuple[str, str]:
     """What stands below an item's title: the artist and the album, or the show and its episode."""
-    if item.type == EPISODE:
-        season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
-        return item.grandparent_title, season
-    return (item.artist, item.parent_title) if item.type == TRACK else ("", "")
+    season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
+    return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
 def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool) -> str:
     """What plays, with its picture and its position."""
@@ -1854,41 +1828,39 @@ def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: b
         return "<h1>Nothing has played yet</h1>"
     escape, item, position = html.escape, player.item, position_ms(player, at)
     whose, of = item_words(item)
+    there, end = (f"{ms // 60000}:{ms // 1000 % 60:02}" for ms in (position, item.duration or 0))      # 4:24
     bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
            f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim><span id=position>'
-           f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
+           f"{there}</span> of {end}</p>") if item.duration else ""
     source = "data-src" if has_secret else "src"      # the script adds the secret
     cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
     where = f" on {player.player_title}" if player.player_title else ""
     return (f"{cover}<div><p class=dim>{escape(player.state)}{escape(where)}</p><h1>{escape(item.title)}</h1>"
             f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
 
-def tracker_html(tracked: Glance, local: Callable[[str, float], str]) -> str:
-    """What was marked as watched, and which conflicts are open."""
-    marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {html.escape(name)}</li>"
-                     for when, name in tracked.marked)
-    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{html.escape(name)}</a> ({html.escape(kind)})</li>'
-                      for conflict_id, name, kind in tracked.conflicts)
-    return (f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" +
-            (f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""))
-
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str]) -> str:
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
     # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
+    escape, seen = html.escape, tracked or Glance()
     signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
-    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {html.escape(each['words'])}</li>"
+    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {html.escape(change.state)} "
-                      f"<b>{html.escape(change.item.title)}</b> {html.escape(item_words(change.item)[0])} "
-                      f"<span class=dim>({html.escape(change.by)})</span></li>" for when, change in status.changes)
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
+                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
+                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
+    marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {escape(name)}</li>" for when, name in seen.marked)
+    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{escape(name)}</a> ({escape(kind)})</li>'
+                      for conflict_id, name, kind in seen.conflicts)
+    which = f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""
+    watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>{which}" if tracked else ""
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
 <h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
-<p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
+<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
 <h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
-{tracker_html(tracked, local) if tracked else ''}""", nonce, SCRIPT, "" if tracked else None)
+{watched}""", nonce, SCRIPT, "" if tracked else None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
@@ -2056,9 +2028,8 @@ def given_secrets(query: str) -> list[bytes]:
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
 
-# The name of our cookie, and for how long a browser keeps it.  Bytes of a form: ours have 20.
-COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400
-FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def cookie_of(secret: str) -> str:
     """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
@@ -2070,9 +2041,8 @@ def webhook_url(host: str, port: int) -> str:
 
 # --- the world
 MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
-# Requests a minute of one sender that lack the secret; and how late the secrets of a sender are compared that has sent
-# more: with its 16 threads it can send 16 URLs a second.
-MAX_GUESSES, GUESS_S = 30, 1.0
+MAX_GUESSES = 30              # requests a minute of one sender that lack the secret
+GUESS_S = 1.0                 # how late its secrets are compared after more: its 16 threads can send 16 URLs a second
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
@@ -2107,7 +2077,7 @@ class Gate:
             return re.match(r"[\w/.~-]*", urllib.parse.unquote(path), re.ASCII)[0][:MAX_TEXT]  # type: ignore[index]
         return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
-    def check(self, query: str, address: str, cookies: str = "") -> str:
+    def check(self, query: str, address: str, cookies: Iterable[str] | None = None) -> str:
         """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones."""
         # -> the cookie that proves the query's secret; "": the query has none.
         if self.secret is None:
@@ -2118,7 +2088,7 @@ class Gate:
         with self.lock:
             words = self.secret.renewed()
         told = [word for each in given_secrets(query) for word in words if hmac.compare_digest(each, word.encode())]
-        given = re.findall(rf"(?:^|;) *{COOKIE}=([0-9a-f]+)", cookies)[:MAX_PAIRS]
+        given = re.findall(rf"(?:^|;) *{COOKIE}=([0-9a-f]+)", ";".join(cookies or ()))[:MAX_PAIRS]
         known = [hmac.compare_digest(each, cookie_of(word)) for each in given for word in words]
         if not told and not any(known):
             self.count(self.guesses, address, MAX_GUESSES, "requests without the secret")
@@ -2163,14 +2133,11 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
 # -- Handler: one connection, its requests one after the other
 MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
 MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
-# Most thumbs have fewer bytes than LARGE_BODY.  Of larger bodies at most MAX_LARGE_BODIES are in memory at once.
-LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4
-# Lines after a chunked body; http.server takes as many headers.  What email.parser says of lines that are no headers.
-MAX_TRAILERS = 100
-DEFECTS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
-# How long an idle connection may hold its thread, as in Apache and Node; and at most, and to be closed after an answer,
-# while the threads are scarce, or others of its sender wait for one (on each connection some webhooks, not one).
-KEEP_ALIVE_S, CROWDED_S, TURN_S = 5.0, 1.0, 0.1
+LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4      # bytes, above most thumbs; how many larger ones are in memory at once
+MAX_TRAILERS = 100            # lines after a chunked body; http.server takes as many headers
+NOT_HEADERS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
+KEEP_ALIVE_S = 5.0            # how long an idle connection may hold its thread, as in Apache and Node
+CROWDED_S, TURN_S = 1.0, 0.1  # its age when threads are scarce, or others of its sender wait: some webhooks, not one
 # To read a head; a body, which Plex sends in milliseconds; what of a body is over LARGE_BODY (1 MB in 3 s: slow Wi-Fi).
 HEAD_S, REQUEST_S, LARGE_S = 3.0, 10.0, 3.0
 LINGER_S = 2.0                # how long a refused sender may go on sending; nginx gives 5 s
@@ -2258,8 +2225,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 is_foreign(host, socket.gethostname()) for host in headers.get_all("Host", [])):
             raise WebhookError(421, "A website may have this name, so nothing is shown under it: use this machine's "
                                "address or own name, or a -webhook-secret-file.")
-        cookies = ";".join(headers.get_all("Cookie", []))
-        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, cookies)
+        self.cookie = "" if self.target == "/healthz" else gate.check(self.query, address, headers.get_all("Cookie"))
         self.excess = False
         if is_webhook and gate.a_minute:              # last: strangers must not spend what Plex may send
             try:
@@ -2318,7 +2284,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def length(self) -> int | None:
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
-        if any(isinstance(defect, DEFECTS) for defect in self.headers.defects) or self.headers.get_unixfrom():
+        if any(isinstance(defect, NOT_HEADERS) for defect in self.headers.defects) or self.headers.get_unixfrom():
             raise WebhookError(400, "A line of the request's head is not a header.")
         if codings and (lengths or [coding.strip().lower() for coding in codings] != ["chunked"]):
             raise WebhookError(400, "A body is either chunked or has a Content-Length.")
@@ -2352,8 +2318,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return whole
         body, total = mmap.mmap(-1, MAX_BODY), 0      # of which only what comes takes memory
         while True:
-            size = re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))
-            if not size:
+            if not (size := re.fullmatch(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n", self.rfile.readline(1025))):
                 raise WebhookError(400, "A chunk of the body has no size.")
             start, total = total, total + int(size[1], 16)
             if total == start:                        # the last
