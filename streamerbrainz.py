@@ -37,8 +37,7 @@ thread             owns                                never
 main               nothing: it starts the others       stays: its end frees memory (see outlive_main)
 watcher            the PlayerStates and when to look   waits for Plex over PLEX_S
 listener           the listening socket                reads from a connection
-request (0 to 64)  one connection and its bytes        queries Plex (except for a picture), decides (but
-                                                       writes what a person corrects in the tracker)
+request (0 to 64)  one connection and its bytes        queries Plex (but for a picture), decides (but for corrections)
 worker             the tracker's shows and marks       asks a server within a transaction
 hooks              the one command that runs           delays the watcher
 stream             its connection to the server        decides
@@ -203,8 +202,7 @@ class WebhookError(Exception):
 
 class PlexError(Exception):
     """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence."""
-    # fault: "unreachable" (no answer), "starting" (503), "refused" (401: the token), "forbidden" (403: another user's
-    # token), "missing" (404) or "nonsense" (not an answer of such a server).
+    # fault: unreachable, starting (503), refused (401: bad token), forbidden (403: not the owner's), missing, nonsense
 
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
@@ -2513,7 +2511,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn): as librespot's, so that its scripts work."""
+    """What a hook finds in its environment, besides ours (see spawn).  Scripts for librespot find its names."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -4607,11 +4605,11 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 # path -> what makes its HTML, and the query for the rows
-_QUESTIONS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
+CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
     NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
     waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
     FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
-_MAPPINGS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
+MAPPING_CARDS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
     title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
     confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
@@ -4620,7 +4618,7 @@ VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] =
         || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
         e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
         WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": _QUESTIONS, "/questions/ID": _QUESTIONS, "/mappings": _MAPPINGS, "/mappings/ID": _MAPPINGS}
+    "/questions": CARDS, "/questions/ID": CARDS, "/mappings": MAPPING_CARDS, "/mappings/ID": MAPPING_CARDS}
 
 # --- the world
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
