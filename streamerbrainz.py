@@ -3982,9 +3982,8 @@ class Worker:
 
     def ask_tmdb(self, show: Show) -> Match | None:
         """The show in the tracker that TMDB says has one of these ids; raises PlexError."""
-        # It is not asked about a show whose TMDB id is known, nor about a movie's id at TheTVDB: it knows none.
         token = self.tmdb_token() if self.tmdb_token and show.ids.tmdb_id is None else ""
-        for column in ("imdb_id",) if show.type == MOVIE else ("tvdb_id", "imdb_id"):
+        for column in ("imdb_id",) if show.type == MOVIE else ("tvdb_id", "imdb_id"):   # it knows no movie of TheTVDB
             asked = show.type, column, getattr(show.ids, column)
             if token and asked[-1]:
                 self.found[asked] = self.found.get(asked) or find_in_tmdb(token, *asked)
