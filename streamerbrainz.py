@@ -1560,6 +1560,14 @@ class Watcher:
         say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
             result=refused.sentence)
 
+    def meet(self, webhook: Webhook) -> PlayerState:
+        """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
+        if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
+            del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
+        say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
+            f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
+        return PlayerState(webhook.player_uuid, has_server=False)
+
     def hear(self, webhook: Webhook) -> None:
         """A webhook: let each player that it may concern be judged, and say what became of it (but for the tracker)."""
         event = webhook.event if webhook.event in EVENTS else "other"
@@ -1567,13 +1575,7 @@ class Watcher:
                                            webhooks=counted(self.status.webhooks, (event, "ok")))
         chosen, key = self.config.plex_machine_id in ("", webhook.player_uuid), webhook.player_uuid
         if not self.plex and key and webhook.event in CLAIMS and chosen:
-            player, crowded = self.players.pop(key, None), len(self.players) >= MAX_PLAYERS
-            if not player:            # a new one becomes one of ours, and its flag is said, for a newcomer to copy
-                say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
-                    f"-plex-machine-id {shlex.quote(key)}", player=webhook.player_title)
-                if crowded:           # forget the one silent longest, rather a stopped one
-                    del self.players[min(self.players, key=lambda each: self.players[each].state != STOPPED)]
-            self.players[key] = player or PlayerState(key, has_server=False)
+            self.players[key] = self.players.pop(key) if key in self.players else self.meet(webhook)
         result = "reported" if self.judge(webhook) else "a look" if self.plex and key else "nothing new"
         say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
             title=webhook.item.title if webhook.item else "", result=result)
@@ -1707,9 +1709,10 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
         lasts_s, fault = at - player.outage_at, player.outage.fault
         (reasons if fault in ("refused", "forbidden") or lasts_s >= UNHEALTHY_S else degraded).append(
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
-    wait_s = tracked.waiting_s
-    reasons += [f"a webhook has been waiting for the tracker for {wait_s:.0f} s"] * (wait_s >= UNHEALTHY_S)
-    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
+    if tracked.waiting_s >= UNHEALTHY_S:
+        reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
+    if player.proof.in_a_row >= PROOF_MISSES:
+        degraded.append(proof_sentence(status, at))
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
