@@ -116,6 +116,18 @@ def lines():
         yield heard
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A home that is empty: no test reads the tester's own.  What a test starts has it, too."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    for name, place in (("HOME", ""), ("XDG_CONFIG_HOME", ".config"), ("XDG_DATA_HOME", ".local/share"), ("XDG_STATE_HOME", ".local/state"),
+                        ("XDG_CACHE_HOME", ".cache")):
+        monkeypatch.setenv(name, str(folder / place))
+    monkeypatch.setattr(sb, "SYSTEM_FLAGS", str(folder / "none"))
+    return folder
+
+
 class Done(typing.NamedTuple):
     """What a command line came to."""
     status: int
@@ -3870,16 +3882,15 @@ def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_log
         assert gate.plain(path, ["/now"]) == shown
 
 
-def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, monkeypatch):
+def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, home):
     file = tmp_path / "secret"
     done = [call("secret", "-webhook-secret-file", file) for _ in range(2)]
     assert [each.status for each in done] == [0, 0] and stat.S_IMODE(file.stat().st_mode) == 0o600
     new, old = file.read_text().split()
     assert len(new) == 43 and done[0].out.endswith(f":3001/webhooks/plex?token={old}\n") and done[1].out.endswith(f"?token={new}\n")
     assert "The old URL still works." in done[1].err and new not in done[1].err
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert call("secret").status == 0
-    assert stat.S_IMODE((tmp_path / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
     with Running(plex, None, gate=sb.Gate(sb.SecretFile("-webhook-secret-file", str(file)), 100)) as daemon:
         assert [send(daemon, event="media.rate", query=query) for query in (
             f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
@@ -6867,7 +6878,7 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
     assert call("tracker").status == 2 and (sb.log.handlers, sb.log.level) == before
 
 
-# === Doctor ===
+# === Setup ===
 
 @pytest.mark.parametrize("url, shown", [
     ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
@@ -6880,6 +6891,11 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
 def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
     assert sb.without_secrets(url) == shown and "SECRET" not in shown
 
+
+# --- the world
+
+
+# === Doctor ===
 
 # --- the world
 
@@ -7020,9 +7036,9 @@ def test_a_server_that_does_not_answer_skips_what_needs_it(sick):
 
 def test_a_container_that_calls_localhost_is_told_the_address_to_use(monkeypatch):
     checks = sb.Doctor(sb.Config(plex_server_url="http://192.0.2.9:32400", webhooks_port=3001))
-    said, = checks.differences("http://localhost:3001/webhooks/plex")
+    said, = sb.differences("http://localhost:3001/webhooks/plex", checks.config, ())
     assert said.startswith("localhost is the server itself there; the address of this machine is ")
-    assert sb.Doctor(sb.Config(plex_server_url="http://127.0.0.1:32400")).differences("http://localhost:3001/webhooks/plex") == []
+    assert sb.differences("http://localhost:3001/webhooks/plex", sb.Config(plex_server_url="http://127.0.0.1:32400"), ()) == []
 
 
 @pytest.mark.parametrize("head, status_, body, check, evidence", [
@@ -7141,7 +7157,7 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 def test_the_defaults_are_those_of_the_contract():
     assert config() == sb.Config(
         "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 10.0, "", 90, True, False, "", "", "info", "text", False, "", "", 20,
-        "", None, 1.0)
+        "", None, 1.0, False, "")
     assert config().webhooks_a_minute == 0
     assert config("-webhook-secret-file", "f").webhooks_a_minute == config("-tracker-db", "f").webhooks_a_minute == 100
     assert config("-tracker-db", "f", "-rate-limit", "0").webhooks_a_minute == 0
@@ -7157,12 +7173,13 @@ def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
 def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     file = tmp_path / "flags"
     file.write_text('\ufeff# StreamerBrainz\n\n-plex-server-url http://plex:32400   # the NAS\r\n--plex-token-file "/a b/token"\n-plex-machine-id=m1\n')
-    assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1")
+    assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1",
+                                           flags_file=str(file))
     assert config("players", f"@{file}").command == "players"
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("frob", "there is no such command; the commands are run, players, doctor, tracker, secret, hook, demo."),
+    ("frob", "there is no such command; the commands are run, players, doctor, tracker, secret, hook, demo, setup, login, webhook, uninstall."),
     ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
     ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
     ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
@@ -7322,7 +7339,7 @@ def test_an_old_python_is_told_so_in_one_sentence(version, python, word):
 
 # === README and the unit ===
 
-CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Doctor", "Demo", "main")
+CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Setup", "Doctor", "Demo", "main")
 WORLD = {"time", "os", "sys", "socket", "threading", "queue", "logging", "select", "signal", "subprocess", "tempfile", "shutil", "ssl", "http",
          "urllib.request", "log", "say", "open", "print", "input"}
 
@@ -7504,7 +7521,7 @@ def test_the_unit_calls_the_program_with_flags_that_it_knows():
     unit = (HERE / "streamerbrainz.service").read_text()
     command = shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.M)[1])
     words = command[command.index("%h/.local/bin/streamerbrainz.py") + 1:]
-    assert words == ["-plex-token-file", "%d/plex-token", "@%h/.config/streamerbrainz/flags"]
+    assert words == ["@%h/.config/streamerbrainz/flags", "-plex-token-file", "%d/plex-token"] and unit == sb.UNIT
     assert f"RestartPreventExitStatus={sb.main(['-frob'])}\n" in unit
 
 
