@@ -6892,7 +6892,326 @@ def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
     assert sb.without_secrets(url) == shown and "SECRET" not in shown
 
 
+@pytest.mark.parametrize("status_, body, said", [
+    (401, b'{"errors": [{"code": 1001, "message": "User could not be authenticated", "status": 401}]}',
+     "refused: plex.tv answers 401 (User could not be authenticated): sign in anew: streamerbrainz.py login."),
+    (401, b'<?xml version="1.0"?>\n<errors>\n  <error code="1001" message="User could not be authenticated" status="401"/>\n</errors>',
+     "refused: plex.tv answers 401 (User could not be authenticated): sign in anew: streamerbrainz.py login."),
+    (403, b'<errors><error code="1043" message="This action is not available for this user" status="403"/></errors>', f"pass: {sb.NO_PASS}"),
+    (403, b'{"errors":[{"code":1043}]}', f"pass: {sb.NO_PASS}"),
+    (404, b'{"errors": [{"code": 1020, "message": "Code not found or expired", "status": 404}]}',
+     "missing: plex.tv answers 404 (Code not found or expired): begin anew."),
+    (500, b"<html>", "starting: plex.tv answers 500: try again later."), (502, b"\xff" * 500, "starting: plex.tv answers 502: try again later.")])
+def test_a_refusal_of_plex_tv_is_read_from_json_and_from_xml(status_, body, said):
+    error = sb.plextv_error(status_, body)
+    assert f"{error.fault}: {error}" == said
+
+
+ODD = [b"", b"null", b"[]", b"{}", b"7", b'"x"', b"[null]", b"[[]]", b"[7]", b"<html/>", b"\xff", b"[" * 9999, b'{"id": {}, "code": [], "username": 7e9}',
+       b'[{"clientIdentifier": {}, "provides": 7, "connections": {"a": 1}}]', b'[{"url": 7}]', b'[{"url": "x"}, null]', b'[{"provides": "server"}]']
+
+
+@pytest.mark.parametrize("parse", [sb.parse_pin, sb.parse_account, sb.parse_resources, sb.parse_webhooks, sb.witnessed])
+def test_no_answer_of_an_odd_shape_is_a_traceback(parse):
+    for body in ODD:
+        try:
+            parse(body)
+        except sb.PlexError as error:
+            assert error.fault == "nonsense" and re.fullmatch("plex.tv answers without .*; try again later.", str(error))
+
+
+def test_an_account_may_have_plex_pass_and_a_sign_in_lasts_as_long_as_plex_says():
+    account = {"username": "ann", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
+    assert sb.parse_account(json.dumps(account).encode()) == ("ann", True)
+    assert sb.parse_account(b'{"username": "", "title": "Kids", "subscription": {"features": ["sync"]}}') == ("Kids", False)
+    pin = {"id": 111, "code": "7RQZ", "expiresIn": 900, "authToken": None}
+    assert sb.parse_pin(json.dumps(pin).encode()) == ("111", "7RQZ", 900, "")
+    assert sb.parse_pin(json.dumps({**pin, "authToken": TOKEN, "expiresIn": 10 ** 9}).encode()) == ("111", "7RQZ", sb.MAX_PIN_S, TOKEN)
+    with pytest.raises(sb.PlexError):
+        sb.parse_pin(json.dumps({**pin, "id": "1/../../user"}).encode())
+
+
+def connection(address="192.168.1.5", port=32400, local=True, relay=False, uri=None):
+    dashed = re.sub("[.:]", "-", address)
+    return {"protocol": "https", "address": address, "port": port, "uri": uri or f"https://{dashed}.abc.plex.direct:{port}", "local": local, "relay": relay}
+
+
+def resource(name="nas", identifier=SERVER, *connections, owned=True, provides="server", **more):
+    return {"name": name, "product": "Plex Media Server", "provides": provides, "clientIdentifier": identifier, "owned": owned,
+            "accessToken": "another-secret", "connections": [*connections], **more}
+
+
+def test_http_at_home_comes_before_https_and_the_relay_never():
+    body = json.dumps([resource("nas", "s1", connection("2.2.2.2", 443, False), connection("178.3.2.1", 8443, False, True), connection(), connection("fd00::5")),
+                       resource("attic", "s2", owned=False, sourceTitle="bob"), resource("TV", "p1", provides="client,player", product="Plex for TV")]).encode()
+    nas, attic, tv = sb.parse_resources(body)
+    assert nas.urls == ["http://192.168.1.5:32400", "http://[fd00::5]:32400", "https://192-168-1-5.abc.plex.direct:32400",
+                        "https://fd00--5.abc.plex.direct:32400", "https://2-2-2-2.abc.plex.direct:443"]
+    assert (nas.owner, attic.owner, tv.provides, tv.product) == ("", "bob", ["client", "player"], "Plex for TV")
+    assert sb.server_urls([connection("1.2.3.4/x"), connection(uri="https://evil.example/@plex.direct"), {"local": True}, None]) == [
+        "http://192.168.1.5:32400", "https://1-2-3-4/x.abc.plex.direct:32400"][:1]
+
+
+def test_a_list_of_webhooks_that_cannot_be_read_whole_is_not_read_at_all():
+    assert sb.parse_webhooks(b"[]") == [] and sb.parse_webhooks(b'[{"url": "http://a"}, {"url": "x"}]') == ["http://a", "x"]
+    for odd in ([{"url": "x" * 9999}], [{}], [{"url": None}], [{"url": ""}], [{"url": "x"}] * 101, None, {}, {"url": "x"}):
+        with pytest.raises(sb.PlexError):
+            sb.parse_webhooks(json.dumps(odd).encode())
+
+
+@pytest.mark.parametrize("before, after", [
+    ([], ["ours"]), (["a"], ["a", "ours"]), (["a", "old", "b"], ["a", "ours", "b"]), (["old", "a", "old2"], ["ours", "a"]), (["a", "a"], ["a", "a", "ours"]),
+    (["ours", "a"], ["ours", "a"]), (["a", "ours", "old"], ["a", "ours"])])
+def test_our_webhook_takes_the_place_of_an_old_one_and_others_stay_in_order(before, after):
+    is_ours = {"ours", "old", "old2"}.__contains__
+    assert sb.with_webhook(before, "ours", is_ours) == after
+    assert sb.with_webhook(before, "", is_ours) == [url for url in before if not is_ours(url)]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("", "-a=1\n-b='x y'\n"), ("# mine\n\n-log-level debug  # all\n", "# mine\n\n-log-level debug  # all\n-a=1\n-b='x y'\n"),
+    ("-b 'x y'   # kept\n# between\n-a 2 # the NAS\n-c 3", "-b 'x y'   # kept\n# between\n-a=1 # the NAS\n-c 3\n"),
+    ("--a=2\r\n-b=old\r\n", "-a=1\n-b='x y'\n"), ("#-a 2\n-ab 2\n-a 2\n-a 3\n-b \"x y\"\n", "#-a 2\n-ab 2\n-a=1\n-a=1\n-b \"x y\"\n")])
+def test_of_a_file_of_flags_only_the_lines_that_differ_are_written(before, after):
+    values = {"-a": "1", "-b": "x y"}
+    assert sb.with_flags(before, values) == after and sb.with_flags(after, values) == after
+
+
+def test_what_is_written_into_the_flags_is_read_back_as_it_was(tmp_path):
+    values = {"-plex-machine-id": "-a'b#c d", "-plex-server-url": "http://plex:32400", "-plex-token-file": "~/a b/token"}
+    (tmp_path / "flags").write_text(sb.with_flags("-no-plex-events\n", values))
+    read = config(f"@{tmp_path}/flags")
+    assert (read.plex_machine_id, read.plex_token_file, read.plex_events) == ("-a'b#c d", os.path.expanduser("~/a b/token"), False)
+
+
 # --- the world
+
+
+class Cloud:
+    """A stand-in for plex.tv, in Plex's own words.  A test changes what it answers."""
+    ACCOUNT = {"id": 1, "username": "ann", "email": "ann@example.com", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
+
+    def __init__(self):
+        self.requests, self.urls, self.polls, self.pins, self.resources = [], [], 0, 0, []
+        self.entered_after, self.tokens, self.account = 1, {TOKEN}, self.ACCOUNT
+        self.instead = {}                                  # (method, path): what is answered instead, one after the other
+        cloud = self
+
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+                path = self.path.partition("?")[0]
+                cloud.requests.append((self.command, self.path, dict(self.headers), body))
+                waiting = cloud.instead.get((self.command, path)) or [None]
+                found = waiting[0] if len(waiting) == 1 else waiting.pop(0)
+                found = found() if callable(found) else found
+                status, fields, *head = found or cloud.answer(self.command, path, self.headers, body)
+                content = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+                self.send_response(status)
+                for name, value in head:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+            do_GET = do_POST = do_DELETE = answer
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def error(self, status, code, message):
+        return status, {"errors": [{"code": code, "message": message, "status": status}]}
+
+    def answer(self, method, path, headers, body):
+        if not headers.get("X-Plex-Client-Identifier"):
+            return self.error(400, 1000, "X-Plex-Client-Identifier is missing")
+        pin = {"id": 111222333 + self.pins, "code": f"7RQ{self.pins}", "product": "0", "trusted": False, "expiresIn": 900, "authToken": None}
+        if path.startswith("/api/v2/pins"):
+            if method == "POST":
+                self.pins, self.polls = self.pins + 1, 0
+                return 201, {**pin, "id": pin["id"] + 1, "code": f"7RQ{self.pins}"}
+            self.polls += 1
+            return 200, {**pin, "authToken": TOKEN if self.polls > self.entered_after else None}
+        if headers.get("X-Plex-Token") not in self.tokens:
+            return self.error(401, 1001, "User could not be authenticated")
+        if path == "/api/v2/users/signout":
+            self.tokens.clear()
+            return 204, b""
+        if path == "/api/v2/user/webhooks":
+            if "webhooks" not in self.account["subscription"]["features"]:
+                return 403, b'<errors>\n  <error code="1043" message="This action is not available for this user" status="403"/>\n</errors>\n'
+            if method == "POST":
+                self.urls = [url for name, url in urllib.parse.parse_qsl(body) if name == "urls[]"]
+            return (201 if method == "POST" else 200), [{"url": url} for url in self.urls]
+        return {"/api/v2/user": (200, self.account), "/api/v2/resources": (200, self.resources)}.get(path) or self.error(404, 1020, "Not found")
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    """A plex.tv, and waits that are short."""
+    cloud = Cloud()
+    monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", cloud.url)
+    for name in ("PIN_S", "LOOK_S", "PROVE_POLL_S", "GDM_S"):
+        monkeypatch.setattr(sb, name, 0.02)
+    monkeypatch.setattr(sb, "NEARBY", "http://127.0.0.1:9")
+    with serving(cloud.server):
+        yield cloud
+
+
+def test_login_writes_the_token_of_who_enters_the_code(cloud, home):
+    done = call("login", "-yes")
+    file = home / ".config/streamerbrainz/plex-token"
+    assert done.status == 0 and file.read_text() == f"{TOKEN}\n" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "https://plex.tv/link/?pin=7RQ1" in done.out and re.search("^ +7RQ1$", done.out, re.M) and TOKEN not in done.out + done.err
+    assert "Signed in as ann" in done.out and max(map(len, done.out.splitlines())) <= 80
+    told = [{name: value for name, value in headers.items() if name.startswith("X-Plex")} for _, _, headers, _ in cloud.requests]
+    assert {each["X-Plex-Client-Identifier"] for each in told} == {(home / ".config/streamerbrainz/client-id").read_text().strip()}
+    assert told[0].keys() == {"X-Plex-Client-Identifier", "X-Plex-Product", "X-Plex-Version", "X-Plex-Platform", "X-Plex-Device-Name"}
+    assert all(TOKEN not in path for _, path, _, _ in cloud.requests)
+    before = len(cloud.requests)
+    assert "Signed in as ann" in call("login", "-yes").out                     # it is kept, and nobody is asked again
+    assert [path for _, path, _, _ in cloud.requests[before:]] == ["/api/v2/user"]
+
+
+def test_a_token_that_has_ended_is_replaced_and_one_that_may_be_valid_is_kept(cloud, home):
+    file = home / ".config/streamerbrainz/plex-token"
+    file.parent.mkdir(parents=True)
+    file.write_text("old-token")
+    file.chmod(0o600)
+    cloud.instead["GET", "/api/v2/user"] = [(503, b"<html>busy</html>")]
+    assert "plex.tv answers 503: try again later." in call("login", "-yes").out and file.read_text() == "old-token" and cloud.pins == 0
+    cloud.instead.clear()
+    done = call("login", "-yes")
+    assert "User could not be authenticated" in done.out and file.read_text() == f"{TOKEN}\n"
+
+
+def test_a_code_that_ended_is_followed_by_a_new_one_and_four_are_enough(cloud, home):
+    gone = cloud.error(404, 1020, "Code not found or expired")
+    pending = 200, {"id": 1, "code": "7RQ1", "expiresIn": 900, "authToken": None}
+    cloud.instead["GET", "/api/v2/pins/111222334"] = [pending, gone]
+    done = call("login", "-yes")
+    assert done.status == 0 and done.out.count("no longer valid: it expired, or it was denied.") == 1 and re.search("^ +7RQ2$", done.out, re.M)
+    (home / ".config/streamerbrainz/plex-token").unlink()
+    cloud.instead["GET", "/api/v2/pins/111222336"] = cloud.instead["GET", "/api/v2/pins/111222337"] = [gone]
+    cloud.instead["GET", "/api/v2/pins/111222338"] = cloud.instead["GET", "/api/v2/pins/111222339"] = [gone]
+    done = call("login", "-yes")
+    assert (done.status, done.err) == (1, "streamerbrainz: None of 4 codes was entered; run this again when you are at a browser.\n")
+    assert not (home / ".config/streamerbrainz/plex-token").exists()
+
+
+def test_a_code_expires_by_our_clock_too(cloud):
+    cloud.entered_after = 10 ** 9
+    cloud.instead["POST", "/api/v2/pins"] = [(201, {"id": 5, "code": "ABCD", "expiresIn": 1, "authToken": None})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sb, "MAX_CODES", 1)
+        assert call("login", "-yes").status == 1
+
+
+def test_plex_tv_is_waited_for_as_it_says_and_not_for_ever(cloud, home):
+    cloud.instead["POST", "/api/v2/pins"] = [(429, b"Too many", ("Retry-After", "0")), None]
+    done = call("login", "-yes")
+    assert done.status == 0 and "plex.tv is asked too often (429); waiting 0 s." in done.err
+    (home / ".config/streamerbrainz/plex-token").unlink()
+    cloud.instead["POST", "/api/v2/pins"] = [(429, b"", ("Retry-After", "0"))]
+    assert call("login", "-yes").err.endswith("streamerbrainz: plex.tv answers 429: try again later.\n")
+
+
+def test_without_plex_tv_the_way_out_is_said(monkeypatch, cloud):
+    monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", "http://127.0.0.1:9")
+    done = call("login", "-yes")
+    assert (done.status, done.err) == (1, "streamerbrainz: http://127.0.0.1:9 cannot be reached: Connection refused. "
+                                          "Is this machine online? Try again later.\n")
+
+
+def test_a_home_that_cannot_be_written_is_noticed_before_plex_tv_is_asked(cloud, home):
+    (home / ".config").write_text("a file")
+    done = call("login", "-yes")
+    assert done.status == 2 and done.err.startswith("streamerbrainz: login: ") and "cannot be written" in done.err and not cloud.requests
+
+
+@pytest.mark.parametrize("words", ["setup", "login", "webhook add", "webhook remove", "uninstall"])
+def test_without_a_terminal_and_without_yes_what_is_needed_is_said(words):
+    done = start(*words.split())
+    assert done.status == 2 and done.out == "" and len(done.err.splitlines()) == 1 and "give -yes for all defaults" in done.err
+
+
+@pytest.fixture
+def signed_in(cloud, home):
+    """The home of somebody who has signed in, with a webhook secret."""
+    folder = home / ".config/streamerbrainz"
+    folder.mkdir(parents=True)
+    for name, content in (("plex-token", TOKEN), ("webhook-secret", "new-secret\nold-secret\n"), ("flags", "-webhook-secret-file ~/.config/streamerbrainz/webhook-secret\n")):
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o600)
+    return folder
+
+
+def ours(query="?token=new-secret", host=None, port=3001):
+    return f"http://{host or sb.guess_address('')}:{port}/webhooks/plex{query}"
+
+
+@pytest.mark.parametrize("old", [
+    "http://localhost:3001/webhooks/plex", "http://127.0.0.1:3001/webhooks/plex?token=x", "http://192.0.2.7:3001/webhooks/plex?token=old-secret",
+    "http://192.0.2.7:3001/webhooks/plex?token=new-secret", "{ours}?token=another", "{ours}"])
+def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signed_in, old, monkeypatch):
+    cloud.urls = ["https://example.com/a?b=1&c=%20", old.format(ours=ours("")), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 0 and done.out.endswith("   Done, and read back.\n"), done
+    assert cloud.urls == ["https://example.com/a?b=1&c=%20", ours(), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
+    assert "(the other 4 stay)" in " ".join(done.out.split()) and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
+    writes = sum(method == "POST" for method, *_ in cloud.requests)
+    assert "as they should be" in call("webhook", "add", "-yes").out and sum(method == "POST" for method, *_ in cloud.requests) == writes == 1
+    assert call("webhook", "remove", "-yes").status == 0 and ours() not in cloud.urls and len(cloud.urls) == 4
+
+
+def test_an_old_address_is_ours_unless_a_streamerbrainz_answers_there(cloud, signed_in, monkeypatch):
+    with Site() as other:
+        port = ("-webhooks-port", other.port)
+        cloud.urls = [f"http://127.0.0.2:{other.port}/webhooks/plex"]
+        monkeypatch.setattr(sb, "is_here", lambda host: False)
+        monkeypatch.setattr(sb, "send_to", lambda url: sb.ARRIVES)
+        assert call("webhook", "add", "-yes", *port).status == 0 and cloud.urls[0] == f"http://127.0.0.2:{other.port}/webhooks/plex" and len(cloud.urls) == 2
+        monkeypatch.setattr(sb, "send_to", lambda url: "fails")
+        assert call("webhook", "add", "-yes", *port).status == 0 and len(cloud.urls) == 1
+
+
+def test_the_webhook_of_a_tunnel_is_added_with_the_secret_and_then_left_alone(cloud, signed_in):
+    cloud.urls = ["http://localhost:3001/webhooks/plex"]
+    assert call("webhook", "add", "https://pi.example.invalid/webhooks/plex", "-yes").status == 0
+    assert cloud.urls == ["https://pi.example.invalid/webhooks/plex?token=new-secret"]
+    assert "as they should be" in call("webhook", "add", "-yes").out
+    assert call("webhook", "list").out == "https://pi.example.invalid/webhooks/plex?token=...\n"
+    assert call("webhook", "remove", "-yes").status == 0 and cloud.urls == []
+    assert cloud.requests[-2][3] == "urls="
+    for words in (("add", "ftp://x"), ("frob",), ("list", "http://x"), ("add", "http://x/?token=SECRET")):
+        done = call("webhook", *words)
+        assert done.status == 2 and "SECRET" not in done.err
+
+
+def test_another_program_that_writes_in_between_is_said_and_it_is_tried_once_more(cloud, signed_in):
+    def steal():
+        cloud.instead["POST", "/api/v2/user/webhooks"] = None
+        cloud.urls = ["http://theirs/"]
+        return 201, []
+    cloud.instead["POST", "/api/v2/user/webhooks"] = [steal]
+    done = call("webhook", "add", "-yes")
+    assert "Another program wrote the account's webhooks in between; once more." in done.out and cloud.urls == ["http://theirs/", ours()]
+    cloud.urls, cloud.instead["POST", "/api/v2/user/webhooks"] = [], [(201, [])]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 1 and "another program writes them, too" in done.err
+
+
+@pytest.mark.parametrize("answer", [(500, b""), (200, b"<html/>"), (200, {}), (200, [{"url": None}]), (200, [{"link": "x"}]), (401, b"")])
+def test_webhooks_that_cannot_be_read_are_never_written(cloud, signed_in, answer):
+    cloud.instead["GET", "/api/v2/user/webhooks"] = [answer]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 1 and len(done.err.splitlines()) == 1 and not any(method == "POST" for method, *_ in cloud.requests)
+
+
+def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
+    cloud.account = {**cloud.ACCOUNT, "subscription": {"features": ["sync"]}}
+    assert call("webhook", "add", "-yes") == (1, "", f"streamerbrainz: {sb.NO_PASS}\n")
 
 
 # === Doctor ===
