@@ -23,6 +23,7 @@ import pathlib
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -7212,6 +7213,141 @@ def test_webhooks_that_cannot_be_read_are_never_written(cloud, signed_in, answer
 def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
     cloud.account = {**cloud.ACCOUNT, "subscription": {"features": ["sync"]}}
     assert call("webhook", "add", "-yes") == (1, "", f"streamerbrainz: {sb.NO_PASS}\n")
+
+
+class Terminal:
+    """A command line on a pseudo-terminal of its own, typed at by a test."""
+
+    def __init__(self, *words, path, **env):
+        self.master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        self.said = ""
+        self.process = subprocess.Popen([sys.executable, "-W", "error", PROGRAM, *map(str, words)], stdin=slave, stdout=slave, stderr=slave,
+                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                                        env={**os.environ, "PATH": f"{path}:/usr/bin:/bin", **env})
+        os.close(slave)
+
+    def hear(self, words, seconds=20.0):
+        """Wait until the words are said, after what was heard before."""
+        until = time.monotonic() + seconds
+        while words not in self.said:
+            assert select.select([self.master], (), (), max(0.0, until - time.monotonic()))[0], f"{words!r} was not said, but:\n{self.said}"
+            try:
+                self.said += os.read(self.master, 65536).decode("utf-8", "replace")
+            except OSError:                                # all have closed it
+                raise AssertionError(f"{words!r} was not said, but:\n{self.said}") from None
+        before, _, self.said = self.said.partition(words)
+        return before + words
+
+    def type(self, line):
+        os.write(self.master, line.encode())
+
+    def end(self, seconds=20.0):
+        """What it says until it ends; -> that, and the exit status."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self.master, 65536):
+                self.said += data.decode("utf-8", "replace")
+        return self.said, self.process.wait(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+
+
+class Nas(Library):
+    """A server whose sessions a test turns, and which takes the token."""
+
+    def __init__(self):
+        super().__init__()
+        self.playing, self.refusals = {}, 0                # machine identifier -> state
+        self.answers |= {"/status/sessions": self.sessions, "/": {"friendlyName": "nas"}}
+
+    def sessions(self, query):
+        if self.refusals > 0:
+            self.refusals -= 1
+            return 401
+        return sessions_xml(*(session_xml(state, player=player, key=str(i)) for i, (player, state) in enumerate(self.playing.items())))
+
+    def encode(self, fields):
+        return fields if isinstance(fields, bytes) else super().encode(fields)
+
+
+SYSTEMCTL = """#!/bin/sh
+# Starts the unit's program as systemd would, and stops it.
+echo "systemctl $*" >>"$HOME/calls"
+stop() { [ -f "$HOME/pid" ] && kill "$(cat "$HOME/pid")" 2>/dev/null; rm -f "$HOME/pid"; }
+start() {
+    stop; cd /
+    %s "$HOME/.local/bin/streamerbrainz.py" "@$HOME/.config/streamerbrainz/flags" -plex-token-file "$HOME/.config/streamerbrainz/plex-token" >"$HOME/log" 2>&1 </dev/null &
+    echo $! >"$HOME/pid"
+}
+case "$*" in
+    *is-active*) [ -f "$HOME/pid" ] ;;
+    *enable*--now*|*restart*) start ;;
+    *disable*) stop ;;
+esac
+exit $?
+"""
+
+
+@pytest.fixture
+def machine(cloud, home, tmp_path):
+    """A machine with a systemd for users, an account with a server, and a player on it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, content in (("systemctl", SYSTEMCTL % sys.executable), ("loginctl", '#!/bin/sh\necho "loginctl $*" >>"$HOME/calls"\n')):
+        (tools / name).write_text(content)
+        (tools / name).chmod(0o755)
+    with Nas() as nas:
+        host, port = nas.url[7:].split(":")
+        cloud.resources = [resource("nas", SERVER, connection("127.0.0.2", 9), connection(host, int(port))),
+                           resource("TV", "tv1", provides="client,player", product="Plex for TV", owned=False),
+                           resource("attic", "s2", owned=False, sourceTitle="bob")]
+        cloud.nas, cloud.tools, cloud.port, cloud.config = nas, tools, free_port(), home / ".config/streamerbrainz"
+        cloud.words = ("-webhooks-port", cloud.port, "-webhooks-host", "127.0.0.1")
+        yield cloud
+    with contextlib.suppress(OSError, ValueError):
+        os.kill(int((home / "pid").read_text()), signal.SIGKILL)
+
+
+def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers(machine, home):
+    machine.urls = ["https://example.com/theirs"]
+    machine.nas.refusals = 2                               # the token is new
+    begun = time.monotonic()
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        assert re.search(r"\r\n +7RQ1\r\n", person.hear("2. Server"))
+        person.hear("Press play on your player.")
+        machine.nas.playing["m1"] = PLAYING
+        person.hear("[y/N]")
+        person.type("\n")
+        plan = person.hear("[Y/n]")
+        assert all(word in plan for word in ("webhook-secret", "flags", ".local/bin/streamerbrainz.py", "streamerbrainz.service", "start the daemon",
+                                             f"add http://127.0.0.1:{machine.port}/webhooks/plex?token=... to"))
+        assert not (home / ".local").exists() and machine.urls == ["https://example.com/theirs"] and not (machine.config / "flags").exists()
+        person.type("\n")
+        person.hear("Press pause on your player")
+        machine.nas.playing["m1"] = PAUSED
+        assert sb.exchange(machine.urls[1], {"Content-Type": MULTIPART}, sb.encode_webhook(payload("media.pause"))[1]).status == 200
+        proof, status_ = person.end()
+    assert status_ == 0 and 'paused "Karma Police": seen by' in proof and "A webhook came" in proof, proof
+    assert time.monotonic() - begun < 60
+    secret = (machine.config / "webhook-secret").read_text().strip()
+    assert machine.urls == ["https://example.com/theirs", f"http://127.0.0.1:{machine.port}/webhooks/plex?token={secret}"]
+    assert f"http://127.0.0.1:{machine.port}/?token={secret}" in proof
+    assert (machine.config / "flags").read_text() == (
+        f"-plex-server-url={machine.nas.url}\n-plex-token-file=~/.config/streamerbrainz/plex-token\n-plex-machine-id=m1\n"
+        f"-webhook-secret-file=~/.config/streamerbrainz/webhook-secret\n-webhooks-host=127.0.0.1\n-webhooks-port={machine.port}\n")
+    assert {stat.S_IMODE((machine.config / name).stat().st_mode) for name in ("flags", "plex-token", "webhook-secret", "client-id")} == {0o600}
+    assert (home / ".local/bin/streamerbrainz.py").read_text() == PROGRAM.read_text()
+    assert (home / ".config/systemd/user/streamerbrainz.service").read_text().startswith("# User unit of StreamerBrainz")
+    calls = (home / "calls").read_text()
+    assert "systemctl --user daemon-reload\nsystemctl --user enable --now streamerbrainz\nloginctl enable-linger" in calls and TOKEN not in calls
+    assert TOKEN not in (home / "log").read_text() and secret not in (home / "log").read_text() + calls
 
 
 # === Doctor ===
