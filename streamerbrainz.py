@@ -5384,7 +5384,7 @@ def players(config: Config) -> int:
 # Needs of Page: clock
 # Needs of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address
 # Needs of Hooks: run_hook
-# Needs of Tracker: tracker_command
+# Needs of Tracker: plural, tracker_command
 # Needs of Daemon: local_url, open_listener, port_holder
 
 # -- Answers of plex.tv, which may have any shape -> values, or a PlexError
@@ -5702,26 +5702,35 @@ class Dialog:
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer."""
-        self.yes = config.yes
+        self.yes, self.waiting = config.yes, False        # waiting: the last line is one of progress()
         if not self.yes and not sys.stdin.isatty():
             raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
 
     def tell(self, words: str, begin: str = "   ") -> None:
         """Say something, in lines of 80 columns."""
-        print(wrapped(words, begin, len(begin)), flush=True)
+        print(f"{'':73}\r" * self.waiting + wrapped(words, begin, len(begin)), flush=True)
+        self.waiting = False
 
     def progress(self, words: str) -> None:
         """Say what is waited for, in a line that the next one replaces; on a terminal only."""
-        print(f"   {words:70}", end="\r", flush=True) if sys.stdout.isatty() else None
+        self.waiting = sys.stdout.isatty()
+        print(f"   {words:70}\r" * self.waiting, end="", flush=True)
+
+    def typed(self, look: Callable[[], str] = str) -> tuple[str, str]:
+        """The line that a person types, and ""; or "", and what look(), which is called meanwhile, finds."""
+        # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
+        while not select.select([sys.stdin], (), (), LOOK_S)[0]:
+            if found := look():
+                return "", found
+        if not (line := sys.stdin.readline()):
+            raise KeyboardInterrupt                   # Ctrl-D
+        return line.strip(), ""
 
     def ask(self, question: str, default: str) -> str:
         """What a person answers; the default for Enter, and with -yes."""
-        words = wrapped(f"{question} [{default}]", "   ", 3)
-        try:
-            return print(words, flush=True) or default if self.yes else input(f"{words} ").strip() or default
-        except EOFError:
-            raise KeyboardInterrupt from None
+        print(wrapped(f"{question} [{default}]", "   ", 3), end="\n" if self.yes else " ", flush=True)
+        return ("" if self.yes else self.typed()[0]) or default
 
     def agree(self, question: str, default: str = "Y/n") -> bool:
         """Whether a person says yes."""
@@ -5730,18 +5739,18 @@ class Dialog:
         return default == "Y/n" if answer == "y/n" else answer[0] == "y"
 
     def choose(self, names: Mapping[str, str], look: Callable[[], str] = str, default: str = "1") -> str:
-        """Which of these (key: words) a person means by its number, or by what look() sees meanwhile ("": nothing)."""
+        """Which of these (key: words) a person means by its number, or by what look() finds meanwhile."""
         for i, words in enumerate(names.values(), 1):
             self.tell(words, f"   {i:2}  ")
         self.tell(f"Type its number.{f' [{default}]' * bool(default)}")
-        while not self.yes and not (seen := look()):
-            if select.select([sys.stdin], (), (), LOOK_S)[0]:
-                if not (line := sys.stdin.readline()):
-                    raise KeyboardInterrupt
-                if 1 <= (no := number(line.strip() or default) or 0) <= len(names):
-                    return list(names)[no - 1]
+        found = next(iter(names)) if self.yes else ""
+        while not found:
+            line, found = self.typed(look)
+            if not found and 1 <= (no := number(line or default) or 0) <= len(names):
+                found = list(names)[no - 1]
+            elif not found:
                 self.tell(f"Type a number from 1 to {len(names)}.")
-        return next(iter(names)) if self.yes else seen
+        return found
 
 def command_fault(*words: str) -> str:
     """Run a command of the system; -> why it failed, "": it did not."""
@@ -5791,7 +5800,8 @@ class Setup:
             self.plextv.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
         self.account, self.has_webhooks, self.is_new = "", True, False        # is_new: signed in just now
         self.resources: list[Resource] = []
-        self.url = config.words[1] if config.command == "webhook" and len(config.words) > 1 else ""   # of our webhooks
+        url = config.words[1].rstrip("/") if len(config.words) > 1 else ""        # of our webhooks, by a person
+        self.url = url + WEBHOOK_PATH * (url.count("/") == 2)
         self.sent = functools.cache(send_to)          # some addresses are silent for PLEX_S
         folder, self.program = os.path.dirname(usual("flags")), os.path.expanduser("~/.local/bin/streamerbrainz.py")
         self.unit = os.path.join(os.path.dirname(folder), "systemd/user/streamerbrainz.service")
@@ -5875,9 +5885,13 @@ class Setup:
             self.dialog.tell(f"No server of this account is known.{shared}")
             return ""
         server = servers[self.dialog.choose(owned) if len(owned) > 1 else next(iter(owned))]
-        urls = sorted((*server.urls, *nearby()), key=lambda url: url.startswith("https:"))
-        url, faults = reach(urls, server.identifier, self.config.plex_ca_file)
-        for tried, fault in faults.items():
+        # Names (of https) are only looked up where no address answers: a router may be silent on them for long.
+        url, faults, urls = "", dict[str, str](), (*server.urls, *nearby())
+        for kind in ("http:", "https:"):
+            url, more = (url, {}) if url else reach([each for each in urls if each.startswith(kind)], server.identifier,
+                                                    self.config.plex_ca_file)
+            faults |= more
+        for tried, fault in () if url else faults.items():
             self.dialog.tell(f"{server.name} at {tried} {fault}", "   - ")
         return url
 
@@ -5933,7 +5947,7 @@ class Setup:
                 f"Keep which episodes and movies you watch, in {tilde(path)}? (It needs Plex Pass.)", "y/N"):
             self.config = self.config._replace(tracker_db=path)
         self.dialog.tell("What you watch is kept in " + tilde(path) if self.config.tracker_db else
-                         f"What you watch is not kept; `setup -tracker-db {tilde(path)}` would.")
+                         f"What you watch is not kept. To keep it: setup -tracker-db {tilde(path)}")
 
     def choose_port(self, is_ours: bool) -> None:
         """The port is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
@@ -6044,7 +6058,7 @@ class Setup:
         after = collections.Counter(self.wanted(urls, add))
         old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
         words = f"replace {old} by {new} in" if old and new else f"take {old} out of" if old else f"add {new} to"
-        others = f" (the other {count} stay)" if (count := (before & after).total()) else ""
+        others = f" ({plural(count, 'other')} stay{'s' * (count == 1)})" if (count := (before & after).total()) else ""
         return f"{words} the webhooks of your Plex account{others}" if old or new else ""
 
     def write_webhook(self, add: bool = True) -> None:
@@ -6088,7 +6102,7 @@ class Setup:
             for words in [each for each in now.changes if each not in before.changes][::-1]:
                 tell(words.partition(" ")[2])
                 changed_at = min(changed_at, at)
-        tell(f"A webhook came, {now.delay_s} s apart from its change." if now.arrived != known.arrived else
+        tell(f"Its webhook came within {now.delay_s:.1f} s of it." if now.arrived != known.arrived else
              "Until now nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
              "No webhook came with it. A server may need a restart to take a new URL; to find out: streamerbrainz.py "
              "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
@@ -6318,7 +6332,7 @@ class Doctor:
         yield ("server", SERVER, self.server,
                f"curl -i {origin(config.plex_server_url)}/identity   # from here.  Does it run, at this address?")
         yield "clock", ANSWER, lambda: compare_clocks(self.date, time.time()), ""
-        yield "token", ANSWER, self.token, "README, Install, step 2: put the owner's token into the file"
+        yield "token", ANSWER, self.token, "streamerbrainz.py login   # as the server's owner"
         yield "Plex Pass", OWNER, lambda: verdict("Plex Pass", text(self.root.get("ownerFeatures"), 10000)), ""
         yield "signed in", OWNER, lambda: verdict("signed in", text(self.root.get("myPlexSigninState"))), ""
         yield "webhooks switch", OWNER, self.switch, ""
@@ -6385,7 +6399,7 @@ class Doctor:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
                            if holder else f"nothing listens on port {self.port}",
-                           "systemctl --user restart streamerbrainz   # or as README, Install, step 5", 8)
+                           "systemctl --user restart streamerbrainz   # or: streamerbrainz.py setup", 8)
         program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
             return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port) or 'another program'}",

@@ -6990,7 +6990,7 @@ def test_what_is_written_into_the_flags_is_read_back_as_it_was(tmp_path):
 
 class Cloud:
     """A stand-in for plex.tv, in Plex's own words.  A test changes what it answers."""
-    ACCOUNT = {"id": 1, "username": "ann", "email": "ann@example.com", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
+    ACCOUNT: typing.ClassVar = {"id": 1, "username": "ann", "email": "ann@example.com", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
 
     def __init__(self):
         self.requests, self.urls, self.polls, self.pins, self.resources = [], [], 0, 0, []
@@ -6999,7 +6999,7 @@ class Cloud:
         cloud = self
 
         class Answer(http.server.BaseHTTPRequestHandler):
-            def answer(self):
+            def answer(self):                              # any method
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
                 path = self.path.partition("?")[0]
                 cloud.requests.append((self.command, self.path, dict(self.headers), body))
@@ -7014,10 +7014,11 @@ class Cloud:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-            do_GET = do_POST = do_DELETE = answer
 
             def log_message(self, *_):
                 pass
+        for method in ("GET", "POST", "DELETE"):
+            setattr(Answer, f"do_{method}", Answer.answer)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -7160,7 +7161,7 @@ def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signe
     done = call("webhook", "add", "-yes")
     assert done.status == 0 and done.out.endswith("   Done, and read back.\n"), done
     assert cloud.urls == ["https://example.com/a?b=1&c=%20", ours(), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
-    assert "(the other 4 stay)" in " ".join(done.out.split()) and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
+    assert "(4 others stay)" in " ".join(done.out.split()) and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
     writes = sum(method == "POST" for method, *_ in cloud.requests)
     assert "as they should be" in call("webhook", "add", "-yes").out and sum(method == "POST" for method, *_ in cloud.requests) == writes == 1
     assert call("webhook", "remove", "-yes").status == 0 and ours() not in cloud.urls and len(cloud.urls) == 4
@@ -7179,7 +7180,7 @@ def test_an_old_address_is_ours_unless_a_streamerbrainz_answers_there(cloud, sig
 
 def test_the_webhook_of_a_tunnel_is_added_with_the_secret_and_then_left_alone(cloud, signed_in):
     cloud.urls = ["http://localhost:3001/webhooks/plex"]
-    assert call("webhook", "add", "https://pi.example.invalid/webhooks/plex", "-yes").status == 0
+    assert call("webhook", "add", "https://pi.example.invalid/", "-yes").status == 0
     assert cloud.urls == ["https://pi.example.invalid/webhooks/plex?token=new-secret"]
     assert "as they should be" in call("webhook", "add", "-yes").out
     assert call("webhook", "list").out == "https://pi.example.invalid/webhooks/plex?token=...\n"
@@ -7218,11 +7219,14 @@ def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
 class Terminal:
     """A command line on a pseudo-terminal of its own, typed at by a test."""
 
-    def __init__(self, *words, path, **env):
+    QUICK = ("import sys, streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = 0.05\n"
+             "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
+
+    def __init__(self, *words, path, quick=True, **env):
         self.master, slave = os.openpty()
         termios.tcsetwinsize(slave, (24, 80))
-        self.said = ""
-        self.process = subprocess.Popen([sys.executable, "-W", "error", PROGRAM, *map(str, words)], stdin=slave, stdout=slave, stderr=slave,
+        self.said, program = "", ["-c", self.QUICK] if quick else [PROGRAM]
+        self.process = subprocess.Popen([sys.executable, "-W", "error", *program, *map(str, words)], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
                                         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
                                         env={**os.environ, "PATH": f"{path}:/usr/bin:/bin", **env})
         os.close(slave)
@@ -7244,9 +7248,11 @@ class Terminal:
 
     def end(self, seconds=20.0):
         """What it says until it ends; -> that, and the exit status."""
+        until = time.monotonic() + seconds
         with contextlib.suppress(OSError):
-            while data := os.read(self.master, 65536):
-                self.said += data.decode("utf-8", "replace")
+            while True:
+                assert select.select([self.master], (), (), max(0.0, until - time.monotonic()))[0], f"it does not end:\n{self.said}"
+                self.said += os.read(self.master, 65536).decode("utf-8", "replace")
         return self.said, self.process.wait(seconds)
 
     def __enter__(self):
@@ -7319,7 +7325,7 @@ def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers
     machine.urls = ["https://example.com/theirs"]
     machine.nas.refusals = 2                               # the token is new
     begun = time.monotonic()
-    with Terminal("setup", *machine.words, path=machine.tools) as person:
+    with Terminal("setup", *machine.words, path=machine.tools, quick=False) as person:
         assert re.search(r"\r\n +7RQ1\r\n", person.hear("2. Server"))
         person.hear("Press play on your player.")
         machine.nas.playing["m1"] = PLAYING
@@ -7334,7 +7340,7 @@ def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers
         machine.nas.playing["m1"] = PAUSED
         assert sb.exchange(machine.urls[1], {"Content-Type": MULTIPART}, sb.encode_webhook(payload("media.pause"))[1]).status == 200
         proof, status_ = person.end()
-    assert status_ == 0 and 'paused "Karma Police": seen by' in proof and "A webhook came" in proof, proof
+    assert status_ == 0 and 'paused "Karma Police": seen by' in proof and "Its webhook came within" in proof, proof
     assert time.monotonic() - begun < 60
     secret = (machine.config / "webhook-secret").read_text().strip()
     assert machine.urls == ["https://example.com/theirs", f"http://127.0.0.1:{machine.port}/webhooks/plex?token={secret}"]
@@ -7348,6 +7354,201 @@ def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers
     calls = (home / "calls").read_text()
     assert "systemctl --user daemon-reload\nsystemctl --user enable --now streamerbrainz\nloginctl enable-linger" in calls and TOKEN not in calls
     assert TOKEN not in (home / "log").read_text() and secret not in (home / "log").read_text() + calls
+
+
+def flat(text):
+    """What was said, whatever its lines."""
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def script(machine, monkeypatch):
+    """setup as a script runs it, in this process: nobody answers."""
+    monkeypatch.setenv("PATH", f"{machine.tools}:/usr/bin:/bin")
+    monkeypatch.setattr(sb, "TOKEN_S", 0.1)
+    monkeypatch.setattr(sb, "START_S", 10.0)
+    machine.nas.playing["m1"] = PLAYING
+
+    def run(*words):
+        done = call("setup", "-yes", *machine.words, *words)
+        assert TOKEN not in done.out + done.err and "Traceback" not in done.err and max(map(len, [*done.out.splitlines(), ""])) <= 80
+        return done
+    machine.run = run
+    return machine
+
+
+def test_setup_without_questions_and_again_says_what_is_well_and_keeps_what_was_written_by_hand(script, home):
+    script.config.mkdir(parents=True)
+    (script.config / "flags").write_text("# by hand\n-log-level debug   # all\n-webhooks-port 1 # the port\n")
+    done = script.run()
+    assert done.status == 0 and done.err == "" and len(script.urls) == 1, done
+    assert (script.config / "flags").read_text().startswith(f"# by hand\n-log-level debug   # all\n-webhooks-port={script.port} # the port\n-plex-server-url=")
+    written = {file: file.stat().st_mtime_ns for file in script.config.iterdir()}
+    calls = (home / "calls").read_text()
+    done = script.run()
+    assert done.status == 0 and "All is done already." in done.out and script.pins == 1
+    assert {file: file.stat().st_mtime_ns for file in script.config.iterdir()} == written
+    assert "enable" not in (home / "calls").read_text()[len(calls):]
+    (script.config / "flags").write_text((script.config / "flags").read_text().replace("-plex-machine-id=m1", "-plex-machine-id=m2"))
+    assert script.run("-plex-machine-id", "m1").status == 0                # a flag that is given is the answer
+    assert "-plex-machine-id=m1\n" in (script.config / "flags").read_text() and "restart streamerbrainz" in (home / "calls").read_text()
+
+
+def test_the_tracker_is_filled_before_the_daemon_starts(script, home):
+    script.nas.answers |= {"/library/sections": {"Directory": [{"key": "1", "type": "movie", "title": "Films"}]}, "/accounts": {}}
+    script.nas.pages("/library/sections/1/all", [{"ratingKey": "7", "type": "movie", "title": "Heat", "year": 1995}])
+    database = home / ".local/share/streamerbrainz/tracker.db"
+    done = script.run("-tracker-db", database)
+    assert done.status == 0 and "The tracker now has 0 shows, 0 episodes and 1 movies." in done.out
+    assert "-tracker-db=~/.local/share/streamerbrainz/tracker.db\n" in (script.config / "flags").read_text()
+    assert "Heat" in call("tracker", "shows").out                          # the flags are read unasked
+
+
+WRONG = [
+    ("none of the account's", lambda it: it.resources.clear(), (), 2, "No server of this account is known. ... name it with -plex-server-url."),
+    ("shared only", lambda it: it.resources.pop(0), (), 2, "attic belongs to bob."),
+    ("unreachable", lambda it: it.resources[0].update(connections=[connection("127.0.0.1", 9), connection("192.0.2.9", 9, False, True)]), (), 2,
+     "nas at http://127.0.0.1:9 cannot be reached: Connection refused. ... nas at https://127-0-0-1.abc.plex.direct:9 cannot be reached: ... "
+     "allow plex.direct in its DNS rebind protection."),
+    ("another server", lambda it: it.nas.answers.update({"/identity": {"machineIdentifier": "other"}}), (), 2, "another server answers there."),
+    ("not the owner", lambda it: it.nas.answers.update({"/status/sessions": 401}), (), 1,
+     "shows what plays to its owner only, not to ann. Run this again, and sign in as the owner."),
+    ("a friend", lambda it: it.nas.answers.update({"/status/sessions": 403}), (), 1, "shows what plays to its owner only, not to ann."),
+    ("a server that fails", lambda it: it.nas.answers.update({"/status/sessions": 500}), (), 1, "answers 500 to /status/sessions."),
+    ("nothing plays", lambda it: it.nas.playing.clear(), (), 2, "0 players play now; let one play, or give -plex-machine-id."),
+    ("two play", lambda it: it.nas.playing.update(m2=PLAYING), (), 2, "2 players play now; let one play, or give -plex-machine-id."),
+    ("systemd fails", lambda it: (it.tools / "systemctl").write_text("#!/bin/sh\ncase $* in *enable*) echo Job failed.; exit 1;; *is-active*) exit 3;; esac\n"), (), 2,
+     "`systemctl --user enable --now streamerbrainz` failed (Job failed.); see: journalctl --user-unit streamerbrainz"),
+    ("resources in XML", lambda it: it.instead.update({("GET", "/api/v2/resources"): [(200, b"<resources/>")]}), (), 2, "plex.tv answers without a list of servers"),
+]
+
+
+@pytest.mark.parametrize("break_it, words, status_, said", [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_each_wrong_turn_has_its_sentence_and_leaves_what_was_there(script, home, break_it, words, status_, said):
+    break_it(script)
+    script.urls = ["https://example.com/theirs"]
+    done = script.run(*words)
+    assert done.status == status_ and len(done.err.splitlines()) == 1, done
+    for part in said.split(" ... "):
+        assert part in flat(done.out + done.err), (part, done)
+    assert script.urls == ["https://example.com/theirs"] and (not (script.config / "flags").exists() or "systemctl" in done.err)
+
+
+def test_the_token_of_somebody_who_is_not_the_owner_is_given_back(script):
+    script.nas.answers["/status/sessions"] = 401
+    assert script.run().status == 1 and script.tokens == set() and not (script.config / "plex-token").exists()
+
+
+def test_a_server_that_is_found_in_the_network_is_the_default(script, monkeypatch):
+    script.resources.clear()
+    monkeypatch.setattr(sb, "NEARBY", script.nas.url)
+    assert script.run().status == 0 and f"-plex-server-url={script.nas.url}\n" in (script.config / "flags").read_text()
+
+
+def test_servers_in_the_network_are_asked_for(monkeypatch):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(10)
+        monkeypatch.setattr(sb, "GDM", server.getsockname())
+
+        def answer():
+            asked, sender = server.recvfrom(100)
+            for port in (32400, 32401):
+                server.sendto(b"HTTP/1.0 200 OK\r\nContent-Type: plex/media-server\r\nName: nas\r\nPort: %d\r\n\r\n" % port, sender)
+            server.sendto(b"HTTP/1.0 500 x\r\nPort: 1\r\n", sender)
+            assert asked.startswith(b"M-SEARCH * HTTP/1.0")
+        threading.Thread(target=answer, daemon=True).start()
+        assert sb.nearby() == [sb.NEARBY, "http://127.0.0.1:32400", "http://127.0.0.1:32401"][-2 if sb.NEARBY.endswith(":32400") else -3:]
+
+
+def test_without_plex_pass_setup_ends_well(script):
+    script.account = {**script.ACCOUNT, "subscription": {"features": ["sync"]}}
+    done = script.run()
+    assert done.status == 0 and sb.NO_PASS in flat(done.out) and not any(path.endswith("webhooks") for _, path, _, _ in script.requests)
+
+
+def test_a_port_that_another_program_has_is_left_to_it(script):
+    with socket.create_server(("127.0.0.1", script.port)):
+        done = script.run()
+    assert done.status == 0 and f"-webhooks-port: {script.port} is held by" in done.out
+    assert f"-webhooks-port={script.port + 1}\n" in (script.config / "flags").read_text() and f":{script.port + 1}/" in script.urls[0]
+
+
+def test_without_systemd_the_lines_for_cron_are_shown(script):
+    (script.tools / "systemctl").write_text("#!/bin/sh\necho Failed to connect to bus; exit 1\n")
+    script_port = script.port
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sb, "START_S", 0.1)
+        done = script.run()
+    line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1\n"
+    assert f"\n@reboot {line}* * * * * {line}" in done.out and done.status == 1 and "The daemon does not answer." in done.err
+    assert not (script.config.parent / "systemd").exists() and script_port
+
+
+@pytest.mark.parametrize("answers, heard", [([], "Sign in"), ([], "Press play"), ([("Press play", "1\n")], "[y/N]"), ([("Press play", "1\n"), ("[y/N]", "n\n")], "[Y/n]")])
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_ctrl_c_at_each_question_leaves_what_is_done_and_says_so(machine, home, answers, heard, key):
+    if key == "\x04" and heard == "Sign in":
+        pytest.skip("nothing is asked there")
+    machine.entered_after = 10 ** 9 if heard == "Sign in" else 1
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        for question, answer in answers:
+            person.hear(question)
+            person.type(answer)
+        person.hear(heard)
+        time.sleep(0.2 if heard == "Sign in" else 0)
+        person.type(key)
+        said, status_ = person.end()
+    assert status_ == 1 and "Stopped. What is done stays; `streamerbrainz.py setup` goes on from there." in flat(said) and "Traceback" not in said
+    assert not (machine.config / "flags").exists() and not (home / ".local").exists() and machine.urls == []
+    assert (machine.config / "plex-token").exists() == (heard != "Sign in")
+
+
+def test_a_person_who_says_no_changes_nothing_and_several_servers_and_players_are_chosen_by_number(machine, home):
+    machine.resources.insert(0, resource("old", "s9", connection("127.0.0.1", 9)))
+    machine.nas.playing |= {"m1": PLAYING, "m2": PAUSED}
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        assert re.search(r" 1  old\r\n +2  nas\r\n", person.hear("Type its number. [1]"))
+        person.type("3\n")
+        person.hear("Type a number from 1 to 2.")
+        person.type("2\n")
+        person.hear("Press play on your player.")
+        assert re.search(r" 1  Living Room \(Plexamp\), playing .*\r\n +2  Living Room \(Plexamp\), paused", person.hear("Type its number. [1]"))
+        person.type("2\n")
+        person.hear("The player is m2.")
+        person.hear("[y/N]")
+        person.type("perhaps\n")
+        person.hear("Type y or n.")
+        person.type("y\n")
+        person.hear("read your library into the tracker")
+        person.hear("[Y/n]")
+        person.type("n\n")
+        said, status_ = person.end()
+    assert status_ == 1 and "Nothing of it was done." in said
+    assert {file.name for file in machine.config.iterdir()} == {"client-id", "plex-token"} and not (home / ".local").exists() and machine.urls == []
+
+
+def test_uninstall_takes_back_what_setup_did_and_leaves_what_is_the_persons(script, home):
+    script.urls = ["https://example.com/theirs"]
+    database = home / ".local/share/streamerbrainz/tracker.db"
+    assert script.run("-tracker-db", database).status == 0 and len(script.urls) == 2
+    done = call("uninstall", "-yes")
+    assert done.status == 0 and script.urls == ["https://example.com/theirs"] and script.tokens == set()
+    assert not (home / "pid").exists() and not (home / ".local/bin/streamerbrainz.py").exists() and not list(home.glob(".config/systemd/user/*"))
+    assert {file.name for file in script.config.iterdir()} == {"flags", "webhook-secret", "client-id"} and database.exists()
+    with Terminal("uninstall", path=script.tools) as person:
+        for _ in range(2):
+            person.hear("[y/N]")
+            person.type("y\n")
+        assert person.end()[1] == 0
+    assert list(script.config.iterdir()) == [] and not list(database.parent.iterdir())
+
+
+def test_uninstall_goes_on_where_plex_tv_fails(script, home):
+    assert script.run().status == 0
+    script.instead["GET", "/api/v2/user/webhooks"] = script.instead["DELETE", "/api/v2/users/signout"] = [(503, b"")]
+    done = call("uninstall", "-yes")
+    assert done.status == 1 and done.out.count("plex.tv answers 503: try again later.") == 2 and not (home / ".local/bin/streamerbrainz.py").exists()
 
 
 # === Doctor ===
