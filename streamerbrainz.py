@@ -5462,21 +5462,16 @@ def parse_webhooks(body: bytes) -> list[str]:
         raise odd_answer("a list of webhooks that can be read whole")
     return [str(url) for url in urls]
 
-class Witnessed(NamedTuple):
-    """What a daemon tells of itself."""
-    changes: Sequence[str]        # in words, each with its time before it; the newest first
-    arrived: int                  # webhooks that came with their change
-    delay_s: float                # of them, the median
-
-def witnessed(now: bytes) -> Witnessed:
-    """What a daemon's /now tells."""
+def witnessed(now: bytes) -> tuple[list[str], int, float]:
+    """What a daemon's /now tells: changes, each with its time before it; how many webhooks came with one; how late."""
     fields = json_object(json_value(now))
     webhooks, changes = json_object(fields.get("webhooks")), fields.get("changes")
+    late_s = webhooks.get("median_delay_s")
     by = {"events": "the event stream", "webhook": "a webhook"}
-    return Witnessed([f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
-                      f'{by.get(text(each.get("by")), "the sessions")}'
-                      for each in map(json_object, changes if isinstance(changes, list) else ())],
-                     number(webhooks.get("arrived")) or 0, webhooks.get("median_delay_s") or 0.0)
+    return ([f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
+             f'{by.get(text(each.get("by")), "the sessions")}'
+             for each in map(json_object, changes if isinstance(changes, list) else ())],
+            number(webhooks.get("arrived")) or 0, late_s if isinstance(late_s, (int, float)) else 0.0)
 
 # -- What is to be written: webhooks, flags, the unit
 def with_webhook(urls: Sequence[str], ours: str, is_ours: Callable[[str], bool]) -> list[str]:
@@ -5558,8 +5553,7 @@ UNIT = (
 # For an answer; after a 429 that does not say how long to wait, and at most; how often.
 PLEXTV_S, BUSY_S, MAX_BUSY_S, MAX_BUSY = 10.0, 5, 60, 3
 PINS, USER, WEBHOOKS = "/api/v2/pins", "/api/v2/user", "/api/v2/user/webhooks"
-RESOURCES = "/api/v2/resources?includeHttps=1&includeRelay=1&includeIPv6=1"
-SIGN_OUT = "/api/v2/users/signout"
+RESOURCES, SIGN_OUT = "/api/v2/resources?includeHttps=1&includeRelay=1&includeIPv6=1", "/api/v2/users/signout"
 
 class PlexTV:
     """plex.tv, asked in the name of this device."""
@@ -5756,7 +5750,8 @@ def command_fault(*words: str) -> str:
     """Run a command of the system; -> why it failed, "": it did not."""
     if not (path := shutil.which(words[0])):
         return f"{words[0]} is missing"
-    status, output = run_hook([path, *words[1:]], {})
+    runtime = {"XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")}     # `su` sets none
+    status, output = run_hook([path, *words[1:]], runtime)
     return "" if status == 0 else text(output.decode("utf-8", "replace").strip()) or f"status {status}"
 
 def tilde(path: str, home: str = "~") -> str:
@@ -5806,8 +5801,8 @@ class Setup:
         folder, self.program = os.path.dirname(usual("flags")), os.path.expanduser("~/.local/bin/streamerbrainz.py")
         self.unit = os.path.join(os.path.dirname(folder), "systemd/user/streamerbrainz.service")
 
-    def sign_in(self) -> None:
-        """Step 1: a token that plex.tv accepts is in its file."""
+    def sign_in(self) -> int:
+        """Step 1: a token that plex.tv accepts is in its file; -> 0, the exit status of `login`."""
         path, tell = tilde(self.config.plex_token_file), self.dialog.tell
         try:
             if self.plextv.token:
@@ -5822,7 +5817,8 @@ class Setup:
             write_private(self.config.plex_token_file, f"{token}\n", self.config.command)
             self.plextv.token, self.is_new = token, True
             self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
-        tell(f"Signed in as {self.account or 'before'}; the token is in {path}.")
+        tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
+        return 0
 
     def new_token(self) -> str:
         """The token of whoever enters our code."""
@@ -5867,8 +5863,11 @@ class Setup:
             url = self.found_server() or self.given_server()
             error = self.refusal(url)
         if error and error.fault in ("refused", "forbidden"):
-            if self.is_new:                           # what was there before is as it was
-                self.sign_out()
+            # A new one goes, so that all is as before; an old one, so that another account can sign in.
+            if self.is_new or not (self.dialog.yes or not self.dialog.agree("Sign this account out?")):
+                with contextlib.suppress(PlexError):
+                    self.sign_out()
+                remove(self.config.plex_token_file)
             raise PlexError(error.fault, f"{origin(url)} shows what plays to its owner only, not to "
                             f"{self.account or 'this account'}. Run this again, and sign in as the owner.")
         if error:
@@ -5956,10 +5955,10 @@ class Setup:
             if listener := open_listener(self.config):
                 listener.server_close()
             elif not is_ours:
-                raise ConfigError(f"-webhooks-port: another StreamerBrainz, {port_holder(port) or 'of another user'}, "
-                                  f"listens on {port}; end it, remove its cron lines, or give another port.")
+                raise ConfigError(f"setup: another StreamerBrainz ({port_holder(port) or 'of another user'}) listens "
+                                  f"on {port}; end it, and remove its cron lines.")
         except ConfigError as error:
-            if not str(error).startswith("-webhooks-port") or port > 65000:
+            if " is held by " not in str(error) or port > 65000:
                 raise
             self.dialog.tell(str(error))
             given = number(self.dialog.ask("Another port", str(port + 1))) or port
@@ -5986,7 +5985,7 @@ class Setup:
         write(self.program, read_text(__file__), 0o755)
         if has_systemd:
             write(self.unit, self.unit_text(), 0o644)
-            if todo or not is_active:
+            if todo or self.is_new or not is_active:  # a new token, too: systemd hands it over at a start
                 todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
         elif todo:
             todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
@@ -6036,7 +6035,7 @@ class Setup:
         """Whether a webhook of the account leads to this daemon, or did so once."""
         try:
             parts, own = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.own_url())
-            host, is_port = parts.hostname or "", parts.port == own.port
+            host, is_port = parts.hostname or "", parts.port == self.config.webhooks_port
         except ValueError:                            # "http://[", or a port above 65535
             return False
         # An address or a port of long ago is one at which no StreamerBrainz answers: else it may be another one.
@@ -6076,7 +6075,7 @@ class Setup:
                                     "too. See: streamerbrainz.py webhook list")
 
     # -- The proof, and the way back
-    def now(self) -> Witnessed | None:
+    def now(self) -> tuple[list[str], int, float] | None:
         """What the daemon has witnessed; None: it does not answer."""
         query = self.own_url().partition("?")[2]
         with contextlib.suppress(PlexError):
@@ -6092,28 +6091,34 @@ class Setup:
                 raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
             self.dialog.progress("waiting for the daemon to listen")
             time.sleep(PROVE_POLL_S)
-        tell("The daemon listens. Press pause on your player, and play again.")
-        now, until = known, time.monotonic() + PROVE_S * (not self.dialog.yes)
-        while now.arrived == known.arrived and (at := time.monotonic()) < min(
-                until, changed_at + FOLLOW_S * self.has_webhooks):
+        (seen, arrived, _), count, late_s = known, known[1], 0.0
+        tell("The daemon listens." + " Press pause on your player, and play again." * (not self.dialog.yes))
+        until = time.monotonic() + PROVE_S * (not self.dialog.yes)
+        while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
             self.dialog.progress(f"waiting: {clock(int((until - at) * 1000))} left")
             time.sleep(PROVE_POLL_S)
-            before, now = now, self.now() or now
-            for words in [each for each in now.changes if each not in before.changes][::-1]:
+            changes, count, late_s = self.now() or (seen, count, late_s)
+            for words in [each for each in changes if each not in seen][::-1]:
                 tell(words.partition(" ")[2])
                 changed_at = min(changed_at, at)
-        tell(f"Its webhook came within {now.delay_s:.1f} s of it." if now.arrived != known.arrived else
-             "Until now nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
-             "No webhook came with it. A server may need a restart to take a new URL; to find out: streamerbrainz.py "
-             "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
-        secret = f"?token={self.secrets[0]}" if self.secrets and sys.stdout.isatty() else ""
-        tell(f"What plays, in a browser: http://{urllib.parse.urlsplit(self.own_url()).netloc}/{secret}")
-        return int(not self.dialog.yes and changed_at == math.inf)
+            seen = changes
+        if not self.dialog.yes:
+            tell(f"Its webhook came within {late_s:.1f} s of it." if count != arrived else
+                 "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
+                 "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py doctor"
+                 if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
+        page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
+        tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
+        return int(not self.dialog.yes and changed_at == math.inf and count == arrived)
 
     def sign_out(self) -> None:
-        """End the token, and delete its file; raises PlexError if plex.tv was not told."""
+        """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
+        try:
+            self.plextv.call(SIGN_OUT, method="DELETE")
+        except PlexError as error:
+            if error.fault != "refused":              # it has ended already
+                raise
         remove(self.config.plex_token_file)
-        self.plextv.call(SIGN_OUT, method="DELETE")
 
     def stop_daemon(self) -> None:
         """Stop the daemon, and remove its unit."""
@@ -6133,11 +6138,7 @@ def guided(work: Callable[[Setup], int]) -> Callable[[Config], int]:
             return 1
     return command
 
-@guided
-def login(guide: Setup) -> int:
-    """Sign in at plex.tv by a code, and write the token file."""
-    guide.sign_in()
-    return 0
+login = guided(Setup.sign_in)
 
 @guided
 def change_webhook(guide: Setup) -> int:
@@ -6167,8 +6168,9 @@ def webhook_command(config: Config) -> int:
 def setup(guide: Setup) -> int:
     """Go from this one file to a daemon that was seen to work."""
     tell = guide.dialog.tell
-    for heading, step in (("1. Sign in", guide.sign_in), ("2. Server", guide.find_server),
-                          ("3. Player", guide.choose_player), ("4. Watch tracker", guide.choose_tracker)):
+    steps: Mapping[str, Callable[[], object]] = {"1. Sign in": guide.sign_in, "2. Server": guide.find_server,
+        "3. Player": guide.choose_player, "4. Watch tracker": guide.choose_tracker}
+    for heading, step in steps.items():
         print(f"\n{heading}", flush=True)
         step()
     print("\n5. Files, daemon, webhook", flush=True)

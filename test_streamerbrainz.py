@@ -7548,7 +7548,33 @@ def test_uninstall_goes_on_where_plex_tv_fails(script, home):
     assert script.run().status == 0
     script.instead["GET", "/api/v2/user/webhooks"] = script.instead["DELETE", "/api/v2/users/signout"] = [(503, b"")]
     done = call("uninstall", "-yes")
+    assert (script.config / "plex-token").exists()                         # to try it again with
     assert done.status == 1 and done.out.count("plex.tv answers 503: try again later.") == 2 and not (home / ".local/bin/streamerbrainz.py").exists()
+
+
+def test_who_is_not_the_owner_may_sign_out_and_in_anew_but_no_script_forgets_a_token(script):
+    script.config.mkdir(parents=True)
+    (script.config / "plex-token").write_text(TOKEN)
+    (script.config / "plex-token").chmod(0o600)
+    script.nas.answers["/status/sessions"] = 401
+    assert script.run().status == 1 and (script.config / "plex-token").exists() and script.tokens
+    with Terminal("setup", *script.words, path=script.tools) as person:
+        person.hear("Sign this account out? [Y/n]")
+        person.type("\n")
+        said, status_ = person.end()
+    assert status_ == 1 and "sign in as the owner" in flat(said) and not (script.config / "plex-token").exists() and not script.tokens
+
+
+def test_a_daemon_that_somebody_else_started_is_not_doubled(script):
+    with Process() as daemon:
+        done = call("setup", "-yes", "-webhooks-host", "127.0.0.1", "-webhooks-port", daemon.port)
+    assert done.status == 2 and "another StreamerBrainz (python" in done.err and "end it, and remove its cron lines." in done.err
+    assert not (script.config / "flags").exists()
+
+
+def test_an_odd_now_is_no_traceback():
+    for odd in ({}, {"webhooks": 7, "changes": [7, {"at": {}}]}, {"webhooks": {"arrived": "x", "median_delay_s": "soon"}, "changes": {}}):
+        assert sb.witnessed(json.dumps(odd).encode())[1:] == (0, 0.0)
 
 
 # === Doctor ===
