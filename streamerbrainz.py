@@ -5484,16 +5484,16 @@ def with_webhook(urls: Sequence[str], ours: str, is_ours: Callable[[str], bool])
 def with_flags(content: str, values: Mapping[str, str]) -> str:
     """A flags file in which these flags have these values.  Its other lines stay, and new ones stand at the end."""
     lines, missing = content.splitlines(), dict(values)
-    bare = {flag: value if re.fullmatch(r"[\w@%+=:,./~][\w@%+=:,./~-]*", value, re.ASCII) else shlex.quote(value)
-            for flag, value in values.items()}
+    written = {flag: flag + ("=" if value.startswith("-") else " ") + (value if re.fullmatch(
+        r"[\w@%+=:,./~-]+", value, re.ASCII) else shlex.quote(value)) for flag, value in values.items()}
     for i, line in enumerate(lines):
         found = re.match(r"\s*-?(-[a-z-]+)(?:\s*=|\s+)(?=\S)", line)
         if found and found[1] in values:
             missing.pop(found[1], "")
             if shlex.split(line[found.end():], comments=True) != [values[found[1]]]:
                 comment = re.search(r"\s+#[^'\"]*$", line)
-                lines[i] = f"{found[1]}={bare[found[1]]}{comment[0] if comment else ''}"
-    return "".join(f"{line}\n" for line in [*lines, *(f"{flag}={bare[flag]}" for flag in missing)])
+                lines[i] = written[found[1]] + (comment[0] if comment else "")
+    return "".join(f"{line}\n" for line in [*lines, *(written[flag] for flag in missing)])
 
 # A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
 TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"

@@ -6970,9 +6970,9 @@ def test_our_webhook_takes_the_place_of_an_old_one_and_others_stay_in_order(befo
 
 
 @pytest.mark.parametrize("before, after", [
-    ("", "-a=1\n-b='x y'\n"), ("# mine\n\n-log-level debug  # all\n", "# mine\n\n-log-level debug  # all\n-a=1\n-b='x y'\n"),
-    ("-b 'x y'   # kept\n# between\n-a 2 # the NAS\n-c 3", "-b 'x y'   # kept\n# between\n-a=1 # the NAS\n-c 3\n"),
-    ("--a=2\r\n-b=old\r\n", "-a=1\n-b='x y'\n"), ("#-a 2\n-ab 2\n-a 2\n-a 3\n-b \"x y\"\n", "#-a 2\n-ab 2\n-a=1\n-a=1\n-b \"x y\"\n")])
+    ("", "-a 1\n-b 'x y'\n"), ("# mine\n\n-log-level debug  # all\n", "# mine\n\n-log-level debug  # all\n-a 1\n-b 'x y'\n"),
+    ("-b 'x y'   # kept\n# between\n-a 2 # the NAS\n-c 3", "-b 'x y'   # kept\n# between\n-a 1 # the NAS\n-c 3\n"),
+    ("--a=2\r\n-b=old\r\n", "-a 1\n-b 'x y'\n"), ("#-a 2\n-ab 2\n-a 2\n-a 3\n-b \"x y\"\n", "#-a 2\n-ab 2\n-a 1\n-a 1\n-b \"x y\"\n")])
 def test_of_a_file_of_flags_only_the_lines_that_differ_are_written(before, after):
     values = {"-a": "1", "-b": "x y"}
     assert sb.with_flags(before, values) == after and sb.with_flags(after, values) == after
@@ -7219,7 +7219,7 @@ def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
 class Terminal:
     """A command line on a pseudo-terminal of its own, typed at by a test."""
 
-    QUICK = ("import sys, streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = 0.05\n"
+    QUICK = ("import sys, streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
              "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
 
     def __init__(self, *words, path, quick=True, **env):
@@ -7346,8 +7346,8 @@ def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers
     assert machine.urls == ["https://example.com/theirs", f"http://127.0.0.1:{machine.port}/webhooks/plex?token={secret}"]
     assert f"http://127.0.0.1:{machine.port}/?token={secret}" in proof
     assert (machine.config / "flags").read_text() == (
-        f"-plex-server-url={machine.nas.url}\n-plex-token-file=~/.config/streamerbrainz/plex-token\n-plex-machine-id=m1\n"
-        f"-webhook-secret-file=~/.config/streamerbrainz/webhook-secret\n-webhooks-host=127.0.0.1\n-webhooks-port={machine.port}\n")
+        f"-plex-server-url {machine.nas.url}\n-plex-token-file ~/.config/streamerbrainz/plex-token\n-plex-machine-id m1\n"
+        f"-webhook-secret-file ~/.config/streamerbrainz/webhook-secret\n-webhooks-host 127.0.0.1\n-webhooks-port {machine.port}\n")
     assert {stat.S_IMODE((machine.config / name).stat().st_mode) for name in ("flags", "plex-token", "webhook-secret", "client-id")} == {0o600}
     assert (home / ".local/bin/streamerbrainz.py").read_text() == PROGRAM.read_text()
     assert (home / ".config/systemd/user/streamerbrainz.service").read_text().startswith("# User unit of StreamerBrainz")
@@ -7382,16 +7382,16 @@ def test_setup_without_questions_and_again_says_what_is_well_and_keeps_what_was_
     (script.config / "flags").write_text("# by hand\n-log-level debug   # all\n-webhooks-port 1 # the port\n")
     done = script.run()
     assert done.status == 0 and done.err == "" and len(script.urls) == 1, done
-    assert (script.config / "flags").read_text().startswith(f"# by hand\n-log-level debug   # all\n-webhooks-port={script.port} # the port\n-plex-server-url=")
+    assert (script.config / "flags").read_text().startswith(f"# by hand\n-log-level debug   # all\n-webhooks-port {script.port} # the port\n-plex-server-url ")
     written = {file: file.stat().st_mtime_ns for file in script.config.iterdir()}
     calls = (home / "calls").read_text()
     done = script.run()
     assert done.status == 0 and "All is done already." in done.out and script.pins == 1
     assert {file: file.stat().st_mtime_ns for file in script.config.iterdir()} == written
     assert "enable" not in (home / "calls").read_text()[len(calls):]
-    (script.config / "flags").write_text((script.config / "flags").read_text().replace("-plex-machine-id=m1", "-plex-machine-id=m2"))
+    (script.config / "flags").write_text((script.config / "flags").read_text().replace("-plex-machine-id m1", "-plex-machine-id m2"))
     assert script.run("-plex-machine-id", "m1").status == 0                # a flag that is given is the answer
-    assert "-plex-machine-id=m1\n" in (script.config / "flags").read_text() and "restart streamerbrainz" in (home / "calls").read_text()
+    assert "-plex-machine-id m1\n" in (script.config / "flags").read_text() and "restart streamerbrainz" in (home / "calls").read_text()
 
 
 def test_the_tracker_is_filled_before_the_daemon_starts(script, home):
@@ -7400,7 +7400,7 @@ def test_the_tracker_is_filled_before_the_daemon_starts(script, home):
     database = home / ".local/share/streamerbrainz/tracker.db"
     done = script.run("-tracker-db", database)
     assert done.status == 0 and "The tracker now has 0 shows, 0 episodes and 1 movies." in done.out
-    assert "-tracker-db=~/.local/share/streamerbrainz/tracker.db\n" in (script.config / "flags").read_text()
+    assert "-tracker-db ~/.local/share/streamerbrainz/tracker.db\n" in (script.config / "flags").read_text()
     assert "Heat" in call("tracker", "shows").out                          # the flags are read unasked
 
 
@@ -7442,7 +7442,7 @@ def test_the_token_of_somebody_who_is_not_the_owner_is_given_back(script):
 def test_a_server_that_is_found_in_the_network_is_the_default(script, monkeypatch):
     script.resources.clear()
     monkeypatch.setattr(sb, "NEARBY", script.nas.url)
-    assert script.run().status == 0 and f"-plex-server-url={script.nas.url}\n" in (script.config / "flags").read_text()
+    assert script.run().status == 0 and f"-plex-server-url {script.nas.url}\n" in (script.config / "flags").read_text()
 
 
 def test_servers_in_the_network_are_asked_for(monkeypatch):
@@ -7471,7 +7471,7 @@ def test_a_port_that_another_program_has_is_left_to_it(script):
     with socket.create_server(("127.0.0.1", script.port)):
         done = script.run()
     assert done.status == 0 and f"-webhooks-port: {script.port} is held by" in done.out
-    assert f"-webhooks-port={script.port + 1}\n" in (script.config / "flags").read_text() and f":{script.port + 1}/" in script.urls[0]
+    assert f"-webhooks-port {script.port + 1}\n" in (script.config / "flags").read_text() and f":{script.port + 1}/" in script.urls[0]
 
 
 def test_without_systemd_the_lines_for_cron_are_shown(script):
