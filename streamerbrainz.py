@@ -5736,14 +5736,14 @@ class Dialog:
         """Which of these (key: words) a person means by its number, or by what look() finds meanwhile."""
         for i, words in enumerate(names.values(), 1):
             self.tell(words, f"   {i:2}  ")
-        self.tell(f"Type its number.{f' [{default}]' * bool(default)}")
+        self.tell(f"Type its number.{f' [{default}]' * bool(default)}") if names else None
         found = next(iter(names)) if self.yes else ""
         while not found:
             line, found = self.typed(look)
             if not found and 1 <= (no := number(line or default) or 0) <= len(names):
                 found = list(names)[no - 1]
             elif not found:
-                self.tell(f"Type a number from 1 to {len(names)}.")
+                self.tell(f"Type a number from 1 to {len(names)}." if names else "It must play to be seen.")
         return found
 
 def command_fault(*words: str) -> str:
@@ -5920,21 +5920,21 @@ class Setup:
             plex = PlexServer(self.config.plex_server_url, lambda: self.plextv.token, self.config.plex_ca_file)
             names, playing = dict[str, str](), set[str]()
             def look() -> str:
-                sessions = [each for each in plex.sessions() if re.fullmatch("[!-~]+", each.machine_identifier)]
+                sessions = sorted((each for each in plex.sessions() if each.machine_identifier.isprintable()),
+                                  key=lambda each: each.state != PLAYING)
                 names.update({each.machine_identifier: f"{each.player_title or 'a player'} ({each.product}), "
                               f"{playing_sentence(each.state, each.item)}" for each in sessions})
                 before, now = playing.copy(), {each.machine_identifier for each in sessions if each.state == PLAYING}
                 playing.clear()
                 playing.update(now)
-                return next(iter(now - before), "")
-            first = look()                            # it began before it was asked for
-            count = len(names)
-            names.update({each.identifier: f"{each.name} ({each.product}), silent" for each in self.read_resources()
-                          if "player" in each.provides and each.identifier not in names})
-            if self.dialog.yes and count != 1:
-                raise ConfigError(f"setup: {count} players play now; let one play, or give -plex-machine-id.")
+                return next((each for each in names if each in now - before), "")
+            look()                                    # what plays now began before it was asked for
+            names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.read_resources()
+                      if "player" in each.provides and each.identifier not in names}
+            if self.dialog.yes and len(playing) != 1:
+                raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
             self.dialog.tell("Press play on your player.")
-            chosen = self.dialog.choose(names, look, "1" if first else "")
+            chosen = self.dialog.choose(names, look, "1" if playing else "")
             self.config = self.config._replace(plex_machine_id=chosen)
             self.dialog.tell(names[chosen])
         self.dialog.tell(f"The player is {self.config.plex_machine_id}.")

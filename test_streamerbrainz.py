@@ -7219,16 +7219,18 @@ def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
 class Terminal:
     """A command line on a pseudo-terminal of its own, typed at by a test."""
 
-    QUICK = ("import sys, streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
-             "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
+    BEGIN = "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"        # of the child: Ctrl-C is for it
+    WHOLE = BEGIN + "os.execv(sys.executable, [sys.executable, '-W', 'error', 'streamerbrainz.py', *sys.argv[1:]])"
+    QUICK = BEGIN + ("import streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
+                     "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
 
-    def __init__(self, *words, path, quick=True, **env):
+    def __init__(self, *words, path, quick=True):
         self.master, slave = os.openpty()
         termios.tcsetwinsize(slave, (24, 80))
-        self.said, program = "", ["-c", self.QUICK] if quick else [PROGRAM]
-        self.process = subprocess.Popen([sys.executable, "-W", "error", *program, *map(str, words)], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
-                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-                                        env={**os.environ, "PATH": f"{path}:/usr/bin:/bin", **env})
+        self.said = ""
+        self.process = subprocess.Popen([sys.executable, "-W", "error", "-c", self.QUICK if quick else self.WHOLE, *map(str, words)], cwd=HERE,
+                                        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                                        env={**os.environ, "PATH": f"{path}:/usr/bin:/bin"})
         os.close(slave)
 
     def hear(self, words, seconds=20.0):
@@ -7858,6 +7860,34 @@ def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1",
                                            flags_file=str(file))
     assert config("players", f"@{file}").command == "players"
+
+
+def test_flags_are_read_in_their_usual_place_and_the_command_line_wins(home, tmp_path, monkeypatch):
+    usual, system = home / ".config/streamerbrainz/flags", tmp_path / "system"
+    system.write_text("-webhooks-port 1111\n")
+    monkeypatch.setattr(sb, "SYSTEM_FLAGS", str(system))
+    assert (config("doctor").webhooks_port, config("doctor").flags_file) == (1111, str(system))
+    usual.parent.mkdir(parents=True)
+    usual.write_text("-webhooks-port 2222\n-tracker-db ~/.local/share/streamerbrainz/tracker.db\n")
+    assert (config("doctor").webhooks_port, config("doctor").tracker_db) == (2222, f"{home}/.local/share/streamerbrainz/tracker.db")
+    assert config("doctor", "-webhooks-port", "3333").webhooks_port == 3333
+    (home / "mine").write_text("-webhooks-port 4444\n")
+    for words in (("doctor", "-webhooks-port", "5", "@~/mine"), ("doctor", "@~/mine", "-webhooks-port", "5")):
+        assert config(*words) == sb.Config("doctor", webhooks_port=5, flags_file=f"{home}/mine")      # these replace the usual ones
+    assert config("demo") == sb.Config("demo")             # it must neither write into the tracker nor switch an amplifier
+    assert flat(call("doctor").out).startswith(f"ok flags: no server is configured: webhooks are the only source (read from {usual}) ")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    assert config("doctor").webhooks_port == 2222
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")      # which its specification wants to be ignored
+    assert config("doctor").webhooks_port == 2222
+
+
+def test_the_log_says_which_flags_were_read(home):
+    file = home / ".config/streamerbrainz/flags"
+    file.parent.mkdir(parents=True)
+    file.write_text("-log-level debug\n")
+    with Process() as daemon:
+        eventually(lambda: f" flags={file}\n" in daemon.text())
 
 
 @pytest.mark.parametrize("words, sentence", [
