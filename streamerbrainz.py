@@ -7,7 +7,7 @@ Plexamp), and logs each change of that player:
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
 It also shows each change on a page, runs a command for it, and marks finished episodes and movies as watched in a
-database.  And it finds out why webhooks do not arrive (`doctor`).
+database.  It installs itself (`setup`), and finds out why webhooks do not arrive (`doctor`).
 
 Three sources tell of a change; we call them witnesses.  A webhook says that something happened.  The server's event
 stream tells each change at once.  /status/sessions says what is so now.  Each of them is wrong at times: webhooks get
@@ -5373,7 +5373,7 @@ def players(config: Config) -> int:
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
-# === Setup: from one file to a daemon that was seen to work (PlexTV, Dialog, Setup, login, webhook, uninstall) ===
+# === Setup: one file -> a daemon that was seen to work (PlexTV, Dialog, Setup, login, webhook, setup, uninstall) ===
 # What for: nobody should have to find a token, an identifier or an address, or to edit a file.  `setup` goes the whole
 #   way and `uninstall` takes it back; `login` and `webhook` are steps of it alone.  Nothing is changed before a yes.
 # Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
@@ -5613,6 +5613,7 @@ def nearby() -> list[str]:
 
 def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict[str, str]]:
     """The first URL at which the server with this identifier ("": any) answers; else "", and why each does not."""
+    # Names (of https) are only looked up where no address answers: a router may be silent on them for long.
     faults: dict[str, str] = {}
     def probe(url: str) -> None:                      # /identity needs no token: none is sent
         try:
@@ -5622,13 +5623,15 @@ def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict
             is_blocked = ".plex.direct" in url and isinstance(KNOWN.get(urllib.parse.urlsplit(url).hostname or ""), str)
             faults[url] = str(error).removeprefix(f"{url} ") + is_blocked * (
                 " Routers may block such names: allow plex.direct in its DNS rebind protection.")
-    threads = [threading.Thread(target=probe, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    for url, thread in zip(urls, threads, strict=True):
-        thread.join()
-        if faults.get(url) == "":
-            return url, {}
+    for kind in ("http:", "https:"):
+        tried = [url for url in urls if url.startswith(kind)]
+        threads = {url: threading.Thread(target=probe, args=(url,), daemon=True) for url in tried}
+        for thread in threads.values():
+            thread.start()
+        for url, thread in threads.items():
+            thread.join()
+            if faults.get(url) == "":
+                return url, {}
     return "", faults
 
 # What is said of a URL in the account.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
@@ -5723,7 +5726,8 @@ class Dialog:
 
     def ask(self, question: str, default: str) -> str:
         """What a person answers; the default for Enter, and with -yes."""
-        print(wrapped(f"{question} [{default}]", "   ", 3), end="\n" if self.yes else " ", flush=True)
+        shown = f" [{default}]" if default else ""
+        print(wrapped(question + shown, "   ", 3), end="\n" if self.yes else " ", flush=True)
         return ("" if self.yes else self.typed()[0]) or default
 
     def agree(self, question: str, default: str = "Y/n") -> bool:
@@ -5884,13 +5888,8 @@ class Setup:
             self.dialog.tell(f"No server of this account is known.{shared}")
             return ""
         server = servers[self.dialog.choose(owned) if len(owned) > 1 else next(iter(owned))]
-        # Names (of https) are only looked up where no address answers: a router may be silent on them for long.
-        url, faults, urls = "", dict[str, str](), (*server.urls, *nearby())
-        for kind in ("http:", "https:"):
-            url, more = (url, {}) if url else reach([each for each in urls if each.startswith(kind)], server.identifier,
-                                                    self.config.plex_ca_file)
-            faults |= more
-        for tried, fault in () if url else faults.items():
+        url, faults = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file)
+        for tried, fault in faults.items():
             self.dialog.tell(f"{server.name} at {tried} {fault}", "   - ")
         return url
 
@@ -6053,6 +6052,8 @@ class Setup:
 
     def change(self, add: bool) -> str:
         """What is to be changed in the account's webhooks, in words; "": nothing.  Raises PlexError."""
+        if not self.has_webhooks:
+            raise PlexError("pass", NO_PASS)
         before = collections.Counter(urls := self.plextv.webhooks())
         after = collections.Counter(self.wanted(urls, add))
         old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
@@ -6176,8 +6177,6 @@ def setup(guide: Setup) -> int:
     print("\n5. Files, daemon, webhook", flush=True)
     todo = guide.todo()
     try:
-        if not guide.has_webhooks:
-            raise PlexError("pass", NO_PASS)
         todo += [(change, guide.write_webhook)] if (change := guide.change(add=True)) else []
     except PlexError as error:
         tell(str(error))
