@@ -6045,7 +6045,7 @@ class Setup:
     def wanted(self, urls: Sequence[str], add: bool) -> list[str]:
         """What the account's webhooks should be."""
         def is_right(url: str) -> bool:               # or, with our secret, a person's: for a proxy, or a tunnel
-            return not differences(url, self.config, self.secrets) or (
+            return not differences(url, self.config, self.secrets[:1]) or (
                 self.has_secret(url) and not re.match(r"http://(\d|\[|localhost)", url))
         right = next(filter(is_right, () if self.url else urls), self.own_url())
         return with_webhook(urls, right if add else "", self.is_ours)

@@ -7155,7 +7155,7 @@ def ours(query="?token=new-secret", host=None, port=3001):
 
 @pytest.mark.parametrize("old", [
     "http://localhost:3001/webhooks/plex", "http://127.0.0.1:3001/webhooks/plex?token=x", "http://192.0.2.7:3001/webhooks/plex?token=old-secret",
-    "http://192.0.2.7:3001/webhooks/plex?token=new-secret", "{ours}?token=another", "{ours}"])
+    "http://192.0.2.7:3001/webhooks/plex?token=new-secret", "{ours}?token=another", "{ours}?token=old-secret", "{ours}"])
 def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signed_in, old, monkeypatch):
     cloud.urls = ["https://example.com/a?b=1&c=%20", old.format(ours=ours("")), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
     done = call("webhook", "add", "-yes")
