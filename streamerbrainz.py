@@ -6150,6 +6150,8 @@ def change_webhook(guide: Setup) -> int:
     elif guide.dialog.agree(f"{change[0].upper()}{change[1:]}?"):
         guide.write_webhook(add)
         guide.dialog.tell("Done, and read back.")
+    else:
+        guide.dialog.tell("Nothing was changed.")
     return 0
 
 def webhook_command(config: Config) -> int:
