@@ -6,7 +6,7 @@ It receives the webhooks of Plex Media Server, asks its sessions about one playe
     state=playing title="Karma Police" artist=Radiohead album="OK Computer" ...
 
 It also shows each change on a page, runs a command for it, and marks finished episodes and movies as watched in a
-database.  And it finds out why webhooks do not arrive (`doctor`).
+database.  It installs itself (`setup`), and finds out why webhooks do not arrive (`doctor`).
 
 Three sources tell of a change; we call them witnesses.  A webhook says that something happened.  The server's event
 stream tells each change at once.  /status/sessions says what is so now.  Each of them is wrong at times: webhooks get
@@ -153,8 +153,9 @@ class Config(NamedTuple):
     -as FORM                   tracker export: trakt, for Trakt and what reads its history (default: our own)
     -at TIME                   tracker mark: when, as 2026-11-21T20:15:00Z (default: now)
     -speed N                   demo: how many times faster (default 1)
+    -yes                       setup, login, webhook, uninstall: take each default, and ask nothing
     """
-    command: str = "run"           # run, players, doctor, tracker, secret, hook, demo
+    command: str = "run"           # one of COMMANDS
     words: tuple[str, ...] = ()    # after the command: HOST:PORT for players, a command for tracker, an event for hook
     webhooks_host: str = ""        # "": all addresses
     webhooks_port: int = 3001
@@ -183,6 +184,8 @@ class Config(NamedTuple):
     as_: str = ""                  # "": our own form
     at: int | None = None          # Unix s; None: now
     speed: float = 1.0
+    yes: bool = False
+    flags_file: str = ""           # where flags were read from; "": from the command line only
 
     @property
     def webhooks_a_minute(self) -> int:
@@ -202,7 +205,8 @@ class WebhookError(Exception):
 
 class PlexError(Exception):
     """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence."""
-    # fault: unreachable, starting (503), refused (401: bad token), forbidden (403: not the owner's), missing, nonsense
+    # fault: unreachable, starting (503), refused (401: bad token), forbidden (403: not the owner's), pass (no Plex
+    # Pass), missing, nonsense
 
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
@@ -369,6 +373,29 @@ def shown_path(path: str) -> str:
     while part.strip("/.") and not os.path.lexists(part):
         part = os.path.dirname(part)
     return path if part.strip("/.") else "the file that it names"       # "/" and "." are always there
+
+# -- Our files: their usual places, and how they are written
+SYSTEM_FLAGS = "/etc/streamerbrainz/flags"            # of a system unit
+
+def usual(name: str) -> str:
+    """The path of one of our files (flags, plex-token, webhook-secret, client-id, tracker.db) in its usual place."""
+    variable, folder = ("XDG_DATA_HOME", "~/.local/share") if name == "tracker.db" else ("XDG_CONFIG_HOME", "~/.config")
+    base = os.environ.get(variable, "")               # its specification wants a relative one to be ignored
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser(folder), "streamerbrainz", name)
+
+def write_private(path: str, content: str, by: str, new_folder: bool = True, mode: int = 0o600) -> None:
+    """Write a file beside its place and move it there, so that it is whole; raises ConfigError.  by: the command."""
+    try:
+        folder, name = os.path.split(os.path.abspath(path))
+        if new_folder:
+            os.makedirs(folder, 0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False, encoding="utf-8") as file:  # 0600
+            file.write(content)
+        os.chmod(file.name, mode)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ConfigError(f"{by}: {shown_path(path)} cannot be written ({why(error)}); "
+                          "make its folder, writable by you.") from error
 
 # -- Secrets in files: read again when the file changes
 MAX_TOKEN_FILE = 4096         # bytes; Plex's tokens have 20 characters
@@ -1299,10 +1326,10 @@ def network_faults(url: str, timeout_s: float) -> Iterator[None]:
         raise PlexError(fault, f"{origin(url)} {said}") from None
 
 def open_answer(url: str, headers: Mapping[str, str], body: bytes | None, timeout_s: float,
-                context: ssl.SSLContext | None) -> _Answer:
+                context: ssl.SSLContext | None, method: str = "") -> _Answer:
     """An answer of any status, of which the head is read; for the caller to close.  Raises PlexError."""
     with network_faults(url, timeout_s):
-        request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, **headers})
+        request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, **headers}, method=method or None)
         request.timeout = timeout_s
         kind, more = (_ConnectionTLS, {"context": context}) if request.type == "https" else (_Connection, {})
         # urllib's handler for http, used alone: it knows no proxy, no redirect, no file://
@@ -1315,11 +1342,11 @@ class Reply(NamedTuple):
     body: bytes
 
 def exchange(url: str, headers: Mapping[str, str], body: bytes | None = None, *, timeout_s: float = 0.0,
-             room: int = MAX_ANSWER, context: ssl.SSLContext | None = None) -> Reply:
-    """Ask a server: GET, or POST if there is a body.  The Reply may have any status.  Raises PlexError."""
+             room: int = MAX_ANSWER, context: ssl.SSLContext | None = None, method: str = "") -> Reply:
+    """Ask a server: GET, POST if there is a body, or a method.  The Reply may have any status.  Raises PlexError."""
     # timeout_s: from the connection to the last byte; 0: PLEX_S.  room: for the body, in bytes.  No proxy, no redirect.
     timeout_s = timeout_s or PLEX_S
-    with open_answer(url, headers, body, timeout_s, context) as answer, network_faults(url, timeout_s):
+    with open_answer(url, headers, body, timeout_s, context, method) as answer, network_faults(url, timeout_s):
         answer.reader.room = room + MAX_HEAD          # for the sizes of chunks, too
         content = b"".join(iter(functools.partial(answer.read, MAX_HEAD), b""))   # the length it gives takes no memory
         if len(content) > room:
@@ -1818,6 +1845,10 @@ def layout(main: str, nonce: str, script: str, here: str | None) -> str:
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
+def clock(ms: int) -> str:
+    """A position or duration as people read it: 4:24."""
+    return f"{ms // 60000}:{ms // 1000 % 60:02}"
+
 def item_words(item: Item) -> tuple[str, str]:
     """What stands below an item's title: the artist and the album, or the show and its episode."""
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
@@ -1829,10 +1860,9 @@ def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: b
         return "<h1>Nothing has played yet</h1>"
     escape, item, position = html.escape, player.item, position_ms(player, at)
     whose, of = item_words(item)
-    there, end = (f"{ms // 60000}:{ms // 1000 % 60:02}" for ms in (position, item.duration or 0))      # 4:24
     bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
            f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim><span id=position>'
-           f"{there}</span> of {end}</p>") if item.duration else ""
+           f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
     source = "data-src" if has_secret else "src"      # the script adds the secret
     cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
     where = f" on {player.player_title}" if player.player_title else ""
@@ -2486,19 +2516,10 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # -- secret: a new webhook secret, and the URL to paste
 def make_secret(config: Config) -> int:
     """Make a webhook secret, and print the URL to paste.  The old one stays valid, as the file's second line."""
-    path = config.webhook_secret_file or os.path.expanduser("~/.config/streamerbrainz/webhook-secret")
+    path = config.webhook_secret_file or usual("webhook-secret")
     before = read_secrets("-webhook-secret-file", path)[0][:1] if os.path.exists(path) and os.path.getsize(path) else ()
     secret = secrets.token_urlsafe(32)
-    try:
-        folder, name = os.path.split(os.path.abspath(path))
-        if not config.webhook_secret_file:
-            os.makedirs(folder, 0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False) as file:      # mode 600
-            file.write("\n".join((secret, *before)) + "\n")
-        os.replace(file.name, path)
-    except OSError as error:
-        raise ConfigError(f"secret: {shown_path(path)} cannot be written ({why(error)}); "
-                          "make its folder, writable by you.") from error
+    write_private(path, "\n".join((secret, *before)) + "\n", "secret", new_folder=not config.webhook_secret_file)
     print(f"{configured_url(config, config.webhooks_port)}?token={secret}")
     print(f"Paste this URL into Plex: Settings > Webhooks.{' The old URL still works.' if before else ''}\nThe secret "
           f"is in {path}.\nGive the daemon this flag: -webhook-secret-file {shlex.quote(path)}", file=sys.stderr)
@@ -2561,7 +2582,7 @@ def hook_command(words: str) -> list[str]:
         program, *arguments = shlex.split(words) or [""]
     except ValueError as error:
         raise ConfigError("-on-event: the command has a quote without its end; put both or none.") from error
-    if not (path := shutil.which(program)):
+    if not (path := shutil.which(os.path.expanduser(program))):
         raise ConfigError(f"-on-event: {shown_path(program) if words.strip() else 'the command'} is missing or "
                           "not executable; give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments]
@@ -4842,7 +4863,8 @@ def take_signals(signals: set[signal.Signals], inbox: Inbox, end: Callable[[], o
 def announce(config: Config, port: int, query: str) -> Iterator[None]:
     """Log our webhooks' URL, and again when this machine has another address (DHCP) or one at last."""
     said, nameless = configured_url(config, port), webhook_url(socket.gethostname(), port)
-    say(logging.INFO, "listening", version=VERSION, webhook_url=said + query)
+    flags = {"flags": config.flags_file} if config.flags_file else {}
+    say(logging.INFO, "listening", version=VERSION, webhook_url=said + query, **flags)
     while True:
         asked_at = time.monotonic()
         while time.monotonic() < asked_at + ADDRESS_S:
@@ -5029,23 +5051,867 @@ def players(config: Config) -> int:
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
+# === Setup: one file -> a daemon that was seen to work (PlexTV, Dialog, Setup, login, webhook, setup, uninstall) ===
+# What for: nobody should have to find a token, an identifier or an address, or to edit a file.  `setup` goes the whole
+#   way and `uninstall` takes it back; `login` and `webhook` are steps of it alone.  Nothing is changed before a yes.
+# Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
+#   -> files, daemon, webhook -> each witness of a change, as the running daemon tells it
+# Threads: one for each address of a server that is tried.
+# Needs of Player: KNOWN, PlexServer, encode_webhook, exchange, find_addresses, origin, tls_context
+# Needs of Page: clock
+# Needs of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address
+# Needs of Hooks: run_hook
+# Needs of Tracker: plural, tracker_command
+# Needs of Daemon: local_url, open_listener, port_holder
+
+# -- Answers of plex.tv, which may have any shape -> values, or a PlexError
+# Servers and players that are read; webhooks of the account, which are read whole or not at all, since they are written
+# back; characters of a URL.  How long a code may last (Plex says 900 s).
+MAX_RESOURCES, MAX_URLS, MAX_URL, MAX_PIN_S = 200, 100, 2000, 1800
+NO_PASS = "This account has no Plex Pass: Plex sends no webhooks, and none are needed."
+
+class Resource(NamedTuple):
+    """A server or player of the account."""
+    name: str
+    identifier: str               # clientIdentifier: its machineIdentifier
+    product: str
+    provides: Sequence[str]       # server, player, ...
+    owner: str                    # who shares it; "": it is the account's own
+    urls: Sequence[str]           # of a server, the best first
+
+def odd_answer(missing: str) -> PlexError:
+    """What is said of an answer of another shape."""
+    return PlexError("nonsense", f"plex.tv answers without {missing}; try again later.")
+
+def plextv_error(status: int, body: bytes) -> PlexError:
+    """Why plex.tv refused: by the status, and its own code and words, which are JSON, or XML all the same."""
+    code, said = (re.search(rb'\b%b"?\s*[:=]\s*"?([^"<>{},]{1,200})' % name, body) for name in (b"code", b"message"))
+    if code and code[1] == b"1043":
+        return PlexError("pass", NO_PASS)
+    fault, remedy = {401: ("refused", "sign in anew: streamerbrainz.py login"), 404: ("missing", "begin anew"),
+                     403: ("forbidden", "is it the right account?")}.get(status, ("starting", "try again later"))
+    words = f" ({text(said[1].decode('utf-8', 'replace'))})" if said else ""
+    return PlexError(fault, f"plex.tv answers {status}{words}: {remedy}.")
+
+def parse_pin(body: bytes) -> tuple[str, str, int, str]:
+    """A sign-in's id, the code to enter, how many seconds it lasts, and the token: "" until it is entered."""
+    fields = json_object(json_value(body))
+    no, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
+    if not (re.fullmatch(r"\w+", no) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
+        raise odd_answer("a code to enter")
+    return no, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
+
+def parse_account(body: bytes) -> tuple[str, bool]:
+    """The name of an account, and whether it has webhooks (with Plex Pass)."""
+    fields = json_object(json_value(body))
+    if not (name := next(filter(None, (text(fields.get(key)) for key in ("username", "title", "email"))), "")):
+        raise odd_answer("the account's name")
+    features = json_object(fields.get("subscription")).get("features")
+    return name, isinstance(features, list) and "webhooks" in features
+
+def server_urls(connections: object) -> list[str]:
+    """The URLs of a server: http in its own network, https there, https from elsewhere.  Never Plex's relay."""
+    found: list[tuple[int, str]] = []
+    for get in (json_object(each).get for each in (connections[:MAX_URLS] if isinstance(connections, list) else ())):
+        host, port, uri, is_local = text(get("address")), number(get("port")), text(get("uri")), get("local") is True
+        if not get("relay"):
+            if is_local and port and re.fullmatch(r"[\w.:-]+", host, re.ASCII):
+                found.append((0, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
+            if re.fullmatch(r"https://[\w.-]+(:\d{1,5})?", uri, re.ASCII):
+                found.append((2 - is_local, uri))
+    return list(dict.fromkeys(url for _, url in sorted(found, key=lambda pair: pair[0])))
+
+def parse_resources(body: bytes) -> list[Resource]:
+    """The servers and players of an account."""
+    if not isinstance(found := json_value(body), list):
+        raise odd_answer("a list of servers")
+    return [Resource(text(get("name")), identifier, text(get("product")), text(get("provides")).split(","),
+                     "" if get("owned") is True else text(get("sourceTitle")) or "another person",
+                     server_urls(get("connections")))
+            for get in (json_object(each).get for each in found[:MAX_RESOURCES])
+            if re.fullmatch("[!-~]+", identifier := text(get("clientIdentifier")))]
+
+def parse_webhooks(body: bytes) -> list[str]:
+    """The URLs of the account's webhooks, all of them."""
+    found = json_value(body)
+    urls = [json_object(each).get("url") for each in found] if isinstance(found, list) else [None]
+    if len(urls) > MAX_URLS or not all(isinstance(url, str) and 0 < len(url) <= MAX_URL for url in urls):
+        raise odd_answer("a list of webhooks that can be read whole")
+    return [str(url) for url in urls]
+
+def witnessed(now: bytes) -> tuple[list[str], int, float]:
+    """What a daemon's /now tells: changes, each with its time before it; how many webhooks came with one; how late."""
+    fields = json_object(json_value(now))
+    webhooks, changes = json_object(fields.get("webhooks")), fields.get("changes")
+    late_s = webhooks.get("median_delay_s")
+    by = {"events": "the event stream", "webhook": "a webhook"}
+    return ([f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
+             f'{by.get(text(each.get("by")), "the sessions")}'
+             for each in map(json_object, changes if isinstance(changes, list) else ())],
+            number(webhooks.get("arrived")) or 0, late_s if isinstance(late_s, (int, float)) else 0.0)
+
+# -- What is to be written: webhooks, flags, the unit
+def with_webhook(urls: Sequence[str], ours: str, is_ours: Callable[[str], bool]) -> list[str]:
+    """The URLs with ours in the place of the first that is ours, or at the end; "": without it.  The others stay."""
+    mine = [is_ours(url) for url in urls]
+    place = (*mine, True).index(True)
+    kept = [url for url, is_mine in zip(urls, mine, strict=True) if not is_mine]
+    return [*kept[:place], *([ours] if ours else ()), *kept[place:]]
+
+def with_flags(content: str, values: Mapping[str, str]) -> str:
+    """A flags file in which these flags have these values.  Its other lines stay, and new ones stand at the end."""
+    lines, missing = content.splitlines(), dict(values)
+    written = {flag: flag + ("=" if value.startswith("-") else " ") + (value if re.fullmatch(
+        r"[\w@%+=:,./~-]+", value, re.ASCII) else shlex.quote(value)) for flag, value in values.items()}
+    for i, line in enumerate(lines):
+        found = re.match(r"\s*-?(-[a-z-]+)(?:\s*=|\s+)(?=\S)", line)
+        if found and found[1] in values:
+            missing.pop(found[1], "")
+            if shlex.split(line[found.end():], comments=True) != [values[found[1]]]:
+                comment = re.search(r"\s+#[^'\"]*$", line)
+                lines[i] = written[found[1]] + (comment[0] if comment else "")
+    return "".join(f"{line}\n" for line in [*lines, *(written[flag] for flag in missing)])
+
+# A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
+TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"
+
+def server_url(word: str) -> str:
+    """The base URL of a server, without a slash at its end; raises ValueError, without the URL: it may hold a token."""
+    try:
+        parts = urllib.parse.urlsplit(word)
+        if (parts.scheme not in ("http", "https") or not (parts.hostname and parts.hostname.encode("idna"))
+                or parts.port == 0 or not re.fullmatch("[!-~]+", word) or re.fullmatch(TOKEN_LIKE, parts.netloc)):
+            raise ValueError(word)
+    except ValueError:                                # "http://[", a port above 65535, or "plex..lan"
+        raise ValueError("this is no URL of a server; give one such as http://192.168.1.5:32400") from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
+    return word.rstrip("/?#")
+
+def without_secrets(url: str) -> str:
+    """A URL without what may be a secret in it: user, password, query, and a path of other words than ours."""
+    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?((?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)"
+                         r"((?:/(?:webhooks?|plex)(?![\w.~%@-]))*/?)(.*)", url, re.I | re.S)
+    # In "http://me:1/2@host/" the password goes on behind what looks like the host and its port.
+    if not found or ("@" in found[4] and len(found[3]) < 2):
+        return url and "/..."
+    scheme, host, path, rest = found.groups()
+    return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
+
+def wrapped(words: str, begin: str) -> str:
+    """Words as lines of 80 columns: the first after `begin`, the others below it.  A URL is never broken."""
+    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * len(begin),
+                         break_on_hyphens=False, break_long_words=False)
+
+# streamerbrainz.service (a test holds both equal), with "|" for each line's end.
+UNIT = (
+    "# User unit of StreamerBrainz: ~/.config/systemd/user/streamerbrainz.service|# Nothing in here needs editing: the "
+    "flags are in ~/.config/streamerbrainz/flags, the Plex|# token in ~/.config/streamerbrainz/plex-token (mode 600).  "
+    "To change the unit all the|# same, use a drop-in: systemctl --user edit streamerbrainz||[Unit]|"
+    "Description=StreamerBrainz, what the Plex player is doing||[Service]|Type=notify|ExecStart=/usr/bin/python3 -I -X "
+    "faulthandler %h/.local/bin/streamerbrainz.py @%h/.config/streamerbrainz/flags -plex-token-file %d/plex-token|"
+    "LoadCredential=plex-token:%h/.config/streamerbrainz/plex-token|Restart=on-failure|RestartSec=5|# A wrong flag "
+    "does not mend itself.|RestartPreventExitStatus=2|TimeoutStopSec=20|# A hung main loop is ended with SIGABRT; "
+    "faulthandler then writes every thread's stack to the journal.|WatchdogSec=60||CapabilityBoundingSet=|"
+    "LockPersonality=yes|MemoryDenyWriteExecute=yes|MemoryMax=256M|NoNewPrivileges=yes|PrivateDevices=yes|"
+    "PrivateTmp=yes|# In a user unit the lines about files and capabilities work only with this one.|PrivateUsers=yes|"
+    "ProtectClock=yes|ProtectControlGroups=yes|# Not \"yes\": that would hide /run/user, and with it the socket for "
+    "READY=1.|ProtectHome=read-only|ProtectHostname=yes|ProtectKernelLogs=yes|ProtectKernelModules=yes|"
+    "ProtectKernelTunables=yes|ProtectSystem=strict|RemoveIPC=yes|# AF_UNIX for READY=1, AF_NETLINK for name look-ups.|"
+    "RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX|RestrictNamespaces=yes|RestrictRealtime=yes|"
+    "RestrictSUIDSGID=yes|SystemCallArchitectures=native|SystemCallFilter=@system-service|"
+    "SystemCallFilter=~@privileged @resources|TasksMax=96|# An empty home, but for what is read, and for the watch "
+    "tracker's folder where there is one.|TemporaryFileSystem=%h:ro|BindReadOnlyPaths=%h/.local/bin "
+    "%h/.config/streamerbrainz|BindPaths=-%h/.local/share/streamerbrainz|"
+    "ReadWritePaths=-%h/.local/share/streamerbrainz|UMask=0077||[Install]|WantedBy=default.target|").replace("|", "\n")
+
+# --- the world
+# -- plex.tv
+# For an answer; after a 429 that does not say how long to wait, and at most; how often.
+PLEXTV_S, BUSY_S, MAX_BUSY_S, MAX_BUSY = 10.0, 5, 60, 3
+PINS, USER, WEBHOOKS = "/api/v2/pins", "/api/v2/user", "/api/v2/user/webhooks"
+RESOURCES, SIGN_OUT = "/api/v2/resources?includeHttps=1&includeRelay=1&includeIPv6=1", "/api/v2/users/signout"
+
+class PlexTV:
+    """plex.tv, asked in the name of this device."""
+
+    def __init__(self, by: str, token: str = ""):
+        """by: the command, for which a client-id is made.  The tests have a plex.tv of their own."""
+        self.url, self.by, self.token = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv"), by, token
+
+    @functools.cached_property
+    def headers(self) -> dict[str, str]:
+        """What plex.tv is told of this device; raises ConfigError if the client-id cannot be kept."""
+        # To plex.tv another client-id is another device in the account.
+        if not re.fullmatch(r"[\w-]{8,}", known := read_text(usual("client-id")).strip(), re.ASCII):
+            write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", self.by)
+        return {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
+                "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(),
+                "X-Plex-Device-Name": re.sub("[^!-~]", "?", socket.gethostname())}
+
+    def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
+        """The body of plex.tv's answer; raises PlexError."""
+        headers = {**self.headers, **({"X-Plex-Token": self.token} if self.token else {})}
+        for left in range(MAX_BUSY, -1, -1):
+            try:
+                reply = exchange(self.url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(self.url),
+                                 method=method)
+            except PlexError as error:                # without the advice, which is for our server
+                said = str(error).partition(". ")[0].rstrip(".")
+                raise PlexError(error.fault, f"{said}. Is this machine online? Try again later.") from None
+            if reply.status != 429 or not left:
+                break
+            told = number(reply.headers.get("Retry-After"))
+            wait_s = min(BUSY_S if told is None else told, MAX_BUSY_S)
+            print(f"   plex.tv is asked too often (429); waiting {wait_s} s.", file=sys.stderr, flush=True)
+            time.sleep(wait_s)
+        if not 200 <= reply.status < 300:
+            raise plextv_error(reply.status, reply.body)
+        return reply.body
+
+    def webhooks(self) -> list[str]:
+        """The URLs of the account's webhooks, all of them; raises PlexError."""
+        return parse_webhooks(self.call(WEBHOOKS))
+
+# -- Addresses: of servers, and of this machine
+NEARBY, GDM, GDM_S = "http://127.0.0.1:32400", ("239.0.0.250", 32414), 1.0    # where servers listen for M-SEARCH
+
+def nearby() -> list[str]:
+    """The URLs of servers that answer in this network, and where one on this machine would be."""
+    found, until = [NEARBY], time.monotonic() + GDM_S
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        asker.sendto(b"M-SEARCH * HTTP/1.0\r\n\r\n", GDM)
+        while (left := until - time.monotonic()) > 0 and len(found) < MAX_URLS:
+            asker.settimeout(left)
+            answer, (address, _) = asker.recvfrom(4096)
+            port = re.match(rb"[^\n]*200 OK(?s:.*)\n *Port: *(\d{1,5})", answer)
+            found += [f"http://{address}:{int(port[1])}"] if port else []
+    return list(dict.fromkeys(found))
+
+def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict[str, str]]:
+    """The first URL at which the server with this identifier ("": any) answers; else "", and why each does not."""
+    # Names (of https) are only looked up where no address answers: a router may be silent on them for long.
+    faults: dict[str, str] = {}
+    def probe(url: str) -> None:                      # /identity needs no token: none is sent
+        try:
+            found = PlexServer(url, str, ca_file).server_id
+            faults[url] = "" if identifier in ("", found) else "another server answers there."
+        except PlexError as error:
+            is_blocked = ".plex.direct" in url and isinstance(KNOWN.get(urllib.parse.urlsplit(url).hostname or ""), str)
+            faults[url] = str(error).removeprefix(f"{url} ") + is_blocked * (
+                " Routers may block such names: allow plex.direct in its DNS rebind protection.")
+    for kind in ("http:", "https:"):
+        tried = [url for url in urls if url.startswith(kind)]
+        threads = {url: threading.Thread(target=probe, args=(url,), daemon=True) for url in tried}
+        for thread in threads.values():
+            thread.start()
+        for url, thread in threads.items():
+            thread.join()
+            if faults.get(url) == "":
+                return url, {}
+    return "", faults
+
+# What is said of a URL in the account.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
+# does.  Then a webhook is sent there, and ARRIVES proves it.
+NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
+
+def is_here(host: str) -> bool | None:
+    """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
+    try:
+        found = find_addresses(host, 0, time.monotonic() + PLEX_S)
+    except OSError:
+        return None
+    for family, kind, _, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.bind(address)
+            return True
+    return False
+
+def send_to(url: str) -> str:
+    """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
+    # It is one of our own, TEST_EVENT, which the listener answers with its name and otherwise ignores.
+    content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
+    try:
+        reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
+    except PlexError as error:
+        return f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
+    if TEST_EVENT.encode() in reply.body:
+        return ARRIVES
+    return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
+
+def host_difference(host: str, plex_url: str) -> str:
+    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
+    # "localhost" is right only where both are one machine.  A server in a container is another one.
+    address, here = guess_address(plex_url), is_here(host)
+    if host in ("localhost", "::1") or host.startswith("127."):
+        here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
+        return "" if here else f"{host} is the server itself there; the address of this machine is {address}"
+    if here is None:
+        return f"the host {host} has no address (a container's name?); this machine is {address}"
+    return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
+
+def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
+    """How a URL differs from one that works, each in words; first the host, the usual mistake.  valid: secrets."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:                                # "http://[", or a port above 65535
+        return [NO_URL]
+    path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
+    if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
+        return [NO_URL]
+    elsewhere, given = host_difference(host, config.plex_server_url), set(given_secrets(parts.query))
+    differs = {
+        elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+        "Plex does not deliver to a certificate of your own": parts.scheme != "http",
+        f"the port is {port}, not {config.webhooks_port}": port != config.webhooks_port,
+        f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
+        "the secret is another one" if given else "the secret is missing":
+            valid and not given & {each.encode() for each in valid}}
+    return [words for words, so in differs.items() if so]
+
+# -- The person, and the system
+class Dialog:
+    """Words and questions for a person.  With -yes each default is the answer."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError if nobody can answer."""
+        self.yes, self.waiting = config.yes, False        # waiting: the last line is one of progress()
+        if not self.yes and not sys.stdin.isatty():
+            raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
+                              "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
+
+    def tell(self, words: str, begin: str = "   ") -> None:
+        """Say something, in lines of 80 columns."""
+        print(f"{'':73}\r" * self.waiting + wrapped(words, begin), flush=True)
+        self.waiting = False
+
+    def progress(self, words: str) -> None:
+        """Say what is waited for, in a line that the next one replaces; on a terminal only."""
+        self.waiting = sys.stdout.isatty()
+        print(f"   {words:70}\r" * self.waiting, end="", flush=True)
+
+    def typed(self, look: Callable[[], str] = str) -> tuple[str, str]:
+        """The line that a person types, and ""; or "", and what look(), which is called meanwhile, finds."""
+        # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
+        while not select.select([sys.stdin], (), (), LOOK_S)[0]:
+            if found := look():
+                return "", found
+        if not (line := sys.stdin.readline()):
+            raise KeyboardInterrupt                   # Ctrl-D
+        return line.strip(), ""
+
+    def ask(self, question: str, default: str) -> str:
+        """What a person answers; the default for Enter, and with -yes."""
+        shown = f" [{default}]" if default else ""
+        print(wrapped(question + shown, "   "), end="\n" if self.yes else " ", flush=True)
+        return ("" if self.yes else self.typed()[0]) or default
+
+    def agree(self, question: str, default: str = "Y/n") -> bool:
+        """Whether a person says yes."""
+        while (answer := self.ask(question, default).lower()) not in ("y", "yes", "n", "no", "y/n"):
+            self.tell("Type y or n.")
+        return default == "Y/n" if answer == "y/n" else answer[0] == "y"
+
+    def choose(self, names: Mapping[str, str], look: Callable[[], str] = str, default: str = "1") -> str:
+        """Which of these (key: words) a person means by its number, or by what look() finds meanwhile."""
+        for i, words in enumerate(names.values(), 1):
+            self.tell(words, f"   {i:2}  ")
+        self.tell(f"Type its number.{f' [{default}]' * bool(default)}") if names else None
+        found = next(iter(names)) if self.yes else ""
+        while not found:
+            line, found = self.typed(look)
+            if not found and 1 <= (no := number(line or default) or 0) <= len(names):
+                found = list(names)[no - 1]
+            elif not found:
+                self.tell(f"Type a number from 1 to {len(names)}." if names else "It must play to be seen.")
+        return found
+
+def command_fault(*words: str) -> str:
+    """Run a command of the system; -> why it failed, "": it did not."""
+    if not (path := shutil.which(words[0])):
+        return f"{words[0]} is missing"
+    runtime = {"XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")}     # `su` sets none
+    status, output = run_hook([path, *words[1:]], runtime)
+    return "" if status == 0 else text(output.decode("utf-8", "replace").strip()) or f"status {status}"
+
+def tilde(path: str, home: str = "~") -> str:
+    """A path, with ~ for the home."""
+    return re.sub(f"^{re.escape(os.path.expanduser('~'))}(?=/)", home, path)
+
+def read_text(path: str) -> str:
+    """What is in a file of ours; "" if it is not there, or unlike anything that we write."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_regular(path, 2**21)[0].decode("utf-8-sig")
+    return ""
+
+def remove(*paths: str) -> None:
+    """Delete files that may be there; raises ConfigError."""
+    for path in filter(os.path.lexists, paths):
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise ConfigError(f"{tilde(path)} cannot be deleted ({why(error)}); delete it by hand.") from error
+
+# -- setup, step by step
+# From one question to the next: whether the code was entered (Plex: once a second at most), what plays, what the daemon
+# knows.  Codes until we give up.  How long a server may take to know a new token, a daemon to listen (cron starts it
+# each minute), a person to press pause and play, a webhook to follow.
+PIN_S, LOOK_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 1.0, 4, 10.0, 70.0, 180.0, 12.0
+OWNED = ("plex_server_url", "plex_token_file", "plex_ca_file", "plex_machine_id", "webhook_secret_file",
+         "webhooks_host", "webhooks_port", "tracker_db")      # whose flags setup writes
+SYSTEMCTL, JOURNAL, PROVE_POLL_S = ("systemctl", "--user"), "journalctl --user-unit streamerbrainz", 0.5
+
+class Setup:
+    """What the steps know so far.  config: with each answer as its flag."""
+
+    def __init__(self, config: Config):
+        """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
+        self.dialog, self.plextv = Dialog(config), PlexTV(config.command)
+        path = config.webhook_secret_file or (usual("webhook-secret") if config.command == "setup" else "")
+        self.config = config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
+                                      webhook_secret_file=path)
+        self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
+        with contextlib.suppress(ConfigError):        # there is no token yet
+            self.plextv.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
+        self.account, self.has_webhooks, self.is_new = "", True, False        # is_new: signed in just now
+        self.resources: list[Resource] = []
+        url = config.words[1].rstrip("/") if len(config.words) > 1 else ""        # of our webhooks, by a person
+        self.url = url + WEBHOOK_PATH * (url.count("/") == 2)
+        self.sent = functools.cache(send_to)          # some addresses are silent for PLEX_S
+        folder, self.program = os.path.dirname(usual("flags")), os.path.expanduser("~/.local/bin/streamerbrainz.py")
+        self.unit = os.path.join(os.path.dirname(folder), "systemd/user/streamerbrainz.service")
+
+    def sign_in(self) -> int:
+        """Step 1: a token that plex.tv accepts is in its file; -> 0, the exit status of `login`."""
+        path, tell = tilde(self.config.plex_token_file), self.dialog.tell
+        try:
+            if self.plextv.token:
+                self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
+        except PlexError as error:
+            tell(str(error))
+            self.plextv.token = "" if error.fault == "refused" else self.plextv.token     # else it may be valid
+        if not self.plextv.token:
+            tell(f"You enter a code at plex.tv. That makes a token, which is written to {path}, for you only; in your "
+                 f"account it is listed under Authorized Devices, as {socket.gethostname()}.")
+            token = self.new_token()
+            write_private(self.config.plex_token_file, f"{token}\n", self.config.command)
+            self.plextv.token, self.is_new = token, True
+            self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
+        tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
+        return 0
+
+    def new_token(self) -> str:
+        """The token of whoever enters our code."""
+        for _ in range(MAX_CODES):
+            no, code, lasts_s, token = parse_pin(self.plextv.call(PINS, b""))
+            self.dialog.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
+                             "The code is:")
+            print(f"\n{'':24}{code}\n", flush=True)
+            until = time.monotonic() + lasts_s
+            while not token and (left_s := until - time.monotonic()) > 0:
+                self.dialog.progress(f"waiting for it: {clock(int(left_s * 1000))} left")
+                time.sleep(PIN_S)
+                try:
+                    token = parse_pin(self.plextv.call(f"{PINS}/{no}"))[3]
+                except PlexError as error:
+                    if error.fault not in ("missing", "unreachable", "starting"):     # the latter two may pass
+                        raise
+                    until = 0.0 if error.fault == "missing" else until
+            if token:
+                return token
+            self.dialog.tell("This code is no longer valid: it expired, or it was denied.")
+        raise PlexError("refused", f"None of {MAX_CODES} codes was entered; run this again when you are at a browser.")
+
+    def refusal(self, url: str) -> PlexError | None:
+        """Why a server does not show its sessions; None: it does.  It may take seconds to know a new token."""
+        until = time.monotonic() + TOKEN_S
+        while True:
+            try:
+                PlexServer(url, lambda: self.plextv.token, self.config.plex_ca_file).sessions()
+                return None
+            except PlexError as error:
+                if error.fault not in ("refused", "forbidden", "starting") or time.monotonic() >= until:
+                    return error
+                self.dialog.progress("the server does not take the token yet; trying again")
+                time.sleep(PIN_S)
+
+    def find_server(self) -> None:
+        """Step 2: the URL at which the server shows its sessions is known."""
+        url, tell = self.config.plex_server_url, self.dialog.tell
+        if not url or (error := self.refusal(url)):
+            tell(str(error) if url else "Looking for your server.")
+            url = self.found_server() or self.given_server()
+            error = self.refusal(url)
+        if error and error.fault in ("refused", "forbidden"):
+            # A new one goes, so that all is as before; an old one, so that another account can sign in.
+            if self.is_new or not (self.dialog.yes or not self.dialog.agree("Sign this account out?")):
+                with contextlib.suppress(PlexError):
+                    self.sign_out()
+                remove(self.config.plex_token_file)
+            raise PlexError(error.fault, f"{origin(url)} shows what plays to its owner only, not to "
+                            f"{self.account or 'this account'}. Run this again, and sign in as the owner.")
+        if error:
+            raise error
+        self.config = self.config._replace(plex_server_url=url)
+        tell(f"The server at {url} answers, and takes the token.")
+
+    def found_server(self) -> str:
+        """The URL of one of the account's servers; "": none answers."""
+        servers = {each.identifier: each for each in self.read_resources() if "server" in each.provides}
+        owned = {each.identifier: each.name for each in servers.values() if not each.owner}
+        if not owned:
+            shared = "".join(f" {each.name} belongs to {each.owner}." for each in servers.values())
+            self.dialog.tell(f"No server of this account is known.{shared}")
+            return ""
+        server = servers[self.dialog.choose(owned) if len(owned) > 1 else next(iter(owned))]
+        url, faults = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file)
+        for tried, fault in faults.items():
+            self.dialog.tell(f"{server.name} at {tried} {fault}", "   - ")
+        return url
+
+    def read_resources(self) -> list[Resource]:
+        """The account's servers and players, as far as plex.tv tells them."""
+        try:
+            self.resources = self.resources or parse_resources(self.plextv.call(RESOURCES))
+        except PlexError as error:
+            self.dialog.tell(str(error))
+        return self.resources
+
+    def given_server(self) -> str:
+        """The URL of a server, from a person; its default is what answers in this network."""
+        default = "" if any(not each.owner for each in self.resources) else reach(nearby(), "", "")[0]
+        while True:
+            word = self.dialog.ask("Its address, such as http://192.168.1.5:32400", default)
+            try:
+                return server_url(word if "//" in word else f"http://{word}")
+            except ValueError as error:
+                if self.dialog.yes:
+                    raise ConfigError("setup: no server was found; name it with -plex-server-url.") from error
+                self.dialog.tell(f"{error}.")
+
+    def choose_player(self) -> None:
+        """Step 3: the player's identifier is known.  A player that begins to play now is the one."""
+        if not self.config.plex_machine_id:
+            plex = PlexServer(self.config.plex_server_url, lambda: self.plextv.token, self.config.plex_ca_file)
+            names, playing = dict[str, str](), set[str]()
+            def look() -> str:
+                sessions = sorted((each for each in plex.sessions() if each.machine_identifier.isprintable()),
+                                  key=lambda each: each.state != PLAYING)
+                names.update({each.machine_identifier: f"{each.player_title or 'a player'} ({each.product}), "
+                              f"{playing_sentence(each.state, each.item)}" for each in sessions})
+                before, now = playing.copy(), {each.machine_identifier for each in sessions if each.state == PLAYING}
+                playing.clear()
+                playing.update(now)
+                return next((each for each in names if each in now - before), "")
+            look()                                    # what plays now began before it was asked for
+            names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.read_resources()
+                      if "player" in each.provides and each.identifier not in names}
+            if self.dialog.yes and len(playing) != 1:
+                raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
+            self.dialog.tell("Press play on your player.")
+            chosen = self.dialog.choose(names, look, "1" if playing else "")
+            self.config = self.config._replace(plex_machine_id=chosen)
+            self.dialog.tell(names[chosen])
+        self.dialog.tell(f"The player is {self.config.plex_machine_id}.")
+
+    def choose_tracker(self) -> None:
+        """Step 4: whether to keep what is watched is known."""
+        path = self.config.tracker_db or usual("tracker.db")
+        if not self.config.tracker_db and not self.config.flags_file and self.dialog.agree(
+                f"Keep which episodes and movies you watch, in {tilde(path)}? (It needs Plex Pass.)", "y/N"):
+            self.config = self.config._replace(tracker_db=path)
+        self.dialog.tell("What you watch is kept in " + tilde(path) if self.config.tracker_db else
+                         f"What you watch is not kept. To keep it: setup -tracker-db {tilde(path)}")
+
+    def choose_port(self, is_ours: bool) -> None:
+        """The port is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
+        port = self.config.webhooks_port
+        try:
+            if listener := open_listener(self.config):
+                listener.server_close()
+            elif not is_ours:
+                raise ConfigError(f"setup: another StreamerBrainz ({port_holder(port) or 'of another user'}) listens "
+                                  f"on {port}; end it, and remove its cron lines.")
+        except ConfigError as error:
+            if " is held by " not in str(error) or port > 65000:
+                raise
+            self.dialog.tell(str(error))
+            given = number(self.dialog.ask("Another port", str(port + 1))) or port
+            self.config = self.config._replace(webhooks_port=given if given < 65536 else port)
+            self.choose_port(is_ours)
+
+    def todo(self) -> list[tuple[str, Callable[[], object]]]:
+        """Steps 5 to 7: what is still to be written and started, in words, and how."""
+        config, todo = self.config, list[tuple[str, Callable[[], object]]]()
+        def write(path: str, content: str, mode: int = 0o600) -> None:
+            if content != read_text(path):
+                todo.append((f"write {tilde(path)}",
+                             functools.partial(write_private, path, content, "setup", mode=mode)))
+        has_systemd = not command_fault(*SYSTEMCTL, "show-environment")
+        is_active = has_systemd and not command_fault(*SYSTEMCTL, "is-active", "--quiet", "streamerbrainz")
+        self.choose_port(is_active or not has_systemd)
+        if not self.secrets:
+            self.secrets = (secrets.token_urlsafe(32),)
+            write(config.webhook_secret_file, f"{self.secrets[0]}\n")
+        write(usual("flags"), with_flags(read_text(usual("flags")), {f"-{field.replace('_', '-')}": tilde(str(
+            value)) for field in OWNED if (value := getattr(self.config, field)) != getattr(Config(), field)}))
+        if config.tracker_db and not os.path.exists(config.tracker_db):
+            todo.append(("read your library into the tracker", self.import_library))
+        write(self.program, read_text(__file__), 0o755)
+        if has_systemd:
+            write(self.unit, self.unit_text(), 0o644)
+            if todo or self.is_new or not is_active:  # a new token, too: systemd hands it over at a start
+                todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
+        elif todo:
+            todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
+        return todo
+
+    def import_library(self) -> None:
+        """Import the server's library into a new tracker."""
+        os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
+        tracker_command(self.config._replace(words=("import",)))
+
+    def unit_text(self) -> str:
+        """The unit for this machine: its Python, and its usual places."""
+        unit, python = UNIT, "/usr/bin/python3"
+        is_old = command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))")
+        for place, ours in ((python, sys.executable if is_old else python),
+                            ("%h/.config/streamerbrainz", os.path.dirname(usual("flags"))),
+                            ("%h/.local/share/streamerbrainz", os.path.dirname(usual("tracker.db")))):
+            unit = unit.replace(place, tilde(ours, "%h"))
+        return unit
+
+    def start_daemon(self, is_active: bool) -> None:
+        """Start the unit, or start it again with what it has to read now; raises ConfigError."""
+        for words in ("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active):
+            if fault := command_fault(*SYSTEMCTL, *words.split()):
+                raise ConfigError(f"setup: `systemctl --user {words}` failed ({fault}); see: {JOURNAL}")
+        if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
+            self.dialog.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
+
+    def show_cron(self) -> None:
+        """Say how cron starts the daemon."""
+        line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
+        self.dialog.tell("Run `crontab -e`, enter these two lines, and save:")
+        print(f"\n@reboot {line}\n* * * * * {line}\n")
+        self.dialog.ask("Then press", "Enter")
+
+    # -- The webhook of the account
+    def own_url(self) -> str:
+        """The URL of our webhooks, with the secret."""
+        url = self.url or configured_url(self.config, self.config.webhooks_port)
+        return url + (f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else "")
+
+    def has_secret(self, url: str) -> bool:
+        """Whether a URL has a secret of ours."""
+        return not {*given_secrets(url.partition("?")[2])}.isdisjoint(each.encode() for each in self.secrets)
+
+    def is_ours(self, url: str) -> bool:
+        """Whether a webhook of the account leads to this daemon, or did so once."""
+        try:
+            parts, own = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.own_url())
+            host, is_port = parts.hostname or "", parts.port == self.config.webhooks_port
+        except ValueError:                            # "http://[", or a port above 65535
+            return False
+        # An address or a port of long ago is one at which no StreamerBrainz answers: else it may be another one.
+        here = parts.path == WEBHOOK_PATH and (host in ("localhost", "127.0.0.1", "::1") or bool(is_here(host)))
+        return parts.path == WEBHOOK_PATH and (self.has_secret(url) or parts.netloc == own.netloc or (
+            here and is_port) or ((here or is_port) and self.sent(url) != ARRIVES))
+
+    def wanted(self, urls: Sequence[str], add: bool) -> list[str]:
+        """What the account's webhooks should be."""
+        def is_right(url: str) -> bool:               # or, with our secret, a person's: for a proxy, or a tunnel
+            return not differences(url, self.config, self.secrets[:1]) or (
+                self.has_secret(url) and not re.match(r"http://(\d|\[|localhost)", url))
+        right = next(filter(is_right, () if self.url else urls), self.own_url())
+        return with_webhook(urls, right if add else "", self.is_ours)
+
+    def change(self, add: bool) -> str:
+        """What is to be changed in the account's webhooks, in words; "": nothing.  Raises PlexError."""
+        if not self.has_webhooks:
+            raise PlexError("pass", NO_PASS)
+        before = collections.Counter(urls := self.plextv.webhooks())
+        after = collections.Counter(self.wanted(urls, add))
+        old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
+        words = f"replace {old} by {new} in" if old and new else f"take {old} out of" if old else f"add {new} to"
+        others = f" ({plural(count, 'other')} stay{'s' * (count == 1)})" if (count := (before & after).total()) else ""
+        return f"{words} the webhooks of your Plex account{others}" if old or new else ""
+
+    def write_webhook(self, add: bool = True) -> None:
+        """Put our URL into the account's webhooks, in the place of an old one, or take it out; raises PlexError."""
+        for again in (True, False):
+            before = self.plextv.webhooks()       # just before: what is written replaces them all
+            if (after := self.wanted(before, add)) != before:
+                form = urllib.parse.urlencode([("urls[]", url) for url in after]) or "urls="
+                self.plextv.call(WEBHOOKS, form.encode())
+            if sorted(self.plextv.webhooks()) == sorted(after):
+                return
+            if again:
+                self.dialog.tell("Another program wrote the account's webhooks in between; once more.")
+        raise PlexError("nonsense", "The account's webhooks are not as they were written: another program writes them, "
+                                    "too. See: streamerbrainz.py webhook list")
+
+    # -- The proof, and the way back
+    def now(self) -> tuple[list[str], int, float] | None:
+        """What the daemon has witnessed; None: it does not answer."""
+        query = self.own_url().partition("?")[2]
+        with contextlib.suppress(PlexError):
+            reply = exchange(f"{local_url(self.config, '/now')}?{query}", {"Host": "localhost"})
+            return witnessed(reply.body) if reply.status == 200 else None
+        return None
+
+    def prove(self) -> int:
+        """Step 8: show what the daemon witnesses of its player now; -> the exit status."""
+        tell, changed_at, until = self.dialog.tell, math.inf, time.monotonic() + START_S
+        while not (known := self.now()):
+            if time.monotonic() > until:
+                raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
+            self.dialog.progress("waiting for the daemon to listen")
+            time.sleep(PROVE_POLL_S)
+        (seen, arrived, _), count, late_s = known, known[1], 0.0
+        tell("The daemon listens." + " Press pause on your player, and play again." * (not self.dialog.yes))
+        until = time.monotonic() + PROVE_S * (not self.dialog.yes)
+        while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
+            self.dialog.progress(f"waiting: {clock(int((until - at) * 1000))} left")
+            time.sleep(PROVE_POLL_S)
+            changes, count, late_s = self.now() or (seen, count, late_s)
+            for words in [each for each in changes if each not in seen][::-1]:
+                tell(words.partition(" ")[2])
+                changed_at = min(changed_at, at)
+            seen = changes
+        if not self.dialog.yes:
+            tell(f"Its webhook came within {late_s:.1f} s of it." if count != arrived else
+                 "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
+                 "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py doctor"
+                 if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
+        page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
+        tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
+        return int(not self.dialog.yes and changed_at == math.inf and count == arrived)
+
+    def sign_out(self) -> None:
+        """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
+        try:
+            self.plextv.call(SIGN_OUT, method="DELETE")
+        except PlexError as error:
+            if error.fault != "refused":              # it has ended already
+                raise
+        remove(self.config.plex_token_file)
+
+    def stop_daemon(self) -> None:
+        """Stop the daemon, and remove its unit."""
+        command_fault(*SYSTEMCTL, "disable", "--now", "streamerbrainz")
+        remove(self.unit)
+        command_fault(*SYSTEMCTL, "daemon-reload")
+
+def guided(work: Callable[[Setup], int]) -> Callable[[Config], int]:
+    """The command that does this work.  Ctrl-C leaves what is done."""
+    def command(config: Config) -> int:
+        guide = Setup(config)
+        try:
+            return work(guide)
+        except KeyboardInterrupt:
+            print()
+            guide.dialog.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
+            return 1
+    return command
+
+login = guided(Setup.sign_in)
+
+@guided
+def change_webhook(guide: Setup) -> int:
+    """Put our webhook into the account, or take it out."""
+    add = guide.config.words[0] == "add"
+    if not (change := guide.change(add)):
+        guide.dialog.tell("The webhooks of your Plex account are as they should be.")
+    elif guide.dialog.agree(f"{change[0].upper()}{change[1:]}?"):
+        guide.write_webhook(add)
+        guide.dialog.tell("Done, and read back.")
+    else:
+        guide.dialog.tell("Nothing was changed.")
+    return 0
+
+def webhook_command(config: Config) -> int:
+    """Show the webhooks of the account, or change ours in them."""
+    name, *urls = config.words or ("list",)
+    if name not in ("list", "add", "remove") or (urls and name != "add") or not all(
+            re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", each, re.ASCII) for each in urls):
+        raise ConfigError("webhook: call it as webhook list, webhook remove or webhook add [URL], with a URL such "
+                          "as https://pi.example.org/webhooks/plex (the secret is added to it).")
+    if name != "list":
+        return change_webhook(config)
+    token = read_secrets("-plex-token-file", config.plex_token_file or usual("plex-token"))[0][0]
+    urls = [without_secrets(each) for each in PlexTV("webhook", token).webhooks()]
+    return print_rows(config, [{"url": each} for each in urls], "\n".join(urls) or "The account has no webhook.")
+
+@guided
+def setup(guide: Setup) -> int:
+    """Go from this one file to a daemon that was seen to work."""
+    tell = guide.dialog.tell
+    steps: Mapping[str, Callable[[], object]] = {"1. Sign in": guide.sign_in, "2. Server": guide.find_server,
+        "3. Player": guide.choose_player, "4. Watch tracker": guide.choose_tracker}
+    for heading, step in steps.items():
+        print(f"\n{heading}", flush=True)
+        step()
+    print("\n5. Files, daemon, webhook", flush=True)
+    todo = guide.todo()
+    try:
+        todo += [(change, guide.write_webhook)] if (change := guide.change(add=True)) else []
+    except PlexError as error:
+        tell(str(error))
+    tell("All is done already." if not todo else "This is what is left to do:")
+    for words, _ in todo:
+        tell(words, "   - ")
+    if todo and not guide.dialog.agree("Do all this?"):
+        tell("Nothing of it was done.")
+        return 1
+    for words, work in todo:
+        try:
+            work()
+            tell(f"done: {words}", "   - ")
+        except PlexError as error:                    # the webhook's: the daemon does without
+            tell(str(error), "   - ")
+    print("\n6. Proof", flush=True)
+    return guide.prove()
+
+@guided
+def uninstall(guide: Setup) -> int:
+    """Take back what setup did, each after a yes."""
+    config, status, files = guide.config, 0, [usual(name) for name in ("flags", "webhook-secret", "client-id")]
+    database = config.tracker_db
+    steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
+        (os.path.exists(guide.unit), "Stop the daemon, and remove its unit?", "Y/n", guide.stop_daemon),
+        (guide.plextv.token, "Take our webhook out of your Plex account?", "Y/n", lambda: guide.write_webhook(False)),
+        (guide.plextv.token, "Sign out at plex.tv, and delete the token?", "Y/n", guide.sign_out),
+        (os.path.exists(guide.program), f"Delete {tilde(guide.program)}?", "Y/n", lambda: remove(guide.program)),
+        (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
+        (database and os.path.exists(database), f"Delete {tilde(database)}, all that you have watched?", "y/N",
+         lambda: remove(database, f"{database}-wal", f"{database}-shm")))
+    for is_there, question, default, work in steps:
+        try:
+            if is_there and guide.dialog.agree(question, default):
+                work()
+        except PlexError as error:
+            guide.dialog.tell(str(error))
+            status = int(error.fault != "pass") or status
+    guide.dialog.tell("What is left stays as it is.")
+    return status
+
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  It asks the daemon, another process, over HTTP, like the server and plex.tv; it changes nothing there.
-# Needs of Player: PlexServer, Session, server_of, exchange, tls_context, parse_container, encode_webhook, PROOF_MISSES,
-#   find_addresses, origin
-# Needs of Listener: WEBHOOK_PATH, TEST_EVENT, configured_url, guess_address, given_secrets
+# Needs of Player: PlexServer, Session, server_of, exchange, parse_container, PROOF_MISSES, origin
+# Needs of Listener: WEBHOOK_PATH, configured_url
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
 # Needs of Daemon: check_complete, local_url, port_holder
+# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, PlexTV, differences, send_to, without_secrets, wrapped
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
 SERVER, ANSWER = "no server is configured, or its token cannot be read", "the server does not answer"
 OWNER, DAEMON = "the server does not accept the token", "the daemon does not listen"
-# Of the account's URLs.  One of another host (NOT_HERE) is right if it ARRIVES: through a proxy, or into a container.
-NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 CLOCK_S = 60.0                # how much two clocks may differ: NTP keeps them within a second
 SERVER_LOG = ("the server's own log says why: Plex Web, Settings > Troubleshooting > Download Logs, in Plex Media "
               "Server.log the lines with `Webhook: Error delivering payload`")
@@ -5103,55 +5969,7 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
                    if same else f"{ours} has no session, but others have: {known}",
                    f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
 
-# -- URLs of webhooks
-def without_secrets(url: str) -> str:
-    """A URL without what may be a secret in it: user, password, query, and a path of other words than ours."""
-    found = re.fullmatch(r"(https?://)(?:[^/?#]*@)?((?:[\w.-]+|\[[\da-f:.]+\])(?::\d+)?)"
-                         r"((?:/(?:webhooks?|plex)(?![\w.~%@-]))*/?)(.*)", url, re.I | re.S)
-    # In "http://me:1/2@host/" the password goes on behind what looks like the host and its port.
-    if not found or ("@" in found[4] and len(found[3]) < 2):
-        return url and "/..."
-    scheme, host, path, rest = found.groups()
-    return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
-
-def wrapped(words: str, begin: str) -> str:
-    """Words as lines of 80 columns: the first after `begin`, the others below it.  A URL is never broken."""
-    return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * len(begin),
-                         break_on_hyphens=False, break_long_words=False)
-
 # --- the world
-def is_here(host: str) -> bool | None:
-    """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
-    try:
-        found = find_addresses(host, 0, time.monotonic() + PLEX_S)
-    except OSError:
-        return None
-    for family, kind, _, _, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.bind(address)
-            return True
-    return False
-
-def host_difference(host: str, plex_url: str) -> str:
-    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
-    # "localhost" is right only where both are one machine.  A server in a container is another one.
-    address, server = guess_address(plex_url), urllib.parse.urlsplit(plex_url).hostname or "localhost"
-    if host in ("localhost", "::1") or host.startswith("127."):
-        return "" if is_here(server) else f"{host} is the server itself there; the address of this machine is {address}"
-    if (here := is_here(host)) is None:
-        return f"the host {host} has no address (a container's name?); this machine is {address}"
-    return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
-
-def send_to(url: str) -> str:
-    """What becomes of a TEST_EVENT, which changes nothing, at this URL; ARRIVES: a StreamerBrainz answers its name."""
-    content_type, body = encode_webhook(json.dumps({"event": TEST_EVENT}).encode())
-    try:
-        reply = exchange(url, {"Content-Type": content_type}, body, context=tls_context(url))
-    except PlexError as error:
-        return f"fails: it {str(error).partition(' ')[2].partition('. ')[0]}"
-    answered = "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
-    return ARRIVES if TEST_EVENT.encode() in reply.body else answered
-
 class Doctor:
     """Asks the daemon, the server and plex.tv, and yields the findings."""
     plex: PlexServer              # only where SERVER is met
@@ -5179,7 +5997,7 @@ class Doctor:
         yield ("server", SERVER, self.server,
                f"curl -i {origin(config.plex_server_url)}/identity   # from here.  Does it run, at this address?")
         yield "clock", ANSWER, lambda: compare_clocks(self.date, time.time()), ""
-        yield "token", ANSWER, self.token, "README, Install, step 2: put the owner's token into the file"
+        yield "token", ANSWER, self.token, "streamerbrainz.py login   # as the server's owner"
         yield "Plex Pass", OWNER, lambda: verdict("Plex Pass", text(self.root.get("ownerFeatures"), 10000)), ""
         yield "signed in", OWNER, lambda: verdict("signed in", text(self.root.get("myPlexSigninState"))), ""
         yield "webhooks switch", OWNER, self.switch, ""
@@ -5221,8 +6039,9 @@ class Doctor:
                 self.plex = plex
                 self.met.add(SERVER)
         check_complete(self.config)
-        return Finding(OK, "they are complete" if self.config.plex_server_url else
-                       "no server is configured: webhooks are the only source")
+        read = f" (read from {self.config.flags_file})" if self.config.flags_file else ""
+        return Finding(OK, ("they are complete" if self.config.plex_server_url else
+                            "no server is configured: webhooks are the only source") + read)
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
@@ -5242,7 +6061,7 @@ class Doctor:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
                            if holder else f"nothing listens on port {self.port}",
-                           "systemctl --user restart streamerbrainz   # or as README, Install, step 5", 8)
+                           "systemctl --user restart streamerbrainz   # or: streamerbrainz.py setup", 8)
         program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
             return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port) or 'another program'}",
@@ -5303,38 +6122,16 @@ class Doctor:
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
-        plex_tv = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")          # the tests have their own
-        headers = {"Accept": "application/json", "X-Plex-Token": self.plex.current_token,
-                   "X-Plex-Client-Identifier": "streamerbrainz"}
-        reply = exchange(f"{plex_tv}/api/v2/user/webhooks", headers, context=tls_context(plex_tv))
-        if reply.status != 200 or not isinstance(found := json_value(reply.body), list):
-            return Finding(SKIP, f"plex.tv answers {reply.status}, without a list of webhooks")
-        urls = [url for each in found[:100] if (url := text(json_object(each).get("url"), 2000))]
-        if not urls:
+        if not (urls := PlexTV("doctor", self.plex.current_token).webhooks()):
             return Finding(FAIL, "the account has no webhook at all",
                            f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url}", 9)
-        closest, wrong = min(((url, self.differences(url)) for url in urls), key=lambda pair: len(pair[1]))
+        closest, wrong = min(((url, differences(url, self.config, self.secrets)) for url in urls),
+                             key=lambda pair: len(pair[1]))
         self.url = closest if wrong != [NO_URL] and WEBHOOK_PATH in closest else ""     # never send to other programs
         if not wrong or (self.url and any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
                        f"replace it by {self.right_url}", 9)
-
-    def differences(self, url: str) -> list[str]:
-        """How a URL differs from one that works, each in words; first the host, which is the usual mistake."""
-        host = None
-        with contextlib.suppress(ValueError):         # "http://[", or a port above 65535
-            parts = urllib.parse.urlsplit(url)
-            host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        if not host or not re.fullmatch("https?://[!-~]+", url) or (shown := without_secrets(url)) == "/...":
-            return [NO_URL]
-        elsewhere = host_difference(host, self.config.plex_server_url)
-        given, valid = set(given_secrets(parts.query)), {each.encode("ascii") for each in self.secrets}
-        return [words for words, so in {elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
-            "Plex does not deliver to a certificate of your own": parts.scheme != "http",
-            f"the port is {port}, not {self.port}": port != self.port,
-            f"the path is {urllib.parse.urlsplit(shown).path or '/'}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
-            f"the secret is {'another one' if given else 'missing'}": valid and not given & valid}.items() if so]
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
@@ -5494,15 +6291,14 @@ def demo(config: Config) -> int:
 # Needs of Hooks: hook
 # Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Doctor: doctor, wrapped
+# Needs of Setup: login, server_url, setup, uninstall, webhook_command
+# Needs of Doctor: doctor
 # Needs of Demo: demo
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
-    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo}
+    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": setup, "login": login,
+    "webhook": webhook_command, "uninstall": uninstall}
 MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
-# A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
-TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"
-
 def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
     name = re.sub("^--", "-", word).partition("=")[0]
@@ -5522,18 +6318,6 @@ def one_of(words: Iterable[str], word: str) -> str:
         raise ValueError(f"give one of {', '.join(words)}")
     return word
 
-def server_url(word: str) -> str:
-    """The base URL of a server, without a slash at its end; raises ValueError, without the URL: it may hold a token."""
-    try:
-        parts = urllib.parse.urlsplit(word)
-        if (parts.scheme not in ("http", "https") or not (parts.hostname and parts.hostname.encode("idna"))
-                or parts.port == 0 or not re.fullmatch("[!-~]+", word) or re.fullmatch(TOKEN_LIKE, parts.netloc)):
-            raise ValueError(word)
-    except ValueError:                                # "http://[", a port above 65535, or "plex..lan"
-        raise ValueError("this is no URL of a server; give one such as http://192.168.1.5:32400") from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
-    return word.rstrip("/?#")
 
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
@@ -5542,6 +6326,8 @@ READERS: dict[str, tuple[Any, ...]] = {
     "rate_limit": _COUNT, "tracker_log_days": _COUNT, "poll_interval_s": _INTERVAL, "active_timeout_s": _INTERVAL,
     "plex_server_url": (server_url,), "at": (unix_time,), "log_level": (one_of, LEVELS), "as_": (one_of, ("trakt",)),
     "log_format": (one_of, ("text", "json")), "status": (one_of, (*ENTRY_STATUSES, "waiting"))}
+
+PATHS = ("plex_token_file", "plex_ca_file", "webhook_secret_file", "tmdb_token_file", "tracker_db")
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
@@ -5606,15 +6392,18 @@ def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
     if "\0" in "".join(words):
         raise ConfigError("a word has a NUL character in it; type it again.")
-    words = [each for word in words for each in (read_flags(word[1:]) if word[:1] == "@" else [word])]
-    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*words}:
+    typed, files = [word for word in words if word[:1] != "@"], [word[1:] for word in words if word[:1] == "@"]
+    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*typed}:
         print(help_text() if asked - {"-version", "--version"} else f"streamerbrainz {VERSION}")
         sys.exit(0)
-    command = words.pop(0) if words and not words[0].startswith("-") else "run"
+    command = typed.pop(0) if typed and not typed[0].startswith("-") else "run"
     if command not in COMMANDS:
         raise ConfigError(f"there is no such command; the commands are {', '.join(COMMANDS)}.")
-    flags, rest = parse_words(words)
-    if len(rest) > {"players": 1, "tracker": 99, "hook": 1}.get(command, 0):
+    # Not for the demo: it must neither write into your tracker nor switch your amplifier.
+    places = (usual("flags"), SYSTEM_FLAGS) if not files and command != "demo" else ()
+    files = [*map(os.path.expanduser, files), *list(filter(os.path.exists, places))[:1]]
+    flags, rest = parse_words([*(word for file in files for word in read_flags(file)), *typed])     # the last one wins
+    if len(rest) > {"players": 1, "tracker": 99, "hook": 1, "webhook": 2}.get(command, 0):
         raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
                           "goes on the command line, where ps shows it: see -plex-token-file.)")
     if command == "players":                          # its word is HOST:PORT or a URL
@@ -5622,7 +6411,8 @@ def parse_config(words: Sequence[str]) -> Config:
             rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
         except ValueError as error:
             raise ConfigError(f"players: {error}.") from error
-    config = Config(command=command, words=tuple(rest), **flags)
+    flags |= {field: os.path.expanduser(flags[field]) for field in PATHS if field in flags}
+    config = Config(command=command, words=tuple(rest), flags_file=", ".join(files), **flags)
     if command == "run":
         check_complete(config)
     return config
@@ -5645,6 +6435,12 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
+      setup                from this one file to a daemon that was seen to work
+      login                signs in at plex.tv by a code, and writes the token file
+      webhook list         the webhooks of your Plex account
+      webhook add [URL]    puts ours into it; URL: where the server reaches it
+      webhook remove       takes ours out of it
+      uninstall            takes back what setup did
 
     @FILE reads flags from a file, one a line, with # comments.
     Two dashes do as well as one.

@@ -23,6 +23,7 @@ import pathlib
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -114,6 +115,18 @@ def lines():
         sb.log.handlers[:] = [ear]
         sb.log.setLevel(sb.logging.DEBUG)
         yield heard
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A home that is empty: no test reads the tester's own.  What a test starts has it, too."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    for name, place in (("HOME", ""), ("XDG_CONFIG_HOME", ".config"), ("XDG_DATA_HOME", ".local/share"), ("XDG_STATE_HOME", ".local/state"),
+                        ("XDG_CACHE_HOME", ".cache")):
+        monkeypatch.setenv(name, str(folder / place))
+    monkeypatch.setattr(sb, "SYSTEM_FLAGS", str(folder / "none"))
+    return folder
 
 
 class Done(typing.NamedTuple):
@@ -3871,16 +3884,15 @@ def test_a_secret_with_a_plus_works_as_it_is_and_one_in_a_wrong_place_is_not_log
         assert gate.plain(path, ["/now"]) == shown
 
 
-def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, monkeypatch):
+def test_a_secret_is_asked_for_everywhere_but_at_healthz_and_can_be_rotated(plex, tmp_path, lines, home):
     file = tmp_path / "secret"
     done = [call("secret", "-webhook-secret-file", file) for _ in range(2)]
     assert [each.status for each in done] == [0, 0] and stat.S_IMODE(file.stat().st_mode) == 0o600
     new, old = file.read_text().split()
     assert len(new) == 43 and done[0].out.endswith(f":3001/webhooks/plex?token={old}\n") and done[1].out.endswith(f"?token={new}\n")
     assert "The old URL still works." in done[1].err and new not in done[1].err
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert call("secret").status == 0
-    assert stat.S_IMODE((tmp_path / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / ".config/streamerbrainz/webhook-secret").stat().st_mode) == 0o600
     with Running(plex, None, gate=sb.Gate(sb.SecretFile("-webhook-secret-file", str(file)), 100)) as daemon:
         assert [send(daemon, event="media.rate", query=query) for query in (
             f"?token={new}", f"?secret={new}", f"?token={old}", f"?x=1&token={new}", f"?token=wrong&secret={old}", "", "?token=", f"?token={new}x",
@@ -6952,7 +6964,7 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
     assert call("tracker").status == 2 and (sb.log.handlers, sb.log.level) == before
 
 
-# === Doctor ===
+# === Setup ===
 
 @pytest.mark.parametrize("url, shown", [
     ("http://pi:3001/webhooks/plex?token=SECRET", "http://pi:3001/webhooks/plex?token=..."), ("http://u:SECRET@pi/", "http://pi/"),
@@ -6965,6 +6977,694 @@ def test_the_log_of_a_command_does_not_outlive_it(lines):
 def test_no_url_is_shown_with_what_may_be_a_secret(url, shown):
     assert sb.without_secrets(url) == shown and "SECRET" not in shown
 
+
+@pytest.mark.parametrize("status_, body, said", [
+    (401, b'{"errors": [{"code": 1001, "message": "User could not be authenticated", "status": 401}]}',
+     "refused: plex.tv answers 401 (User could not be authenticated): sign in anew: streamerbrainz.py login."),
+    (401, b'<?xml version="1.0"?>\n<errors>\n  <error code="1001" message="User could not be authenticated" status="401"/>\n</errors>',
+     "refused: plex.tv answers 401 (User could not be authenticated): sign in anew: streamerbrainz.py login."),
+    (403, b'<errors><error code="1043" message="This action is not available for this user" status="403"/></errors>', f"pass: {sb.NO_PASS}"),
+    (403, b'{"errors":[{"code":1043}]}', f"pass: {sb.NO_PASS}"),
+    (404, b'{"errors": [{"code": 1020, "message": "Code not found or expired", "status": 404}]}',
+     "missing: plex.tv answers 404 (Code not found or expired): begin anew."),
+    (500, b"<html>", "starting: plex.tv answers 500: try again later."), (502, b"\xff" * 500, "starting: plex.tv answers 502: try again later.")])
+def test_a_refusal_of_plex_tv_is_read_from_json_and_from_xml(status_, body, said):
+    error = sb.plextv_error(status_, body)
+    assert f"{error.fault}: {error}" == said
+
+
+ODD = [b"", b"null", b"[]", b"{}", b"7", b'"x"', b"[null]", b"[[]]", b"[7]", b"<html/>", b"\xff", b"[" * 9999, b'{"id": {}, "code": [], "username": 7e9}',
+       b'[{"clientIdentifier": {}, "provides": 7, "connections": {"a": 1}}]', b'[{"url": 7}]', b'[{"url": "x"}, null]', b'[{"provides": "server"}]']
+
+
+@pytest.mark.parametrize("parse", [sb.parse_pin, sb.parse_account, sb.parse_resources, sb.parse_webhooks, sb.witnessed])
+def test_no_answer_of_an_odd_shape_is_a_traceback(parse):
+    for body in ODD:
+        try:
+            parse(body)
+        except sb.PlexError as error:
+            assert error.fault == "nonsense" and re.fullmatch("plex.tv answers without .*; try again later.", str(error))
+
+
+def test_an_account_may_have_plex_pass_and_a_sign_in_lasts_as_long_as_plex_says():
+    account = {"username": "ann", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
+    assert sb.parse_account(json.dumps(account).encode()) == ("ann", True)
+    assert sb.parse_account(b'{"username": "", "title": "Kids", "subscription": {"features": ["sync"]}}') == ("Kids", False)
+    pin = {"id": 111, "code": "7RQZ", "expiresIn": 900, "authToken": None}
+    assert sb.parse_pin(json.dumps(pin).encode()) == ("111", "7RQZ", 900, "")
+    assert sb.parse_pin(json.dumps({**pin, "authToken": TOKEN, "expiresIn": 10 ** 9}).encode()) == ("111", "7RQZ", sb.MAX_PIN_S, TOKEN)
+    with pytest.raises(sb.PlexError):
+        sb.parse_pin(json.dumps({**pin, "id": "1/../../user"}).encode())
+
+
+def connection(address="192.168.1.5", port=32400, local=True, relay=False, uri=None):
+    dashed = re.sub("[.:]", "-", address)
+    return {"protocol": "https", "address": address, "port": port, "uri": uri or f"https://{dashed}.abc.plex.direct:{port}", "local": local, "relay": relay}
+
+
+def resource(name="nas", identifier=SERVER, *connections, owned=True, provides="server", **more):
+    return {"name": name, "product": "Plex Media Server", "provides": provides, "clientIdentifier": identifier, "owned": owned,
+            "accessToken": "another-secret", "connections": [*connections], **more}
+
+
+def test_http_at_home_comes_before_https_and_the_relay_never():
+    body = json.dumps([resource("nas", "s1", connection("2.2.2.2", 443, False), connection("178.3.2.1", 8443, False, True), connection(), connection("fd00::5")),
+                       resource("attic", "s2", owned=False, sourceTitle="bob"), resource("TV", "p1", provides="client,player", product="Plex for TV")]).encode()
+    nas, attic, tv = sb.parse_resources(body)
+    assert nas.urls == ["http://192.168.1.5:32400", "http://[fd00::5]:32400", "https://192-168-1-5.abc.plex.direct:32400",
+                        "https://fd00--5.abc.plex.direct:32400", "https://2-2-2-2.abc.plex.direct:443"]
+    assert (nas.owner, attic.owner, tv.provides, tv.product) == ("", "bob", ["client", "player"], "Plex for TV")
+    assert sb.server_urls([connection("1.2.3.4/x"), connection(uri="https://evil.example/@plex.direct"), {"local": True}, None]) == [
+        "http://192.168.1.5:32400", "https://1-2-3-4/x.abc.plex.direct:32400"][:1]
+
+
+def test_a_list_of_webhooks_that_cannot_be_read_whole_is_not_read_at_all():
+    assert sb.parse_webhooks(b"[]") == [] and sb.parse_webhooks(b'[{"url": "http://a"}, {"url": "x"}]') == ["http://a", "x"]
+    for odd in ([{"url": "x" * 9999}], [{}], [{"url": None}], [{"url": ""}], [{"url": "x"}] * 101, None, {}, {"url": "x"}):
+        with pytest.raises(sb.PlexError):
+            sb.parse_webhooks(json.dumps(odd).encode())
+
+
+@pytest.mark.parametrize("before, after", [
+    ([], ["ours"]), (["a"], ["a", "ours"]), (["a", "old", "b"], ["a", "ours", "b"]), (["old", "a", "old2"], ["ours", "a"]), (["a", "a"], ["a", "a", "ours"]),
+    (["ours", "a"], ["ours", "a"]), (["a", "ours", "old"], ["a", "ours"])])
+def test_our_webhook_takes_the_place_of_an_old_one_and_others_stay_in_order(before, after):
+    is_ours = {"ours", "old", "old2"}.__contains__
+    assert sb.with_webhook(before, "ours", is_ours) == after
+    assert sb.with_webhook(before, "", is_ours) == [url for url in before if not is_ours(url)]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("", "-a 1\n-b 'x y'\n"), ("# mine\n\n-log-level debug  # all\n", "# mine\n\n-log-level debug  # all\n-a 1\n-b 'x y'\n"),
+    ("-b 'x y'   # kept\n# between\n-a 2 # the NAS\n-c 3", "-b 'x y'   # kept\n# between\n-a 1 # the NAS\n-c 3\n"),
+    ("--a=2\r\n-b=old\r\n", "-a 1\n-b 'x y'\n"), ("#-a 2\n-ab 2\n-a 2\n-a 3\n-b \"x y\"\n", "#-a 2\n-ab 2\n-a 1\n-a 1\n-b \"x y\"\n")])
+def test_of_a_file_of_flags_only_the_lines_that_differ_are_written(before, after):
+    values = {"-a": "1", "-b": "x y"}
+    assert sb.with_flags(before, values) == after and sb.with_flags(after, values) == after
+
+
+def test_what_is_written_into_the_flags_is_read_back_as_it_was(tmp_path):
+    values = {"-plex-machine-id": "-a'b#c d", "-plex-server-url": "http://plex:32400", "-plex-token-file": "~/a b/token"}
+    (tmp_path / "flags").write_text(sb.with_flags("-no-plex-events\n", values))
+    read = config(f"@{tmp_path}/flags")
+    assert (read.plex_machine_id, read.plex_token_file, read.plex_events) == ("-a'b#c d", os.path.expanduser("~/a b/token"), False)
+
+
+# --- the world
+
+
+class Cloud:
+    """A stand-in for plex.tv, in Plex's own words.  A test changes what it answers."""
+    ACCOUNT: typing.ClassVar = {"id": 1, "username": "ann", "email": "ann@example.com", "subscription": {"active": True, "features": ["webhooks", "sync"]}}
+
+    def __init__(self):
+        self.requests, self.urls, self.polls, self.pins, self.resources = [], [], 0, 0, []
+        self.entered_after, self.tokens, self.account = 1, {TOKEN}, self.ACCOUNT
+        self.instead = {}                                  # (method, path): what is answered instead, one after the other
+        cloud = self
+
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def answer(self):                              # any method
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+                path = self.path.partition("?")[0]
+                cloud.requests.append((self.command, self.path, dict(self.headers), body))
+                waiting = cloud.instead.get((self.command, path)) or [None]
+                found = waiting[0] if len(waiting) == 1 else waiting.pop(0)
+                found = found() if callable(found) else found
+                status, fields, *head = found or cloud.answer(self.command, path, self.headers, body)
+                content = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+                self.send_response(status)
+                for name, value in head:
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+        for method in ("GET", "POST", "DELETE"):
+            setattr(Answer, f"do_{method}", Answer.answer)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def error(self, status, code, message):
+        return status, {"errors": [{"code": code, "message": message, "status": status}]}
+
+    def answer(self, method, path, headers, body):
+        if not headers.get("X-Plex-Client-Identifier"):
+            return self.error(400, 1000, "X-Plex-Client-Identifier is missing")
+        pin = {"id": 111222333 + self.pins, "code": f"7RQ{self.pins}", "product": "0", "trusted": False, "expiresIn": 900, "authToken": None}
+        if path.startswith("/api/v2/pins"):
+            if method == "POST":
+                self.pins, self.polls = self.pins + 1, 0
+                return 201, {**pin, "id": pin["id"] + 1, "code": f"7RQ{self.pins}"}
+            self.polls += 1
+            return 200, {**pin, "authToken": TOKEN if self.polls > self.entered_after else None}
+        if headers.get("X-Plex-Token") not in self.tokens:
+            return self.error(401, 1001, "User could not be authenticated")
+        if path == "/api/v2/users/signout":
+            self.tokens.clear()
+            return 204, b""
+        if path == "/api/v2/user/webhooks":
+            if "webhooks" not in self.account["subscription"]["features"]:
+                return 403, b'<errors>\n  <error code="1043" message="This action is not available for this user" status="403"/>\n</errors>\n'
+            if method == "POST":
+                self.urls = [url for name, url in urllib.parse.parse_qsl(body) if name == "urls[]"]
+            return (201 if method == "POST" else 200), [{"url": url} for url in self.urls]
+        return {"/api/v2/user": (200, self.account), "/api/v2/resources": (200, self.resources)}.get(path) or self.error(404, 1020, "Not found")
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    """A plex.tv, and waits that are short."""
+    cloud = Cloud()
+    monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", cloud.url)
+    for name in ("PIN_S", "LOOK_S", "PROVE_POLL_S", "GDM_S"):
+        monkeypatch.setattr(sb, name, 0.02)
+    monkeypatch.setattr(sb, "NEARBY", "http://127.0.0.1:9")
+    with serving(cloud.server):
+        yield cloud
+
+
+def test_login_writes_the_token_of_who_enters_the_code(cloud, home):
+    done = call("login", "-yes")
+    file = home / ".config/streamerbrainz/plex-token"
+    assert done.status == 0 and file.read_text() == f"{TOKEN}\n" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "https://plex.tv/link/?pin=7RQ1" in done.out and re.search("^ +7RQ1$", done.out, re.M) and TOKEN not in done.out + done.err
+    assert "Signed in as ann" in done.out and max(map(len, done.out.splitlines())) <= 80
+    told = [{name: value for name, value in headers.items() if name.startswith("X-Plex")} for _, _, headers, _ in cloud.requests]
+    assert {each["X-Plex-Client-Identifier"] for each in told} == {(home / ".config/streamerbrainz/client-id").read_text().strip()}
+    assert told[0].keys() == {"X-Plex-Client-Identifier", "X-Plex-Product", "X-Plex-Version", "X-Plex-Platform", "X-Plex-Device-Name"}
+    assert all(TOKEN not in path for _, path, _, _ in cloud.requests)
+    before = len(cloud.requests)
+    assert "Signed in as ann" in call("login", "-yes").out                     # it is kept, and nobody is asked again
+    assert [path for _, path, _, _ in cloud.requests[before:]] == ["/api/v2/user"]
+
+
+def test_a_token_that_has_ended_is_replaced_and_one_that_may_be_valid_is_kept(cloud, home):
+    file = home / ".config/streamerbrainz/plex-token"
+    file.parent.mkdir(parents=True)
+    file.write_text("old-token")
+    file.chmod(0o600)
+    cloud.instead["GET", "/api/v2/user"] = [(503, b"<html>busy</html>")]
+    assert "plex.tv answers 503: try again later." in call("login", "-yes").out and file.read_text() == "old-token" and cloud.pins == 0
+    cloud.instead.clear()
+    done = call("login", "-yes")
+    assert "User could not be authenticated" in done.out and file.read_text() == f"{TOKEN}\n"
+
+
+def test_a_code_that_ended_is_followed_by_a_new_one_and_four_are_enough(cloud, home):
+    gone = cloud.error(404, 1020, "Code not found or expired")
+    pending = 200, {"id": 1, "code": "7RQ1", "expiresIn": 900, "authToken": None}
+    cloud.instead["GET", "/api/v2/pins/111222334"] = [pending, gone]
+    done = call("login", "-yes")
+    assert done.status == 0 and done.out.count("no longer valid: it expired, or it was denied.") == 1 and re.search("^ +7RQ2$", done.out, re.M)
+    (home / ".config/streamerbrainz/plex-token").unlink()
+    cloud.instead["GET", "/api/v2/pins/111222336"] = cloud.instead["GET", "/api/v2/pins/111222337"] = [gone]
+    cloud.instead["GET", "/api/v2/pins/111222338"] = cloud.instead["GET", "/api/v2/pins/111222339"] = [gone]
+    done = call("login", "-yes")
+    assert (done.status, done.err) == (1, "streamerbrainz: None of 4 codes was entered; run this again when you are at a browser.\n")
+    assert not (home / ".config/streamerbrainz/plex-token").exists()
+
+
+def test_a_code_expires_by_our_clock_too(cloud):
+    cloud.entered_after = 10 ** 9
+    cloud.instead["POST", "/api/v2/pins"] = [(201, {"id": 5, "code": "ABCD", "expiresIn": 1, "authToken": None})]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sb, "MAX_CODES", 1)
+        assert call("login", "-yes").status == 1
+
+
+def test_plex_tv_is_waited_for_as_it_says_and_not_for_ever(cloud, home):
+    cloud.instead["POST", "/api/v2/pins"] = [(429, b"Too many", ("Retry-After", "0")), None]
+    done = call("login", "-yes")
+    assert done.status == 0 and "plex.tv is asked too often (429); waiting 0 s." in done.err
+    (home / ".config/streamerbrainz/plex-token").unlink()
+    cloud.instead["POST", "/api/v2/pins"] = [(429, b"", ("Retry-After", "0"))]
+    assert call("login", "-yes").err.endswith("streamerbrainz: plex.tv answers 429: try again later.\n")
+
+
+def test_without_plex_tv_the_way_out_is_said(monkeypatch, cloud):
+    monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", "http://127.0.0.1:9")
+    done = call("login", "-yes")
+    assert (done.status, done.err) == (1, "streamerbrainz: http://127.0.0.1:9 cannot be reached: Connection refused. "
+                                          "Is this machine online? Try again later.\n")
+
+
+def test_a_home_that_cannot_be_written_is_noticed_before_plex_tv_is_asked(cloud, home):
+    (home / ".config").write_text("a file")
+    done = call("login", "-yes")
+    assert done.status == 2 and done.err.startswith("streamerbrainz: login: ") and "cannot be written" in done.err and not cloud.requests
+
+
+@pytest.mark.parametrize("words", ["setup", "login", "webhook add", "webhook remove", "uninstall"])
+def test_without_a_terminal_and_without_yes_what_is_needed_is_said(words):
+    done = start(*words.split())
+    assert done.status == 2 and done.out == "" and len(done.err.splitlines()) == 1 and "give -yes for all defaults" in done.err
+
+
+@pytest.fixture
+def signed_in(cloud, home):
+    """The home of somebody who has signed in, with a webhook secret."""
+    folder = home / ".config/streamerbrainz"
+    folder.mkdir(parents=True)
+    for name, content in (("plex-token", TOKEN), ("webhook-secret", "new-secret\nold-secret\n"), ("flags", "-webhook-secret-file ~/.config/streamerbrainz/webhook-secret\n")):
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o600)
+    return folder
+
+
+def ours(query="?token=new-secret", host=None, port=3001):
+    return f"http://{host or sb.guess_address('')}:{port}/webhooks/plex{query}"
+
+
+@pytest.mark.parametrize("old", [
+    "http://localhost:3001/webhooks/plex", "http://127.0.0.1:3001/webhooks/plex?token=x", "http://192.0.2.7:3001/webhooks/plex?token=old-secret",
+    "http://192.0.2.7:3001/webhooks/plex?token=new-secret", "{ours}?token=another", "{ours}?token=old-secret", "{ours}"])
+def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signed_in, old, monkeypatch):
+    cloud.urls = ["https://example.com/a?b=1&c=%20", old.format(ours=ours("")), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 0 and done.out.endswith("   Done, and read back.\n"), done
+    assert cloud.urls == ["https://example.com/a?b=1&c=%20", ours(), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
+    assert "(4 others stay)" in " ".join(done.out.split()) and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
+    writes = sum(method == "POST" for method, *_ in cloud.requests)
+    assert "as they should be" in call("webhook", "add", "-yes").out and sum(method == "POST" for method, *_ in cloud.requests) == writes == 1
+    assert call("webhook", "remove", "-yes").status == 0 and ours() not in cloud.urls and len(cloud.urls) == 4
+
+
+def test_an_old_address_is_ours_unless_a_streamerbrainz_answers_there(cloud, signed_in, monkeypatch):
+    with Site() as other:
+        port = ("-webhooks-port", other.port)
+        cloud.urls = [f"http://127.0.0.2:{other.port}/webhooks/plex"]
+        monkeypatch.setattr(sb, "is_here", lambda host: False)
+        monkeypatch.setattr(sb, "send_to", lambda url: sb.ARRIVES)
+        assert call("webhook", "add", "-yes", *port).status == 0 and cloud.urls[0] == f"http://127.0.0.2:{other.port}/webhooks/plex" and len(cloud.urls) == 2
+        monkeypatch.setattr(sb, "send_to", lambda url: "fails")
+        assert call("webhook", "add", "-yes", *port).status == 0 and len(cloud.urls) == 1
+
+
+def test_the_webhook_of_a_tunnel_is_added_with_the_secret_and_then_left_alone(cloud, signed_in):
+    cloud.urls = ["http://localhost:3001/webhooks/plex"]
+    assert call("webhook", "add", "https://pi.example.invalid/", "-yes").status == 0
+    assert cloud.urls == ["https://pi.example.invalid/webhooks/plex?token=new-secret"]
+    assert "as they should be" in call("webhook", "add", "-yes").out
+    assert call("webhook", "list").out == "https://pi.example.invalid/webhooks/plex?token=...\n"
+    assert call("webhook", "remove", "-yes").status == 0 and cloud.urls == []
+    assert cloud.requests[-2][3] == "urls="
+    for words in (("add", "ftp://x"), ("frob",), ("list", "http://x"), ("add", "http://x/?token=SECRET")):
+        done = call("webhook", *words)
+        assert done.status == 2 and "SECRET" not in done.err
+
+
+def test_another_program_that_writes_in_between_is_said_and_it_is_tried_once_more(cloud, signed_in):
+    def steal():
+        cloud.instead["POST", "/api/v2/user/webhooks"] = None
+        cloud.urls = ["http://theirs/"]
+        return 201, []
+    cloud.instead["POST", "/api/v2/user/webhooks"] = [steal]
+    done = call("webhook", "add", "-yes")
+    assert "Another program wrote the account's webhooks in between; once more." in done.out and cloud.urls == ["http://theirs/", ours()]
+    cloud.urls, cloud.instead["POST", "/api/v2/user/webhooks"] = [], [(201, [])]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 1 and "another program writes them, too" in done.err
+
+
+@pytest.mark.parametrize("answer", [(500, b""), (200, b"<html/>"), (200, {}), (200, [{"url": None}]), (200, [{"link": "x"}]), (401, b"")])
+def test_webhooks_that_cannot_be_read_are_never_written(cloud, signed_in, answer):
+    cloud.instead["GET", "/api/v2/user/webhooks"] = [answer]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 1 and len(done.err.splitlines()) == 1 and not any(method == "POST" for method, *_ in cloud.requests)
+
+
+def test_without_plex_pass_that_is_said_in_one_line(cloud, signed_in):
+    cloud.account = {**cloud.ACCOUNT, "subscription": {"features": ["sync"]}}
+    assert call("webhook", "add", "-yes") == (1, "", f"streamerbrainz: {sb.NO_PASS}\n")
+
+
+class Terminal:
+    """A command line on a pseudo-terminal of its own, typed at by a test."""
+
+    BEGIN = "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"        # of the child: Ctrl-C is for it
+    WHOLE = BEGIN + "os.execv(sys.executable, [sys.executable, '-W', 'error', 'streamerbrainz.py', *sys.argv[1:]])"
+    QUICK = BEGIN + ("import streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
+                     "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
+
+    def __init__(self, *words, path, quick=True):
+        self.master, slave = os.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        self.said = ""
+        self.process = subprocess.Popen([sys.executable, "-W", "error", "-c", self.QUICK if quick else self.WHOLE, *map(str, words)], cwd=HERE,
+                                        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                                        env={**os.environ, "PATH": f"{path}:/usr/bin:/bin"})
+        os.close(slave)
+
+    def hear(self, words, seconds=20.0):
+        """Wait until the words are said, after what was heard before."""
+        until = time.monotonic() + seconds
+        while words not in self.said:
+            assert select.select([self.master], (), (), max(0.0, until - time.monotonic()))[0], f"{words!r} was not said, but:\n{self.said}"
+            try:
+                self.said += os.read(self.master, 65536).decode("utf-8", "replace")
+            except OSError:                                # all have closed it
+                raise AssertionError(f"{words!r} was not said, but:\n{self.said}") from None
+        before, _, self.said = self.said.partition(words)
+        return before + words
+
+    def type(self, line):
+        os.write(self.master, line.encode())
+
+    def end(self, seconds=20.0):
+        """What it says until it ends; -> that, and the exit status."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            while True:
+                assert select.select([self.master], (), (), max(0.0, until - time.monotonic()))[0], f"it does not end:\n{self.said}"
+                self.said += os.read(self.master, 65536).decode("utf-8", "replace")
+        return self.said, self.process.wait(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+
+
+class Nas(Library):
+    """A server whose sessions a test turns, and which takes the token."""
+
+    def __init__(self):
+        super().__init__()
+        self.playing, self.refusals = {}, 0                # machine identifier -> state
+        self.answers |= {"/status/sessions": self.sessions, "/": {"friendlyName": "nas"}}
+
+    def sessions(self, query):
+        if self.refusals > 0:
+            self.refusals -= 1
+            return 401
+        return sessions_xml(*(session_xml(state, player=player, key=str(i)) for i, (player, state) in enumerate(self.playing.items())))
+
+    def encode(self, fields):
+        return fields if isinstance(fields, bytes) else super().encode(fields)
+
+
+SYSTEMCTL = """#!/bin/sh
+# Starts the unit's program as systemd would, and stops it.
+echo "systemctl $*" >>"$HOME/calls"
+stop() { [ -f "$HOME/pid" ] && kill "$(cat "$HOME/pid")" 2>/dev/null; rm -f "$HOME/pid"; }
+start() {
+    stop; cd /
+    %s "$HOME/.local/bin/streamerbrainz.py" "@$HOME/.config/streamerbrainz/flags" -plex-token-file "$HOME/.config/streamerbrainz/plex-token" >"$HOME/log" 2>&1 </dev/null &
+    echo $! >"$HOME/pid"
+}
+case "$*" in
+    *is-active*) [ -f "$HOME/pid" ] ;;
+    *enable*--now*|*restart*) start ;;
+    *disable*) stop ;;
+esac
+exit $?
+"""
+
+
+@pytest.fixture
+def machine(cloud, home, tmp_path):
+    """A machine with a systemd for users, an account with a server, and a player on it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, content in (("systemctl", SYSTEMCTL % sys.executable), ("loginctl", '#!/bin/sh\necho "loginctl $*" >>"$HOME/calls"\n')):
+        (tools / name).write_text(content)
+        (tools / name).chmod(0o755)
+    with Nas() as nas:
+        host, port = nas.url[7:].split(":")
+        cloud.resources = [resource("nas", SERVER, connection("127.0.0.2", 9), connection(host, int(port))),
+                           resource("TV", "tv1", provides="client,player", product="Plex for TV", owned=False),
+                           resource("attic", "s2", owned=False, sourceTitle="bob")]
+        cloud.nas, cloud.tools, cloud.port, cloud.config = nas, tools, free_port(), home / ".config/streamerbrainz"
+        cloud.words = ("-webhooks-port", cloud.port, "-webhooks-host", "127.0.0.1")
+        yield cloud
+    with contextlib.suppress(OSError, ValueError):
+        os.kill(int((home / "pid").read_text()), signal.SIGKILL)
+
+
+def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers(machine, home):
+    machine.urls = ["https://example.com/theirs"]
+    machine.nas.refusals = 2                               # the token is new
+    begun = time.monotonic()
+    with Terminal("setup", *machine.words, path=machine.tools, quick=False) as person:
+        assert re.search(r"\r\n +7RQ1\r\n", person.hear("2. Server"))
+        person.hear("Press play on your player.")
+        machine.nas.playing["m1"] = PLAYING
+        person.hear("[y/N]")
+        person.type("\n")
+        plan = person.hear("[Y/n]")
+        assert all(word in plan for word in ("webhook-secret", "flags", ".local/bin/streamerbrainz.py", "streamerbrainz.service", "start the daemon",
+                                             f"add http://127.0.0.1:{machine.port}/webhooks/plex?token=... to"))
+        assert not (home / ".local").exists() and machine.urls == ["https://example.com/theirs"] and not (machine.config / "flags").exists()
+        person.type("\n")
+        person.hear("Press pause on your player")
+        machine.nas.playing["m1"] = PAUSED
+        assert sb.exchange(machine.urls[1], {"Content-Type": MULTIPART}, sb.encode_webhook(payload("media.pause"))[1]).status == 200
+        proof, status_ = person.end()
+    assert status_ == 0 and 'paused "Karma Police": seen by' in proof and "Its webhook came within" in proof, proof
+    assert time.monotonic() - begun < 60
+    secret = (machine.config / "webhook-secret").read_text().strip()
+    assert machine.urls == ["https://example.com/theirs", f"http://127.0.0.1:{machine.port}/webhooks/plex?token={secret}"]
+    assert f"http://127.0.0.1:{machine.port}/?token={secret}" in proof
+    assert (machine.config / "flags").read_text() == (
+        f"-plex-server-url {machine.nas.url}\n-plex-token-file ~/.config/streamerbrainz/plex-token\n-plex-machine-id m1\n"
+        f"-webhook-secret-file ~/.config/streamerbrainz/webhook-secret\n-webhooks-host 127.0.0.1\n-webhooks-port {machine.port}\n")
+    assert {stat.S_IMODE((machine.config / name).stat().st_mode) for name in ("flags", "plex-token", "webhook-secret", "client-id")} == {0o600}
+    assert (home / ".local/bin/streamerbrainz.py").read_text() == PROGRAM.read_text()
+    assert (home / ".config/systemd/user/streamerbrainz.service").read_text().startswith("# User unit of StreamerBrainz")
+    calls = (home / "calls").read_text()
+    assert "systemctl --user daemon-reload\nsystemctl --user enable --now streamerbrainz\nloginctl enable-linger" in calls and TOKEN not in calls
+    assert TOKEN not in (home / "log").read_text() and secret not in (home / "log").read_text() + calls
+
+
+def flat(text):
+    """What was said, whatever its lines."""
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def script(machine, monkeypatch):
+    """setup as a script runs it, in this process: nobody answers."""
+    monkeypatch.setenv("PATH", f"{machine.tools}:/usr/bin:/bin")
+    monkeypatch.setattr(sb, "TOKEN_S", 0.1)
+    monkeypatch.setattr(sb, "START_S", 10.0)
+    machine.nas.playing["m1"] = PLAYING
+
+    def run(*words):
+        done = call("setup", "-yes", *machine.words, *words)
+        assert TOKEN not in done.out + done.err and "Traceback" not in done.err and max(map(len, [*done.out.splitlines(), ""])) <= 80
+        return done
+    machine.run = run
+    return machine
+
+
+def test_setup_without_questions_and_again_says_what_is_well_and_keeps_what_was_written_by_hand(script, home):
+    script.config.mkdir(parents=True)
+    (script.config / "flags").write_text("# by hand\n-log-level debug   # all\n-webhooks-port 1 # the port\n")
+    done = script.run()
+    assert done.status == 0 and done.err == "" and len(script.urls) == 1, done
+    assert (script.config / "flags").read_text().startswith(f"# by hand\n-log-level debug   # all\n-webhooks-port {script.port} # the port\n-plex-server-url ")
+    written = {file: file.stat().st_mtime_ns for file in script.config.iterdir()}
+    calls = (home / "calls").read_text()
+    done = script.run()
+    assert done.status == 0 and "All is done already." in done.out and script.pins == 1
+    assert {file: file.stat().st_mtime_ns for file in script.config.iterdir()} == written
+    assert "enable" not in (home / "calls").read_text()[len(calls):]
+    (script.config / "flags").write_text((script.config / "flags").read_text().replace("-plex-machine-id m1", "-plex-machine-id m2"))
+    assert script.run("-plex-machine-id", "m1").status == 0                # a flag that is given is the answer
+    assert "-plex-machine-id m1\n" in (script.config / "flags").read_text() and "restart streamerbrainz" in (home / "calls").read_text()
+
+
+def test_the_tracker_is_filled_before_the_daemon_starts(script, home):
+    script.nas.answers |= {"/library/sections": {"Directory": [{"key": "1", "type": "movie", "title": "Films"}]}, "/accounts": {}}
+    script.nas.pages("/library/sections/1/all", [{"ratingKey": "7", "type": "movie", "title": "Heat", "year": 1995}])
+    database = home / ".local/share/streamerbrainz/tracker.db"
+    done = script.run("-tracker-db", database)
+    assert done.status == 0 and "The tracker now has 0 shows, 0 episodes and 1 movies." in done.out
+    assert "-tracker-db ~/.local/share/streamerbrainz/tracker.db\n" in (script.config / "flags").read_text()
+    assert "Heat" in call("tracker", "shows").out                          # the flags are read unasked
+
+
+WRONG = [
+    ("none of the account's", lambda it: it.resources.clear(), (), 2, "No server of this account is known. ... name it with -plex-server-url."),
+    ("shared only", lambda it: it.resources.pop(0), (), 2, "attic belongs to bob."),
+    ("unreachable", lambda it: it.resources[0].update(connections=[connection("127.0.0.1", 9), connection("192.0.2.9", 9, False, True)]), (), 2,
+     "nas at http://127.0.0.1:9 cannot be reached: Connection refused. ... nas at https://127-0-0-1.abc.plex.direct:9 cannot be reached: ... "
+     "allow plex.direct in its DNS rebind protection."),
+    ("another server", lambda it: it.nas.answers.update({"/identity": {"machineIdentifier": "other"}}), (), 2, "another server answers there."),
+    ("not the owner", lambda it: it.nas.answers.update({"/status/sessions": 401}), (), 1,
+     "shows what plays to its owner only, not to ann. Run this again, and sign in as the owner."),
+    ("a friend", lambda it: it.nas.answers.update({"/status/sessions": 403}), (), 1, "shows what plays to its owner only, not to ann."),
+    ("a server that fails", lambda it: it.nas.answers.update({"/status/sessions": 500}), (), 1, "answers 500 to /status/sessions."),
+    ("nothing plays", lambda it: it.nas.playing.clear(), (), 2, "0 players play now; let one play, or give -plex-machine-id."),
+    ("two play", lambda it: it.nas.playing.update(m2=PLAYING), (), 2, "2 players play now; let one play, or give -plex-machine-id."),
+    ("systemd fails", lambda it: (it.tools / "systemctl").write_text("#!/bin/sh\ncase $* in *enable*) echo Job failed.; exit 1;; *is-active*) exit 3;; esac\n"), (), 2,
+     "`systemctl --user enable --now streamerbrainz` failed (Job failed.); see: journalctl --user-unit streamerbrainz"),
+    ("resources in XML", lambda it: it.instead.update({("GET", "/api/v2/resources"): [(200, b"<resources/>")]}), (), 2, "plex.tv answers without a list of servers"),
+]
+
+
+@pytest.mark.parametrize("break_it, words, status_, said", [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_each_wrong_turn_has_its_sentence_and_leaves_what_was_there(script, home, break_it, words, status_, said):
+    break_it(script)
+    script.urls = ["https://example.com/theirs"]
+    done = script.run(*words)
+    assert done.status == status_ and len(done.err.splitlines()) == 1, done
+    for part in said.split(" ... "):
+        assert part in flat(done.out + done.err), (part, done)
+    assert script.urls == ["https://example.com/theirs"] and (not (script.config / "flags").exists() or "systemctl" in done.err)
+
+
+def test_the_token_of_somebody_who_is_not_the_owner_is_given_back(script):
+    script.nas.answers["/status/sessions"] = 401
+    assert script.run().status == 1 and script.tokens == set() and not (script.config / "plex-token").exists()
+
+
+def test_a_server_that_is_found_in_the_network_is_the_default(script, monkeypatch):
+    script.resources.clear()
+    monkeypatch.setattr(sb, "NEARBY", script.nas.url)
+    assert script.run().status == 0 and f"-plex-server-url {script.nas.url}\n" in (script.config / "flags").read_text()
+
+
+def test_servers_in_the_network_are_asked_for(monkeypatch):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(10)
+        monkeypatch.setattr(sb, "GDM", server.getsockname())
+
+        def answer():
+            asked, sender = server.recvfrom(100)
+            for port in (32400, 32401):
+                server.sendto(b"HTTP/1.0 200 OK\r\nContent-Type: plex/media-server\r\nName: nas\r\nPort: %d\r\n\r\n" % port, sender)
+            server.sendto(b"HTTP/1.0 500 x\r\nPort: 1\r\n", sender)
+            assert asked.startswith(b"M-SEARCH * HTTP/1.0")
+        threading.Thread(target=answer, daemon=True).start()
+        assert sb.nearby() == [sb.NEARBY, "http://127.0.0.1:32400", "http://127.0.0.1:32401"][-2 if sb.NEARBY.endswith(":32400") else -3:]
+
+
+def test_without_plex_pass_setup_ends_well(script):
+    script.account = {**script.ACCOUNT, "subscription": {"features": ["sync"]}}
+    done = script.run()
+    assert done.status == 0 and sb.NO_PASS in flat(done.out) and not any(path.endswith("webhooks") for _, path, _, _ in script.requests)
+
+
+def test_a_port_that_another_program_has_is_left_to_it(script):
+    with socket.create_server(("127.0.0.1", script.port)):
+        done = script.run()
+    assert done.status == 0 and f"-webhooks-port: {script.port} is held by" in done.out
+    assert f"-webhooks-port {script.port + 1}\n" in (script.config / "flags").read_text() and f":{script.port + 1}/" in script.urls[0]
+
+
+def test_without_systemd_the_lines_for_cron_are_shown(script):
+    (script.tools / "systemctl").write_text("#!/bin/sh\necho Failed to connect to bus; exit 1\n")
+    script_port = script.port
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sb, "START_S", 0.1)
+        done = script.run()
+    line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1\n"
+    assert f"\n@reboot {line}* * * * * {line}" in done.out and done.status == 1 and "The daemon does not answer." in done.err
+    assert not (script.config.parent / "systemd").exists() and script_port
+
+
+@pytest.mark.parametrize("answers, heard", [([], "Sign in"), ([], "Press play"), ([("Press play", "1\n")], "[y/N]"), ([("Press play", "1\n"), ("[y/N]", "n\n")], "[Y/n]")])
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_ctrl_c_at_each_question_leaves_what_is_done_and_says_so(machine, home, answers, heard, key):
+    if key == "\x04" and heard == "Sign in":
+        pytest.skip("nothing is asked there")
+    machine.entered_after = 10 ** 9 if heard == "Sign in" else 1
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        for question, answer in answers:
+            person.hear(question)
+            person.type(answer)
+        person.hear(heard)
+        time.sleep(0.2 if heard == "Sign in" else 0)
+        person.type(key)
+        said, status_ = person.end()
+    assert status_ == 1 and "Stopped. What is done stays; `streamerbrainz.py setup` goes on from there." in flat(said) and "Traceback" not in said
+    assert not (machine.config / "flags").exists() and not (home / ".local").exists() and machine.urls == []
+    assert (machine.config / "plex-token").exists() == (heard != "Sign in")
+
+
+def test_a_person_who_says_no_changes_nothing_and_several_servers_and_players_are_chosen_by_number(machine, home):
+    machine.resources.insert(0, resource("old", "s9", connection("127.0.0.1", 9)))
+    machine.nas.playing |= {"m1": PLAYING, "m2": PAUSED}
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        assert re.search(r" 1  old\r\n +2  nas\r\n", person.hear("Type its number. [1]"))
+        person.type("3\n")
+        person.hear("Type a number from 1 to 2.")
+        person.type("2\n")
+        person.hear("Press play on your player.")
+        assert re.search(r" 1  Living Room \(Plexamp\), playing .*\r\n +2  Living Room \(Plexamp\), paused", person.hear("Type its number. [1]"))
+        person.type("2\n")
+        person.hear("The player is m2.")
+        person.hear("[y/N]")
+        person.type("perhaps\n")
+        person.hear("Type y or n.")
+        person.type("y\n")
+        person.hear("read your library into the tracker")
+        person.hear("[Y/n]")
+        person.type("n\n")
+        said, status_ = person.end()
+    assert status_ == 1 and "Nothing of it was done." in said
+    assert {file.name for file in machine.config.iterdir()} == {"client-id", "plex-token"} and not (home / ".local").exists() and machine.urls == []
+
+
+def test_uninstall_takes_back_what_setup_did_and_leaves_what_is_the_persons(script, home):
+    script.urls = ["https://example.com/theirs"]
+    database = home / ".local/share/streamerbrainz/tracker.db"
+    assert script.run("-tracker-db", database).status == 0 and len(script.urls) == 2
+    done = call("uninstall", "-yes")
+    assert done.status == 0 and script.urls == ["https://example.com/theirs"] and script.tokens == set()
+    assert not (home / "pid").exists() and not (home / ".local/bin/streamerbrainz.py").exists() and not list(home.glob(".config/systemd/user/*"))
+    assert {file.name for file in script.config.iterdir()} == {"flags", "webhook-secret", "client-id"} and database.exists()
+    with Terminal("uninstall", path=script.tools) as person:
+        for _ in range(2):
+            person.hear("[y/N]")
+            person.type("y\n")
+        assert person.end()[1] == 0
+    assert list(script.config.iterdir()) == [] and not list(database.parent.iterdir())
+
+
+def test_uninstall_goes_on_where_plex_tv_fails(script, home):
+    assert script.run().status == 0
+    script.instead["GET", "/api/v2/user/webhooks"] = script.instead["DELETE", "/api/v2/users/signout"] = [(503, b"")]
+    done = call("uninstall", "-yes")
+    assert (script.config / "plex-token").exists()                         # to try it again with
+    assert done.status == 1 and done.out.count("plex.tv answers 503: try again later.") == 2 and not (home / ".local/bin/streamerbrainz.py").exists()
+
+
+def test_who_is_not_the_owner_may_sign_out_and_in_anew_but_no_script_forgets_a_token(script):
+    script.config.mkdir(parents=True)
+    (script.config / "plex-token").write_text(TOKEN)
+    (script.config / "plex-token").chmod(0o600)
+    script.nas.answers["/status/sessions"] = 401
+    assert script.run().status == 1 and (script.config / "plex-token").exists() and script.tokens
+    with Terminal("setup", *script.words, path=script.tools) as person:
+        person.hear("Sign this account out? [Y/n]")
+        person.type("\n")
+        said, status_ = person.end()
+    assert status_ == 1 and "sign in as the owner" in flat(said) and not (script.config / "plex-token").exists() and not script.tokens
+
+
+def test_a_daemon_that_somebody_else_started_is_not_doubled(script):
+    with Process() as daemon:
+        done = call("setup", "-yes", "-webhooks-host", "127.0.0.1", "-webhooks-port", daemon.port)
+    assert done.status == 2 and "another StreamerBrainz (python" in done.err and "end it, and remove its cron lines." in done.err
+    assert not (script.config / "flags").exists()
+
+
+def test_an_odd_now_is_no_traceback():
+    for odd in ({}, {"webhooks": 7, "changes": [7, {"at": {}}]}, {"webhooks": {"arrived": "x", "median_delay_s": "soon"}, "changes": {}}):
+        assert sb.witnessed(json.dumps(odd).encode())[1:] == (0, 0.0)
+
+
+# === Doctor ===
 
 # --- the world
 
@@ -7105,9 +7805,9 @@ def test_a_server_that_does_not_answer_skips_what_needs_it(sick):
 
 def test_a_container_that_calls_localhost_is_told_the_address_to_use(monkeypatch):
     checks = sb.Doctor(sb.Config(plex_server_url="http://192.0.2.9:32400", webhooks_port=3001))
-    said, = checks.differences("http://localhost:3001/webhooks/plex")
+    said, = sb.differences("http://localhost:3001/webhooks/plex", checks.config, ())
     assert said.startswith("localhost is the server itself there; the address of this machine is ")
-    assert sb.Doctor(sb.Config(plex_server_url="http://127.0.0.1:32400")).differences("http://localhost:3001/webhooks/plex") == []
+    assert sb.differences("http://localhost:3001/webhooks/plex", sb.Config(plex_server_url="http://127.0.0.1:32400"), ()) == []
 
 
 @pytest.mark.parametrize("head, status_, body, check, evidence", [
@@ -7226,7 +7926,7 @@ ALL = ("-plex-server-url", "http://plex:32400/", "-plex-token-file", "t", "-plex
 def test_the_defaults_are_those_of_the_contract():
     assert config() == sb.Config(
         "run", (), "", 3001, "", None, "", "", "", "", 30.0, True, "", 10.0, "", 90, True, False, "", "", "info", "text", False, "", "", 20,
-        "", None, 1.0)
+        "", None, 1.0, False, "")
     assert config().webhooks_a_minute == 0
     assert config("-webhook-secret-file", "f").webhooks_a_minute == config("-tracker-db", "f").webhooks_a_minute == 100
     assert config("-tracker-db", "f", "-rate-limit", "0").webhooks_a_minute == 0
@@ -7242,12 +7942,41 @@ def test_flags_have_one_dash_or_two_and_values_after_a_blank_or_a_sign():
 def test_flags_come_from_a_file_with_comments_and_quotes(tmp_path):
     file = tmp_path / "flags"
     file.write_text('\ufeff# StreamerBrainz\n\n-plex-server-url http://plex:32400   # the NAS\r\n--plex-token-file "/a b/token"\n-plex-machine-id=m1\n')
-    assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1")
+    assert config(f"@{file}") == sb.Config(plex_server_url="http://plex:32400", plex_token_file="/a b/token", plex_machine_id="m1",
+                                           flags_file=str(file))
     assert config("players", f"@{file}").command == "players"
 
 
+def test_flags_are_read_in_their_usual_place_and_the_command_line_wins(home, tmp_path, monkeypatch):
+    usual, system = home / ".config/streamerbrainz/flags", tmp_path / "system"
+    system.write_text("-webhooks-port 1111\n")
+    monkeypatch.setattr(sb, "SYSTEM_FLAGS", str(system))
+    assert (config("doctor").webhooks_port, config("doctor").flags_file) == (1111, str(system))
+    usual.parent.mkdir(parents=True)
+    usual.write_text("-webhooks-port 2222\n-tracker-db ~/.local/share/streamerbrainz/tracker.db\n")
+    assert (config("doctor").webhooks_port, config("doctor").tracker_db) == (2222, f"{home}/.local/share/streamerbrainz/tracker.db")
+    assert config("doctor", "-webhooks-port", "3333").webhooks_port == 3333
+    (home / "mine").write_text("-webhooks-port 4444\n")
+    for words in (("doctor", "-webhooks-port", "5", "@~/mine"), ("doctor", "@~/mine", "-webhooks-port", "5")):
+        assert config(*words) == sb.Config("doctor", webhooks_port=5, flags_file=f"{home}/mine")      # these replace the usual ones
+    assert config("demo") == sb.Config("demo")             # it must neither write into the tracker nor switch an amplifier
+    assert flat(call("doctor").out).startswith(f"ok flags: no server is configured: webhooks are the only source (read from {usual}) ")
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    assert config("doctor").webhooks_port == 2222
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")      # which its specification wants to be ignored
+    assert config("doctor").webhooks_port == 2222
+
+
+def test_the_log_says_which_flags_were_read(home):
+    file = home / ".config/streamerbrainz/flags"
+    file.parent.mkdir(parents=True)
+    file.write_text("-log-level debug\n")
+    with Process() as daemon:
+        eventually(lambda: f" flags={file}\n" in daemon.text())
+
+
 @pytest.mark.parametrize("words, sentence", [
-    ("frob", "there is no such command; the commands are run, players, doctor, tracker, secret, hook, demo."),
+    ("frob", "there is no such command; the commands are run, players, doctor, tracker, secret, hook, demo, setup, login, webhook, uninstall."),
     ("-frob", "there is no flag -frob; see: streamerbrainz.py -h."),
     ("-plex-token SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
     ("--plex-token=SECRET", "there is no flag -plex-token; see: streamerbrainz.py -h. The token goes into a file: -plex-token-file."),
@@ -7407,7 +8136,7 @@ def test_an_old_python_is_told_so_in_one_sentence(version, python, word):
 
 # === README and the unit ===
 
-CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Doctor", "Demo", "main")
+CHAPTERS = ("Ground", "Player", "Page", "Listener", "Hooks", "Tracker", "Browse", "Daemon", "Setup", "Doctor", "Demo", "main")
 WORLD = {"time", "os", "sys", "socket", "threading", "queue", "logging", "select", "signal", "subprocess", "tempfile", "shutil", "ssl", "http",
          "urllib.request", "log", "say", "open", "print", "input"}
 
@@ -7589,7 +8318,7 @@ def test_the_unit_calls_the_program_with_flags_that_it_knows():
     unit = (HERE / "streamerbrainz.service").read_text()
     command = shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.M)[1])
     words = command[command.index("%h/.local/bin/streamerbrainz.py") + 1:]
-    assert words == ["-plex-token-file", "%d/plex-token", "@%h/.config/streamerbrainz/flags"]
+    assert words == ["@%h/.config/streamerbrainz/flags", "-plex-token-file", "%d/plex-token"] and unit == sb.UNIT
     assert f"RestartPreventExitStatus={sb.main(['-frob'])}\n" in unit
 
 
