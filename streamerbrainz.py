@@ -6291,7 +6291,7 @@ def demo(config: Config) -> int:
 # Needs of Hooks: hook
 # Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Setup: login, server_url, setup, uninstall, webhook_command
+# Needs of Setup: login, server_url, setup, uninstall, webhook_command, wrapped
 # Needs of Doctor: doctor
 # Needs of Demo: demo
 
