@@ -5068,6 +5068,7 @@ def players(config: Config) -> int:
 # Servers and players that are read; webhooks of the account, which are read whole or not at all, since they are written
 # back; characters of a URL.  How long a code may last (Plex says 900 s).
 MAX_RESOURCES, MAX_URLS, MAX_URL, MAX_PIN_S = 200, 100, 2000, 1800
+WITHOUT = "plex.tv answers without {}; try again later."      # of an answer of another shape
 NO_PASS = "This account has no Plex Pass: Plex sends no webhooks, and none are needed."
 
 class Resource(NamedTuple):
@@ -5078,10 +5079,6 @@ class Resource(NamedTuple):
     provides: Sequence[str]       # server, player, ...
     owner: str                    # who shares it; "": it is the account's own
     urls: Sequence[str]           # of a server, the best first
-
-def odd_answer(missing: str) -> PlexError:
-    """What is said of an answer of another shape."""
-    return PlexError("nonsense", f"plex.tv answers without {missing}; try again later.")
 
 def plextv_error(status: int, body: bytes) -> PlexError:
     """Why plex.tv refused: by the status, and its own code and words, which are JSON, or XML all the same."""
@@ -5098,14 +5095,14 @@ def parse_pin(body: bytes) -> tuple[str, str, int, str]:
     fields = json_object(json_value(body))
     no, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
     if not (re.fullmatch(r"\w+", no) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
-        raise odd_answer("a code to enter")
+        raise PlexError("nonsense", WITHOUT.format("a code to enter"))
     return no, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
 
 def parse_account(body: bytes) -> tuple[str, bool]:
     """The name of an account, and whether it has webhooks (with Plex Pass)."""
     fields = json_object(json_value(body))
     if not (name := next(filter(None, (text(fields.get(key)) for key in ("username", "title", "email"))), "")):
-        raise odd_answer("the account's name")
+        raise PlexError("nonsense", WITHOUT.format("the account's name"))
     features = json_object(fields.get("subscription")).get("features")
     return name, isinstance(features, list) and "webhooks" in features
 
@@ -5124,7 +5121,7 @@ def server_urls(connections: object) -> list[str]:
 def parse_resources(body: bytes) -> list[Resource]:
     """The servers and players of an account."""
     if not isinstance(found := json_value(body), list):
-        raise odd_answer("a list of servers")
+        raise PlexError("nonsense", WITHOUT.format("a list of servers"))
     return [Resource(text(get("name")), identifier, text(get("product")), text(get("provides")).split(","),
                      "" if get("owned") is True else text(get("sourceTitle")) or "another person",
                      server_urls(get("connections")))
@@ -5136,7 +5133,7 @@ def parse_webhooks(body: bytes) -> list[str]:
     found = json_value(body)
     urls = [json_object(each).get("url") for each in found] if isinstance(found, list) else [None]
     if len(urls) > MAX_URLS or not all(isinstance(url, str) and 0 < len(url) <= MAX_URL for url in urls):
-        raise odd_answer("a list of webhooks that can be read whole")
+        raise PlexError("nonsense", WITHOUT.format("a list of webhooks that can be read whole"))
     return [str(url) for url in urls]
 
 def witnessed(now: bytes) -> tuple[list[str], int, float]:
@@ -5301,8 +5298,7 @@ def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict
             faults[url] = str(error).removeprefix(f"{url} ") + is_blocked * (
                 " Routers may block such names: allow plex.direct in its DNS rebind protection.")
     for kind in ("http:", "https:"):
-        tried = [url for url in urls if url.startswith(kind)]
-        threads = {url: threading.Thread(target=probe, args=(url,), daemon=True) for url in tried}
+        threads = {url: threading.Thread(target=probe, args=(url,), daemon=True) for url in urls if kind in url[:6]}
         for thread in threads.values():
             thread.start()
         for url, thread in threads.items():
@@ -5310,6 +5306,10 @@ def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict
             if faults.get(url) == "":
                 return url, {}
     return "", faults
+
+def has_secret(url: str, valid: Iterable[str]) -> bool:
+    """Whether a URL has one of these secrets."""
+    return not {*given_secrets(url.partition("?")[2])}.isdisjoint(each.encode() for each in valid)
 
 # What is said of a URL in the account.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
 # does.  Then a webhook is sent there, and ARRIVES proves it.
@@ -5360,23 +5360,24 @@ def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
     path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
     if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
         return [NO_URL]
-    elsewhere, given = host_difference(host, config.plex_server_url), set(given_secrets(parts.query))
+    elsewhere = host_difference(host, config.plex_server_url)
     differs = {
         elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
         "Plex does not deliver to a certificate of your own": parts.scheme != "http",
         f"the port is {port}, not {config.webhooks_port}": port != config.webhooks_port,
         f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
-        "the secret is another one" if given else "the secret is missing":
-            valid and not given & {each.encode() for each in valid}}
+        f"the secret is {'another one' if given_secrets(parts.query) else 'missing'}":
+            valid and not has_secret(url, valid)}
     return [words for words, so in differs.items() if so]
 
 # -- The person, and the system
 class Dialog:
     """Words and questions for a person.  With -yes each default is the answer."""
+    waiting = False               # whether the last line is one of wait()
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer."""
-        self.yes, self.waiting = config.yes, False        # waiting: the last line is one of progress()
+        self.config, self.yes = config, config.yes
         if not self.yes and not sys.stdin.isatty():
             raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
@@ -5386,15 +5387,16 @@ class Dialog:
         print(f"{'':73}\r" * self.waiting + wrapped(words, begin), flush=True)
         self.waiting = False
 
-    def progress(self, words: str) -> None:
-        """Say what is waited for, in a line that the next one replaces; on a terminal only."""
+    def wait(self, words: str) -> None:
+        """Wait until the next try, and say for what in a line that the next one replaces (on a terminal)."""
         self.waiting = sys.stdout.isatty()
         print(f"   {words:70}\r" * self.waiting, end="", flush=True)
+        time.sleep(TRY_S)
 
     def typed(self, look: Callable[[], str] = str) -> tuple[str, str]:
         """The line that a person types, and ""; or "", and what look(), which is called meanwhile, finds."""
         # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
-        while not select.select([sys.stdin], (), (), LOOK_S)[0]:
+        while not select.select([sys.stdin], (), (), TRY_S)[0]:
             if found := look():
                 return "", found
         if not (line := sys.stdin.readline()):
@@ -5403,8 +5405,7 @@ class Dialog:
 
     def ask(self, question: str, default: str) -> str:
         """What a person answers; the default for Enter, and with -yes."""
-        shown = f" [{default}]" if default else ""
-        print(wrapped(question + shown, "   "), end="\n" if self.yes else " ", flush=True)
+        print(wrapped(question + f" [{default}]" * bool(default), "   "), end="\n" if self.yes else " ", flush=True)
         return ("" if self.yes else self.typed()[0]) or default
 
     def agree(self, question: str, default: str = "Y/n") -> bool:
@@ -5453,65 +5454,70 @@ def remove(*paths: str) -> None:
         except OSError as error:
             raise ConfigError(f"{tilde(path)} cannot be deleted ({why(error)}); delete it by hand.") from error
 
+def unit_text() -> str:
+    """The unit for this machine: its Python, and its usual places."""
+    unit, python = UNIT, "/usr/bin/python3"
+    is_old = command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))")
+    for place, ours in ((python, sys.executable if is_old else python),
+                        ("%h/.config/streamerbrainz", os.path.dirname(usual("flags"))),
+                        ("%h/.local/share/streamerbrainz", os.path.dirname(usual("tracker.db")))):
+        unit = unit.replace(place, tilde(ours, "%h"))
+    return unit
+
 # -- setup, step by step
-# From one question to the next: whether the code was entered (Plex: once a second at most), what plays, what the daemon
-# knows.  Codes until we give up.  How long a server may take to know a new token, a daemon to listen (cron starts it
-# each minute), a person to press pause and play, a webhook to follow.
-PIN_S, LOOK_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 1.0, 4, 10.0, 70.0, 180.0, 12.0
+# From one try to the next (a code may be asked for once a second).  Codes until we give up.  How long a server may take
+# to know a new token, a daemon to listen (cron starts it each minute), a person to press pause and play, a webhook to
+# follow.
+TRY_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 4, 10.0, 70.0, 180.0, 12.0
 OWNED = ("plex_server_url", "plex_token_file", "plex_ca_file", "plex_machine_id", "webhook_secret_file",
          "webhooks_host", "webhooks_port", "tracker_db")      # whose flags setup writes
-SYSTEMCTL, JOURNAL, PROVE_POLL_S = ("systemctl", "--user"), "journalctl --user-unit streamerbrainz", 0.5
+SYSTEMCTL, JOURNAL = ("systemctl", "--user"), "journalctl --user-unit streamerbrainz"
 
-class Setup:
-    """What the steps know so far.  config: with each answer as its flag."""
+class Setup(Dialog):
+    """The steps, and what they know so far.  config: with each answer as its flag."""
+    account, has_webhooks, is_new = "", True, False           # is_new: signed in just now
+    plex: PlexServer              # from step 2 on
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
-        self.dialog, self.plextv = Dialog(config), PlexTV(config.command)
         path = config.webhook_secret_file or (usual("webhook-secret") if config.command == "setup" else "")
-        self.config = config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
-                                      webhook_secret_file=path)
+        super().__init__(config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
+                                         webhook_secret_file=path))
+        self.plextv, self.sent = PlexTV(config.command), functools.cache(send_to)    # some are silent for PLEX_S
         self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
         with contextlib.suppress(ConfigError):        # there is no token yet
             self.plextv.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
-        self.account, self.has_webhooks, self.is_new = "", True, False        # is_new: signed in just now
-        self.resources: list[Resource] = []
-        url = config.words[1].rstrip("/") if len(config.words) > 1 else ""        # of our webhooks, by a person
-        self.url = url + WEBHOOK_PATH * (url.count("/") == 2)
-        self.sent = functools.cache(send_to)          # some addresses are silent for PLEX_S
-        folder, self.program = os.path.dirname(usual("flags")), os.path.expanduser("~/.local/bin/streamerbrainz.py")
-        self.unit = os.path.join(os.path.dirname(folder), "systemd/user/streamerbrainz.service")
+        self.program = os.path.expanduser("~/.local/bin/streamerbrainz.py")
+        self.unit = usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
 
-    def sign_in(self) -> int:
-        """Step 1: a token that plex.tv accepts is in its file; -> 0, the exit status of `login`."""
-        path, tell = tilde(self.config.plex_token_file), self.dialog.tell
+    def sign_in(self) -> None:
+        """Step 1: a token that plex.tv accepts is in its file."""
+        path = tilde(self.config.plex_token_file)
         try:
             if self.plextv.token:
                 self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
         except PlexError as error:
-            tell(str(error))
+            self.tell(str(error))
             self.plextv.token = "" if error.fault == "refused" else self.plextv.token     # else it may be valid
         if not self.plextv.token:
-            tell(f"You enter a code at plex.tv. That makes a token, which is written to {path}, for you only; in your "
-                 f"account it is listed under Authorized Devices, as {socket.gethostname()}.")
+            self.tell(f"You enter a code at plex.tv. That makes a token, which is written to {path}, for you only; in "
+                      f"your account it is listed under Authorized Devices, as {socket.gethostname()}.")
             token = self.new_token()
             write_private(self.config.plex_token_file, f"{token}\n", self.config.command)
             self.plextv.token, self.is_new = token, True
             self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
-        tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
-        return 0
+        self.tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
 
     def new_token(self) -> str:
         """The token of whoever enters our code."""
         for _ in range(MAX_CODES):
             no, code, lasts_s, token = parse_pin(self.plextv.call(PINS, b""))
-            self.dialog.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
-                             "The code is:")
+            self.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
+                      "The code is:")
             print(f"\n{'':24}{code}\n", flush=True)
             until = time.monotonic() + lasts_s
             while not token and (left_s := until - time.monotonic()) > 0:
-                self.dialog.progress(f"waiting for it: {clock(int(left_s * 1000))} left")
-                time.sleep(PIN_S)
+                self.wait(f"waiting for it: {clock(int(left_s * 1000))} left")
                 try:
                     token = parse_pin(self.plextv.call(f"{PINS}/{no}"))[3]
                 except PlexError as error:
@@ -5520,32 +5526,32 @@ class Setup:
                     until = 0.0 if error.fault == "missing" else until
             if token:
                 return token
-            self.dialog.tell("This code is no longer valid: it expired, or it was denied.")
+            self.tell("This code is no longer valid: it expired, or it was denied.")
         raise PlexError("refused", f"None of {MAX_CODES} codes was entered; run this again when you are at a browser.")
 
     def refusal(self, url: str) -> PlexError | None:
         """Why a server does not show its sessions; None: it does.  It may take seconds to know a new token."""
+        self.plex = PlexServer(url, lambda: self.plextv.token, self.config.plex_ca_file)
         until = time.monotonic() + TOKEN_S
         while True:
             try:
-                PlexServer(url, lambda: self.plextv.token, self.config.plex_ca_file).sessions()
+                self.plex.sessions()
                 return None
             except PlexError as error:
                 if error.fault not in ("refused", "forbidden", "starting") or time.monotonic() >= until:
                     return error
-                self.dialog.progress("the server does not take the token yet; trying again")
-                time.sleep(PIN_S)
+                self.wait("the server does not take the token yet; trying again")
 
     def find_server(self) -> None:
         """Step 2: the URL at which the server shows its sessions is known."""
-        url, tell = self.config.plex_server_url, self.dialog.tell
+        url = self.config.plex_server_url
         if not url or (error := self.refusal(url)):
-            tell(str(error) if url else "Looking for your server.")
-            url = self.found_server() or self.given_server()
+            self.tell(str(error) if url else "Looking for your server.")
+            url = self.other_server()
             error = self.refusal(url)
         if error and error.fault in ("refused", "forbidden"):
             # A new one goes, so that all is as before; an old one, so that another account can sign in.
-            if self.is_new or not (self.dialog.yes or not self.dialog.agree("Sign this account out?")):
+            if self.is_new or (not self.yes and self.agree("Sign this account out?")):
                 with contextlib.suppress(PlexError):
                     self.sign_out()
                 remove(self.config.plex_token_file)
@@ -5554,75 +5560,71 @@ class Setup:
         if error:
             raise error
         self.config = self.config._replace(plex_server_url=url)
-        tell(f"The server at {url} answers, and takes the token.")
+        self.tell(f"The server at {url} answers, and takes the token.")
 
-    def found_server(self) -> str:
-        """The URL of one of the account's servers; "": none answers."""
-        servers = {each.identifier: each for each in self.read_resources() if "server" in each.provides}
-        owned = {each.identifier: each.name for each in servers.values() if not each.owner}
-        if not owned:
-            shared = "".join(f" {each.name} belongs to {each.owner}." for each in servers.values())
-            self.dialog.tell(f"No server of this account is known.{shared}")
-            return ""
-        server = servers[self.dialog.choose(owned) if len(owned) > 1 else next(iter(owned))]
-        url, faults = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file)
-        for tried, fault in faults.items():
-            self.dialog.tell(f"{server.name} at {tried} {fault}", "   - ")
-        return url
-
-    def read_resources(self) -> list[Resource]:
+    @functools.cached_property
+    def resources(self) -> list[Resource]:
         """The account's servers and players, as far as plex.tv tells them."""
         try:
-            self.resources = self.resources or parse_resources(self.plextv.call(RESOURCES))
+            return parse_resources(self.plextv.call(RESOURCES))
         except PlexError as error:
-            self.dialog.tell(str(error))
-        return self.resources
+            self.tell(str(error))
+            return []
 
-    def given_server(self) -> str:
-        """The URL of a server, from a person; its default is what answers in this network."""
-        default = "" if any(not each.owner for each in self.resources) else reach(nearby(), "", "")[0]
-        while True:
-            word = self.dialog.ask("Its address, such as http://192.168.1.5:32400", default)
+    def other_server(self) -> str:
+        """The URL of one of the account's servers that answers; else of the one that a person names."""
+        servers = {each.identifier: each for each in self.resources if "server" in each.provides}
+        if owned := {each.identifier: each.name for each in servers.values() if not each.owner}:
+            server = servers[self.choose(owned) if len(owned) > 1 else next(iter(owned))]
+            url, faults = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file)
+            default = ""
+            for tried, fault in faults.items():
+                self.tell(f"{server.name} at {tried} {fault}", "   - ")
+        else:
+            shared = "".join(f" {each.name} belongs to {each.owner}." for each in servers.values())
+            self.tell(f"No server of this account is known.{shared}")
+            url, default = "", reach(nearby(), "", "")[0]
+        while not url:
+            word = self.ask("Its address, such as http://192.168.1.5:32400", default)
             try:
-                return server_url(word if "//" in word else f"http://{word}")
+                url = server_url(word if "//" in word else f"http://{word}")
             except ValueError as error:
-                if self.dialog.yes:
+                if self.yes:
                     raise ConfigError("setup: no server was found; name it with -plex-server-url.") from error
-                self.dialog.tell(f"{error}.")
+                self.tell(f"{error}.")
+        return url
 
     def choose_player(self) -> None:
         """Step 3: the player's identifier is known.  A player that begins to play now is the one."""
         if not self.config.plex_machine_id:
-            plex = PlexServer(self.config.plex_server_url, lambda: self.plextv.token, self.config.plex_ca_file)
             names, playing = dict[str, str](), set[str]()
             def look() -> str:
-                sessions = sorted((each for each in plex.sessions() if each.machine_identifier.isprintable()),
+                nonlocal playing
+                sessions = sorted((each for each in self.plex.sessions() if each.machine_identifier.isprintable()),
                                   key=lambda each: each.state != PLAYING)
                 names.update({each.machine_identifier: f"{each.player_title or 'a player'} ({each.product}), "
                               f"{playing_sentence(each.state, each.item)}" for each in sessions})
-                before, now = playing.copy(), {each.machine_identifier for each in sessions if each.state == PLAYING}
-                playing.clear()
-                playing.update(now)
-                return next((each for each in names if each in now - before), "")
+                before, playing = playing, {each.machine_identifier for each in sessions if each.state == PLAYING}
+                return next((each for each in names if each in playing - before), "")
             look()                                    # what plays now began before it was asked for
-            names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.read_resources()
+            names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.resources
                       if "player" in each.provides and each.identifier not in names}
-            if self.dialog.yes and len(playing) != 1:
+            if self.yes and len(playing) != 1:
                 raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
-            self.dialog.tell("Press play on your player.")
-            chosen = self.dialog.choose(names, look, "1" if playing else "")
+            self.tell("Press play on your player.")
+            chosen = self.choose(names, look, "1" if playing else "")
             self.config = self.config._replace(plex_machine_id=chosen)
-            self.dialog.tell(names[chosen])
-        self.dialog.tell(f"The player is {self.config.plex_machine_id}.")
+            self.tell(names[chosen])
+        self.tell(f"The player is {self.config.plex_machine_id}.")
 
     def choose_tracker(self) -> None:
         """Step 4: whether to keep what is watched is known."""
-        path = self.config.tracker_db or usual("tracker.db")
-        if not self.config.tracker_db and not self.config.flags_file and self.dialog.agree(
-                f"Keep which episodes and movies you watch, in {tilde(path)}? (It needs Plex Pass.)", "y/N"):
-            self.config = self.config._replace(tracker_db=path)
-        self.dialog.tell("What you watch is kept in " + tilde(path) if self.config.tracker_db else
-                         f"What you watch is not kept. To keep it: setup -tracker-db {tilde(path)}")
+        path = tilde(self.config.tracker_db or usual("tracker.db"))
+        if not self.config.tracker_db and not self.config.flags_file and self.agree(
+                f"Keep which episodes and movies you watch, in {path}? (It needs Plex Pass.)", "y/N"):
+            self.config = self.config._replace(tracker_db=usual("tracker.db"))
+        self.tell(f"What you watch is kept in {path}" if self.config.tracker_db else
+                  f"What you watch is not kept. To keep it: setup -tracker-db {path}")
 
     def choose_port(self, is_ours: bool) -> None:
         """The port is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
@@ -5636,33 +5638,32 @@ class Setup:
         except ConfigError as error:
             if " is held by " not in str(error) or port > 65000:
                 raise
-            self.dialog.tell(str(error))
-            given = number(self.dialog.ask("Another port", str(port + 1))) or port
+            self.tell(str(error))
+            given = number(self.ask("Another port", str(port + 1))) or port
             self.config = self.config._replace(webhooks_port=given if given < 65536 else port)
             self.choose_port(is_ours)
 
     def todo(self) -> list[tuple[str, Callable[[], object]]]:
         """Steps 5 to 7: what is still to be written and started, in words, and how."""
-        config, todo = self.config, list[tuple[str, Callable[[], object]]]()
+        todo = list[tuple[str, Callable[[], object]]]()
         def write(path: str, content: str, mode: int = 0o600) -> None:
             if content != read_text(path):
-                todo.append((f"write {tilde(path)}",
-                             functools.partial(write_private, path, content, "setup", mode=mode)))
+                todo.append((f"write {tilde(path)}", lambda: write_private(path, content, "setup", mode=mode)))
         has_systemd = not command_fault(*SYSTEMCTL, "show-environment")
         is_active = has_systemd and not command_fault(*SYSTEMCTL, "is-active", "--quiet", "streamerbrainz")
         self.choose_port(is_active or not has_systemd)
         if not self.secrets:
             self.secrets = (secrets.token_urlsafe(32),)
-            write(config.webhook_secret_file, f"{self.secrets[0]}\n")
+            write(self.config.webhook_secret_file, f"{self.secrets[0]}\n")
         write(usual("flags"), with_flags(read_text(usual("flags")), {f"-{field.replace('_', '-')}": tilde(str(
             value)) for field in OWNED if (value := getattr(self.config, field)) != getattr(Config(), field)}))
-        if config.tracker_db and not os.path.exists(config.tracker_db):
+        if self.config.tracker_db and not os.path.exists(self.config.tracker_db):
             todo.append(("read your library into the tracker", self.import_library))
         write(self.program, read_text(__file__), 0o755)
         if has_systemd:
-            write(self.unit, self.unit_text(), 0o644)
+            write(self.unit, unit_text(), 0o644)
             if todo or self.is_new or not is_active:  # a new token, too: systemd hands it over at a start
-                todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
+                todo.append(("start the daemon, now and at each boot", lambda: self.start_daemon(is_active)))
         elif todo:
             todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
         return todo
@@ -5672,59 +5673,47 @@ class Setup:
         os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
         tracker_command(self.config._replace(words=("import",)))
 
-    def unit_text(self) -> str:
-        """The unit for this machine: its Python, and its usual places."""
-        unit, python = UNIT, "/usr/bin/python3"
-        is_old = command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))")
-        for place, ours in ((python, sys.executable if is_old else python),
-                            ("%h/.config/streamerbrainz", os.path.dirname(usual("flags"))),
-                            ("%h/.local/share/streamerbrainz", os.path.dirname(usual("tracker.db")))):
-            unit = unit.replace(place, tilde(ours, "%h"))
-        return unit
-
     def start_daemon(self, is_active: bool) -> None:
         """Start the unit, or start it again with what it has to read now; raises ConfigError."""
         for words in ("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active):
             if fault := command_fault(*SYSTEMCTL, *words.split()):
                 raise ConfigError(f"setup: `systemctl --user {words}` failed ({fault}); see: {JOURNAL}")
         if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
-            self.dialog.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
+            self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
 
     def show_cron(self) -> None:
         """Say how cron starts the daemon."""
         line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
-        self.dialog.tell("Run `crontab -e`, enter these two lines, and save:")
+        self.tell("Run `crontab -e`, enter these two lines, and save:")
         print(f"\n@reboot {line}\n* * * * * {line}\n")
-        self.dialog.ask("Then press", "Enter")
+        self.ask("Then press", "Enter")
 
     # -- The webhook of the account
     def own_url(self) -> str:
-        """The URL of our webhooks, with the secret."""
-        url = self.url or configured_url(self.config, self.config.webhooks_port)
-        return url + (f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else "")
-
-    def has_secret(self, url: str) -> bool:
-        """Whether a URL has a secret of ours."""
-        return not {*given_secrets(url.partition("?")[2])}.isdisjoint(each.encode() for each in self.secrets)
+        """The URL of our webhooks, with the secret: the one that a person gives, or this machine's."""
+        url = next(iter(self.config.words[1:]), "").rstrip("/") or configured_url(self.config, self.config.webhooks_port)
+        secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
+        return url + WEBHOOK_PATH * (url.count("/") == 2) + secret
 
     def is_ours(self, url: str) -> bool:
         """Whether a webhook of the account leads to this daemon, or did so once."""
         try:
-            parts, own = urllib.parse.urlsplit(url), urllib.parse.urlsplit(self.own_url())
-            host, is_port = parts.hostname or "", parts.port == self.config.webhooks_port
+            parts = urllib.parse.urlsplit(url)
+            is_port = parts.port == self.config.webhooks_port
         except ValueError:                            # "http://[", or a port above 65535
             return False
+        if parts.path != WEBHOOK_PATH or has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2]:
+            return parts.path == WEBHOOK_PATH
         # An address or a port of long ago is one at which no StreamerBrainz answers: else it may be another one.
-        here = parts.path == WEBHOOK_PATH and (host in ("localhost", "127.0.0.1", "::1") or bool(is_here(host)))
-        return parts.path == WEBHOOK_PATH and (self.has_secret(url) or parts.netloc == own.netloc or (
-            here and is_port) or ((here or is_port) and self.sent(url) != ARRIVES))
+        alike = is_port + bool(is_here(parts.hostname or ""))
+        return alike == 2 or (alike == 1 and self.sent(url) != ARRIVES)
 
     def wanted(self, urls: Sequence[str], add: bool) -> list[str]:
         """What the account's webhooks should be."""
         def is_right(url: str) -> bool:               # or, with our secret, a person's: for a proxy, or a tunnel
             return not differences(url, self.config, self.secrets[:1]) or (
-                self.has_secret(url) and not re.match(r"http://(\d|\[|localhost)", url))
-        right = next(filter(is_right, () if self.url else urls), self.own_url())
+                has_secret(url, self.secrets) and not re.match(r"http://(\d|\[|localhost)", url))
+        right = next(filter(is_right, () if self.config.words[1:] else urls), self.own_url())
         return with_webhook(urls, right if add else "", self.is_ours)
 
     def change(self, add: bool) -> str:
@@ -5741,53 +5730,52 @@ class Setup:
     def write_webhook(self, add: bool = True) -> None:
         """Put our URL into the account's webhooks, in the place of an old one, or take it out; raises PlexError."""
         for again in (True, False):
-            before = self.plextv.webhooks()       # just before: what is written replaces them all
+            before = self.plextv.webhooks()           # just before: what is written replaces them all
             if (after := self.wanted(before, add)) != before:
                 form = urllib.parse.urlencode([("urls[]", url) for url in after]) or "urls="
                 self.plextv.call(WEBHOOKS, form.encode())
             if sorted(self.plextv.webhooks()) == sorted(after):
                 return
             if again:
-                self.dialog.tell("Another program wrote the account's webhooks in between; once more.")
+                self.tell("Another program wrote the account's webhooks in between; once more.")
         raise PlexError("nonsense", "The account's webhooks are not as they were written: another program writes them, "
                                     "too. See: streamerbrainz.py webhook list")
 
     # -- The proof, and the way back
     def now(self) -> tuple[list[str], int, float] | None:
         """What the daemon has witnessed; None: it does not answer."""
-        query = self.own_url().partition("?")[2]
         with contextlib.suppress(PlexError):
+            query = self.own_url().partition("?")[2]
             reply = exchange(f"{local_url(self.config, '/now')}?{query}", {"Host": "localhost"})
             return witnessed(reply.body) if reply.status == 200 else None
         return None
 
     def prove(self) -> int:
         """Step 8: show what the daemon witnesses of its player now; -> the exit status."""
-        tell, changed_at, until = self.dialog.tell, math.inf, time.monotonic() + START_S
+        changed_at, until = math.inf, time.monotonic() + START_S
         while not (known := self.now()):
             if time.monotonic() > until:
                 raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
-            self.dialog.progress("waiting for the daemon to listen")
-            time.sleep(PROVE_POLL_S)
-        (seen, arrived, _), count, late_s = known, known[1], 0.0
-        tell("The daemon listens." + " Press pause on your player, and play again." * (not self.dialog.yes))
-        until = time.monotonic() + PROVE_S * (not self.dialog.yes)
+            self.wait("waiting for the daemon to listen")
+        seen, arrived, late_s = known
+        count = arrived
+        self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
+        until = time.monotonic() + PROVE_S * (not self.yes)
         while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
-            self.dialog.progress(f"waiting: {clock(int((until - at) * 1000))} left")
-            time.sleep(PROVE_POLL_S)
+            self.wait(f"waiting: {clock(int((until - at) * 1000))} left")
             changes, count, late_s = self.now() or (seen, count, late_s)
             for words in [each for each in changes if each not in seen][::-1]:
-                tell(words.partition(" ")[2])
+                self.tell(words.partition(" ")[2])
                 changed_at = min(changed_at, at)
             seen = changes
-        if not self.dialog.yes:
-            tell(f"Its webhook came within {late_s:.1f} s of it." if count != arrived else
-                 "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
-                 "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py doctor"
-                 if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
+        if not self.yes:
+            self.tell(f"Its webhook came within {late_s:.1f} s of it." if count != arrived else
+                      "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
+                      "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py "
+                      "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
         page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
-        tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
-        return int(not self.dialog.yes and changed_at == math.inf and count == arrived)
+        self.tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
+        return int(not self.yes and changed_at == math.inf and count == arrived)
 
     def sign_out(self) -> None:
         """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
@@ -5804,32 +5792,31 @@ class Setup:
         remove(self.unit)
         command_fault(*SYSTEMCTL, "daemon-reload")
 
-def guided(work: Callable[[Setup], int]) -> Callable[[Config], int]:
+def guided(work: Callable[[Setup], int | None]) -> Callable[[Config], int]:
     """The command that does this work.  Ctrl-C leaves what is done."""
     def command(config: Config) -> int:
         guide = Setup(config)
         try:
-            return work(guide)
+            return work(guide) or 0
         except KeyboardInterrupt:
             print()
-            guide.dialog.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
+            guide.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
             return 1
     return command
 
 login = guided(Setup.sign_in)
 
 @guided
-def change_webhook(guide: Setup) -> int:
+def change_webhook(guide: Setup) -> None:
     """Put our webhook into the account, or take it out."""
     add = guide.config.words[0] == "add"
     if not (change := guide.change(add)):
-        guide.dialog.tell("The webhooks of your Plex account are as they should be.")
-    elif guide.dialog.agree(f"{change[0].upper()}{change[1:]}?"):
+        guide.tell("The webhooks of your Plex account are as they should be.")
+    elif guide.agree(f"{change[0].upper()}{change[1:]}?"):
         guide.write_webhook(add)
-        guide.dialog.tell("Done, and read back.")
+        guide.tell("Done, and read back.")
     else:
-        guide.dialog.tell("Nothing was changed.")
-    return 0
+        guide.tell("Nothing was changed.")
 
 def webhook_command(config: Config) -> int:
     """Show the webhooks of the account, or change ours in them."""
@@ -5847,7 +5834,6 @@ def webhook_command(config: Config) -> int:
 @guided
 def setup(guide: Setup) -> int:
     """Go from this one file to a daemon that was seen to work."""
-    tell = guide.dialog.tell
     steps: Mapping[str, Callable[[], object]] = {"1. Sign in": guide.sign_in, "2. Server": guide.find_server,
         "3. Player": guide.choose_player, "4. Watch tracker": guide.choose_tracker}
     for heading, step in steps.items():
@@ -5858,27 +5844,26 @@ def setup(guide: Setup) -> int:
     try:
         todo += [(change, guide.write_webhook)] if (change := guide.change(add=True)) else []
     except PlexError as error:
-        tell(str(error))
-    tell("All is done already." if not todo else "This is what is left to do:")
+        guide.tell(str(error))
+    guide.tell("All is done already." if not todo else "This is what is left to do:")
     for words, _ in todo:
-        tell(words, "   - ")
-    if todo and not guide.dialog.agree("Do all this?"):
-        tell("Nothing of it was done.")
+        guide.tell(words, "   - ")
+    if todo and not guide.agree("Do all this?"):
+        guide.tell("Nothing of it was done.")
         return 1
     for words, work in todo:
         try:
             work()
-            tell(f"done: {words}", "   - ")
+            guide.tell(f"done: {words}", "   - ")
         except PlexError as error:                    # the webhook's: the daemon does without
-            tell(str(error), "   - ")
+            guide.tell(str(error), "   - ")
     print("\n6. Proof", flush=True)
     return guide.prove()
 
 @guided
 def uninstall(guide: Setup) -> int:
     """Take back what setup did, each after a yes."""
-    config, status, files = guide.config, 0, [usual(name) for name in ("flags", "webhook-secret", "client-id")]
-    database = config.tracker_db
+    files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], guide.config.tracker_db
     steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
         (os.path.exists(guide.unit), "Stop the daemon, and remove its unit?", "Y/n", guide.stop_daemon),
         (guide.plextv.token, "Take our webhook out of your Plex account?", "Y/n", lambda: guide.write_webhook(False)),
@@ -5887,14 +5872,15 @@ def uninstall(guide: Setup) -> int:
         (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
         (database and os.path.exists(database), f"Delete {tilde(database)}, all that you have watched?", "y/N",
          lambda: remove(database, f"{database}-wal", f"{database}-shm")))
+    status = 0
     for is_there, question, default, work in steps:
         try:
-            if is_there and guide.dialog.agree(question, default):
+            if is_there and guide.agree(question, default):
                 work()
         except PlexError as error:
-            guide.dialog.tell(str(error))
+            guide.tell(str(error))
             status = int(error.fault != "pass") or status
-    guide.dialog.tell("What is left stays as it is.")
+    guide.tell("What is left stays as it is.")
     return status
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===

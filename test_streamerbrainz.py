@@ -7139,7 +7139,7 @@ def cloud(monkeypatch):
     """A plex.tv, and waits that are short."""
     cloud = Cloud()
     monkeypatch.setenv("STREAMERBRAINZ_PLEXTV_URL", cloud.url)
-    for name in ("PIN_S", "LOOK_S", "PROVE_POLL_S", "GDM_S"):
+    for name in ("TRY_S", "GDM_S"):
         monkeypatch.setattr(sb, name, 0.02)
     monkeypatch.setattr(sb, "NEARBY", "http://127.0.0.1:9")
     with serving(cloud.server):
@@ -7306,7 +7306,7 @@ class Terminal:
 
     BEGIN = "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"        # of the child: Ctrl-C is for it
     WHOLE = BEGIN + "os.execv(sys.executable, [sys.executable, '-W', 'error', 'streamerbrainz.py', *sys.argv[1:]])"
-    QUICK = BEGIN + ("import streamerbrainz as sb\nsb.PIN_S = sb.LOOK_S = sb.PROVE_POLL_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
+    QUICK = BEGIN + ("import streamerbrainz as sb\nsb.TRY_S = sb.GDM_S = sb.TOKEN_S = 0.05\n"
                      "sb.NEARBY = 'http://127.0.0.1:9'\nsys.exit(sb.main(sys.argv[1:]))")
 
     def __init__(self, *words, path, quick=True):
