@@ -5051,7 +5051,7 @@ def players(config: Config) -> int:
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
-# === Setup: one file -> a daemon that was seen to work (PlexTV, Dialog, Setup, login, webhook, setup, uninstall) ===
+# === Setup: one file -> a daemon that was seen to work (PlexTV, Setup, login, webhook, setup, uninstall) ===
 # What for: nobody should have to find a token, an identifier or an address, or to edit a file.  `setup` goes the whole
 #   way and `uninstall` takes it back; `login` and `webhook` are steps of it alone.  Nothing is changed before a yes.
 # Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
@@ -5165,8 +5165,7 @@ def with_flags(content: str, values: Mapping[str, str]) -> str:
         if found and found[1] in values:
             missing.pop(found[1], "")
             if shlex.split(line[found.end():], comments=True) != [values[found[1]]]:
-                comment = re.search(r"\s+#[^'\"]*$", line)
-                lines[i] = written[found[1]] + (comment[0] if comment else "")
+                lines[i] = written[found[1]] + re.sub(r"^.*?(\s+#[^'\"]*)?$", r"\1", line)      # with its comment
     return "".join(f"{line}\n" for line in [*lines, *(written[flag] for flag in missing)])
 
 # A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
@@ -5236,19 +5235,14 @@ class PlexTV:
         """by: the command, for which a client-id is made.  The tests have a plex.tv of their own."""
         self.url, self.by, self.token = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv"), by, token
 
-    @functools.cached_property
-    def headers(self) -> dict[str, str]:
-        """What plex.tv is told of this device; raises ConfigError if the client-id cannot be kept."""
+    def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
+        """The body of plex.tv's answer; raises PlexError, and ConfigError if the client-id cannot be kept."""
         # To plex.tv another client-id is another device in the account.
         if not re.fullmatch(r"[\w-]{8,}", known := read_text(usual("client-id")).strip(), re.ASCII):
             write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", self.by)
-        return {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
-                "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(),
-                "X-Plex-Device-Name": re.sub("[^!-~]", "?", socket.gethostname())}
-
-    def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
-        """The body of plex.tv's answer; raises PlexError."""
-        headers = {**self.headers, **({"X-Plex-Token": self.token} if self.token else {})}
+        headers = {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
+                   "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(), "X-Plex-Device-Name":
+                   re.sub("[^!-~]", "?", socket.gethostname()), **({"X-Plex-Token": self.token} if self.token else {})}
         for left in range(MAX_BUSY, -1, -1):
             try:
                 reply = exchange(self.url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(self.url),
@@ -5370,64 +5364,7 @@ def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
             valid and not has_secret(url, valid)}
     return [words for words, so in differs.items() if so]
 
-# -- The person, and the system
-class Dialog:
-    """Words and questions for a person.  With -yes each default is the answer."""
-    waiting = False               # whether the last line is one of wait()
-
-    def __init__(self, config: Config):
-        """Raises ConfigError if nobody can answer."""
-        self.config, self.yes = config, config.yes
-        if not self.yes and not sys.stdin.isatty():
-            raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
-                              "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
-
-    def tell(self, words: str, begin: str = "   ") -> None:
-        """Say something, in lines of 80 columns."""
-        print(f"{'':73}\r" * self.waiting + wrapped(words, begin), flush=True)
-        self.waiting = False
-
-    def wait(self, words: str) -> None:
-        """Wait until the next try, and say for what in a line that the next one replaces (on a terminal)."""
-        self.waiting = sys.stdout.isatty()
-        print(f"   {words:70}\r" * self.waiting, end="", flush=True)
-        time.sleep(TRY_S)
-
-    def typed(self, look: Callable[[], str] = str) -> tuple[str, str]:
-        """The line that a person types, and ""; or "", and what look(), which is called meanwhile, finds."""
-        # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
-        while not select.select([sys.stdin], (), (), TRY_S)[0]:
-            if found := look():
-                return "", found
-        if not (line := sys.stdin.readline()):
-            raise KeyboardInterrupt                   # Ctrl-D
-        return line.strip(), ""
-
-    def ask(self, question: str, default: str) -> str:
-        """What a person answers; the default for Enter, and with -yes."""
-        print(wrapped(question + f" [{default}]" * bool(default), "   "), end="\n" if self.yes else " ", flush=True)
-        return ("" if self.yes else self.typed()[0]) or default
-
-    def agree(self, question: str, default: str = "Y/n") -> bool:
-        """Whether a person says yes."""
-        while (answer := self.ask(question, default).lower()) not in ("y", "yes", "n", "no", "y/n"):
-            self.tell("Type y or n.")
-        return default == "Y/n" if answer == "y/n" else answer[0] == "y"
-
-    def choose(self, names: Mapping[str, str], look: Callable[[], str] = str, default: str = "1") -> str:
-        """Which of these (key: words) a person means by its number, or by what look() finds meanwhile."""
-        for i, words in enumerate(names.values(), 1):
-            self.tell(words, f"   {i:2}  ")
-        self.tell(f"Type its number.{f' [{default}]' * bool(default)}") if names else None
-        found = next(iter(names)) if self.yes else ""
-        while not found:
-            line, found = self.typed(look)
-            if not found and 1 <= (no := number(line or default) or 0) <= len(names):
-                found = list(names)[no - 1]
-            elif not found:
-                self.tell(f"Type a number from 1 to {len(names)}." if names else "It must play to be seen.")
-        return found
-
+# -- The system, and its files
 def command_fault(*words: str) -> str:
     """Run a command of the system; -> why it failed, "": it did not."""
     if not (path := shutil.which(words[0])):
@@ -5473,23 +5410,71 @@ OWNED = ("plex_server_url", "plex_token_file", "plex_ca_file", "plex_machine_id"
          "webhooks_host", "webhooks_port", "tracker_db")      # whose flags setup writes
 SYSTEMCTL, JOURNAL = ("systemctl", "--user"), "journalctl --user-unit streamerbrainz"
 
-class Setup(Dialog):
-    """The steps, and what they know so far.  config: with each answer as its flag."""
+class Setup:
+    """The steps, with what they know so far and their words with a person.  With -yes each default is the answer."""
     account, has_webhooks, is_new = "", True, False           # is_new: signed in just now
+    waiting = False               # whether the last line is one of wait()
     plex: PlexServer              # from step 2 on
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
+        if not config.yes and not sys.stdin.isatty():
+            raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
+                              "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
         path = config.webhook_secret_file or (usual("webhook-secret") if config.command == "setup" else "")
-        super().__init__(config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
-                                         webhook_secret_file=path))
+        self.config = config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
+                                      webhook_secret_file=path)       # and with each answer as its flag
         self.plextv, self.sent = PlexTV(config.command), functools.cache(send_to)    # some are silent for PLEX_S
         self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
         with contextlib.suppress(ConfigError):        # there is no token yet
             self.plextv.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
-        self.program = os.path.expanduser("~/.local/bin/streamerbrainz.py")
+        self.program, self.yes = os.path.expanduser("~/.local/bin/streamerbrainz.py"), config.yes
         self.unit = usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
 
+    def tell(self, words: str, begin: str = "   ") -> None:
+        """Say something, in lines of 80 columns."""
+        print(f"{'':73}\r" * self.waiting + wrapped(words, begin), flush=True)
+        self.waiting = False
+
+    def wait(self, words: str) -> None:
+        """Wait until the next try, and say for what in a line that the next one replaces (on a terminal)."""
+        self.waiting = sys.stdout.isatty()
+        print(f"   {words:70}\r" * self.waiting, end="", flush=True)
+        time.sleep(TRY_S)
+
+    def typed(self, default: str, look: Callable[[], str] = str) -> str:
+        """What a person types, or what look(), called meanwhile, finds; the default for Enter, and with -yes."""
+        # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
+        if self.yes:
+            return default
+        while not select.select([sys.stdin], (), (), TRY_S)[0]:
+            if found := look():
+                return found
+        if not (line := sys.stdin.readline()):
+            raise KeyboardInterrupt                   # Ctrl-D
+        return line.strip() or default
+
+    def ask(self, question: str, default: str) -> str:
+        """What a person answers."""
+        print(wrapped(question + f" [{default}]" * bool(default), "   "), end="\n" if self.yes else " ", flush=True)
+        return self.typed(default)
+
+    def agree(self, question: str, default: str = "Y/n") -> bool:
+        """Whether a person says yes."""
+        while (answer := self.ask(question, default).lower()) not in ("y", "yes", "n", "no", "y/n"):
+            self.tell("Type y or n.")
+        return default == "Y/n" if answer == "y/n" else answer[0] == "y"
+
+    def choose(self, names: Mapping[str, str], look: Callable[[], str] = str, default: str = "1") -> str:
+        """Which of these (key: words) a person means by its number, or look(), which finds a number meanwhile."""
+        for i, words in enumerate(names.values(), 1):
+            self.tell(words, f"   {i:2}  ")
+        self.tell(f"Type its number.{f' [{default}]' * bool(default)}") if names else None
+        while not 1 <= (no := number(self.typed(default, look)) or 0) <= len(names):
+            self.tell(f"Type a number from 1 to {len(names)}." if names else "It must play to be seen.")
+        return list(names)[no - 1]
+
+    # -- The steps
     def sign_in(self) -> None:
         """Step 1: a token that plex.tv accepts is in its file."""
         path = tilde(self.config.plex_token_file)
@@ -5605,7 +5590,7 @@ class Setup(Dialog):
                 names.update({each.machine_identifier: f"{each.player_title or 'a player'} ({each.product}), "
                               f"{playing_sentence(each.state, each.item)}" for each in sessions})
                 before, playing = playing, {each.machine_identifier for each in sessions if each.state == PLAYING}
-                return next((each for each in names if each in playing - before), "")
+                return next((str(no) for no, each in enumerate(names, 1) if each in playing - before), "")
             look()                                    # what plays now began before it was asked for
             names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.resources
                       if "player" in each.provides and each.identifier not in names}
@@ -5691,7 +5676,8 @@ class Setup(Dialog):
     # -- The webhook of the account
     def own_url(self) -> str:
         """The URL of our webhooks, with the secret: the one that a person gives, or this machine's."""
-        url = next(iter(self.config.words[1:]), "").rstrip("/") or configured_url(self.config, self.config.webhooks_port)
+        given, here = self.config.words[1:], configured_url(self.config, self.config.webhooks_port)
+        url = given[0].rstrip("/") if given else here
         secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
         return url + WEBHOOK_PATH * (url.count("/") == 2) + secret
 
