@@ -5051,7 +5051,7 @@ def players(config: Config) -> int:
     return print_rows(config, [session_fields(*row) for row in rows],
                       "\n\n".join(session_lines(*row) for row in rows) or nothing)
 
-# === Setup: one file -> a daemon that was seen to work (PlexTV, Setup, login, webhook, setup, uninstall) ===
+# === Setup: one file -> a daemon that was seen to work (ask_plextv, Setup, login, webhook, setup, uninstall) ===
 # What for: nobody should have to find a token, an identifier or an address, or to edit a file.  `setup` goes the whole
 #   way and `uninstall` takes it back; `login` and `webhook` are steps of it alone.  Nothing is changed before a yes.
 # Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
@@ -5228,41 +5228,30 @@ PLEXTV_S, BUSY_S, MAX_BUSY_S, MAX_BUSY = 10.0, 5, 60, 3
 PINS, USER, WEBHOOKS = "/api/v2/pins", "/api/v2/user", "/api/v2/user/webhooks"
 RESOURCES, SIGN_OUT = "/api/v2/resources?includeHttps=1&includeRelay=1&includeIPv6=1", "/api/v2/users/signout"
 
-class PlexTV:
-    """plex.tv, asked in the name of this device."""
-
-    def __init__(self, by: str, token: str = ""):
-        """by: the command, for which a client-id is made.  The tests have a plex.tv of their own."""
-        self.url, self.by, self.token = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv"), by, token
-
-    def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
-        """The body of plex.tv's answer; raises PlexError, and ConfigError if the client-id cannot be kept."""
-        # To plex.tv another client-id is another device in the account.
-        if not re.fullmatch(r"[\w-]{8,}", known := read_text(usual("client-id")).strip(), re.ASCII):
-            write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", self.by)
-        headers = {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
-                   "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(), "X-Plex-Device-Name":
-                   re.sub("[^!-~]", "?", socket.gethostname()), **({"X-Plex-Token": self.token} if self.token else {})}
-        for left in range(MAX_BUSY, -1, -1):
-            try:
-                reply = exchange(self.url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(self.url),
-                                 method=method)
-            except PlexError as error:                # without the advice, which is for our server
-                said = str(error).partition(". ")[0].rstrip(".")
-                raise PlexError(error.fault, f"{said}. Is this machine online? Try again later.") from None
-            if reply.status != 429 or not left:
-                break
-            told = number(reply.headers.get("Retry-After"))
-            wait_s = min(BUSY_S if told is None else told, MAX_BUSY_S)
-            print(f"   plex.tv is asked too often (429); waiting {wait_s} s.", file=sys.stderr, flush=True)
-            time.sleep(wait_s)
-        if not 200 <= reply.status < 300:
-            raise plextv_error(reply.status, reply.body)
-        return reply.body
-
-    def webhooks(self) -> list[str]:
-        """The URLs of the account's webhooks, all of them; raises PlexError."""
-        return parse_webhooks(self.call(WEBHOOKS))
+def ask_plextv(by: str, token: str, path: str, body: bytes | None = None, method: str = "") -> bytes:
+    """The body of plex.tv's answer to this device; raises PlexError, and ConfigError if its id cannot be kept."""
+    # by: the command, for which a client-id is made.  Another one is another device in the account.
+    if not re.fullmatch(r"[\w-]{8,}", known := read_text(usual("client-id")).strip(), re.ASCII):
+        write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", by)
+    url = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")      # the tests have a plex.tv of their own
+    headers = {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
+               "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(), "X-Plex-Device-Name":
+               re.sub("[^!-~]", "?", socket.gethostname()), **({"X-Plex-Token": token} if token else {})}
+    for left in range(MAX_BUSY, -1, -1):
+        try:
+            reply = exchange(url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(url), method=method)
+        except PlexError as error:                    # without the advice, which is for our server
+            said = str(error).partition(". ")[0].rstrip(".")
+            raise PlexError(error.fault, f"{said}. Is this machine online? Try again later.") from None
+        if reply.status != 429 or not left:
+            break
+        told = number(reply.headers.get("Retry-After"))
+        wait_s = min(BUSY_S if told is None else told, MAX_BUSY_S)
+        print(f"   plex.tv is asked too often (429); waiting {wait_s} s.", file=sys.stderr, flush=True)
+        time.sleep(wait_s)
+    if not 200 <= reply.status < 300:
+        raise plextv_error(reply.status, reply.body)
+    return reply.body
 
 # -- Addresses: of servers, and of this machine
 NEARBY, GDM, GDM_S = "http://127.0.0.1:32400", ("239.0.0.250", 32414), 1.0    # where servers listen for M-SEARCH
@@ -5424,12 +5413,16 @@ class Setup:
         path = config.webhook_secret_file or (usual("webhook-secret") if config.command == "setup" else "")
         self.config = config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
                                       webhook_secret_file=path)       # and with each answer as its flag
-        self.plextv, self.sent = PlexTV(config.command), functools.cache(send_to)    # some are silent for PLEX_S
+        self.token, self.sent = "", functools.cache(send_to)       # some URLs are silent for PLEX_S
         self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
         with contextlib.suppress(ConfigError):        # there is no token yet
-            self.plextv.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
+            self.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
         self.program, self.yes = os.path.expanduser("~/.local/bin/streamerbrainz.py"), config.yes
         self.unit = usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
+
+    def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
+        """What plex.tv answers; raises PlexError."""
+        return ask_plextv(self.config.command, self.token, path, body, method)
 
     def tell(self, words: str, begin: str = "   ") -> None:
         """Say something, in lines of 80 columns."""
@@ -5479,24 +5472,24 @@ class Setup:
         """Step 1: a token that plex.tv accepts is in its file."""
         path = tilde(self.config.plex_token_file)
         try:
-            if self.plextv.token:
-                self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
+            if self.token:
+                self.account, self.has_webhooks = parse_account(self.call(USER))
         except PlexError as error:
             self.tell(str(error))
-            self.plextv.token = "" if error.fault == "refused" else self.plextv.token     # else it may be valid
-        if not self.plextv.token:
+            self.token = "" if error.fault == "refused" else self.token     # else it may be valid
+        if not self.token:
             self.tell(f"You enter a code at plex.tv. That makes a token, which is written to {path}, for you only; in "
                       f"your account it is listed under Authorized Devices, as {socket.gethostname()}.")
             token = self.new_token()
             write_private(self.config.plex_token_file, f"{token}\n", self.config.command)
-            self.plextv.token, self.is_new = token, True
-            self.account, self.has_webhooks = parse_account(self.plextv.call(USER))
+            self.token, self.is_new = token, True
+            self.account, self.has_webhooks = parse_account(self.call(USER))
         self.tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
 
     def new_token(self) -> str:
         """The token of whoever enters our code."""
         for _ in range(MAX_CODES):
-            no, code, lasts_s, token = parse_pin(self.plextv.call(PINS, b""))
+            no, code, lasts_s, token = parse_pin(self.call(PINS, b""))
             self.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
                       "The code is:")
             print(f"\n{'':24}{code}\n", flush=True)
@@ -5504,7 +5497,7 @@ class Setup:
             while not token and (left_s := until - time.monotonic()) > 0:
                 self.wait(f"waiting for it: {clock(int(left_s * 1000))} left")
                 try:
-                    token = parse_pin(self.plextv.call(f"{PINS}/{no}"))[3]
+                    token = parse_pin(self.call(f"{PINS}/{no}"))[3]
                 except PlexError as error:
                     if error.fault not in ("missing", "unreachable", "starting"):     # the latter two may pass
                         raise
@@ -5516,7 +5509,7 @@ class Setup:
 
     def refusal(self, url: str) -> PlexError | None:
         """Why a server does not show its sessions; None: it does.  It may take seconds to know a new token."""
-        self.plex = PlexServer(url, lambda: self.plextv.token, self.config.plex_ca_file)
+        self.plex = PlexServer(url, lambda: self.token, self.config.plex_ca_file)
         until = time.monotonic() + TOKEN_S
         while True:
             try:
@@ -5551,7 +5544,7 @@ class Setup:
     def resources(self) -> list[Resource]:
         """The account's servers and players, as far as plex.tv tells them."""
         try:
-            return parse_resources(self.plextv.call(RESOURCES))
+            return parse_resources(self.call(RESOURCES))
         except PlexError as error:
             self.tell(str(error))
             return []
@@ -5706,7 +5699,7 @@ class Setup:
         """What is to be changed in the account's webhooks, in words; "": nothing.  Raises PlexError."""
         if not self.has_webhooks:
             raise PlexError("pass", NO_PASS)
-        before = collections.Counter(urls := self.plextv.webhooks())
+        before = collections.Counter(urls := parse_webhooks(self.call(WEBHOOKS)))
         after = collections.Counter(self.wanted(urls, add))
         old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
         words = f"replace {old} by {new} in" if old and new else f"take {old} out of" if old else f"add {new} to"
@@ -5716,11 +5709,11 @@ class Setup:
     def write_webhook(self, add: bool = True) -> None:
         """Put our URL into the account's webhooks, in the place of an old one, or take it out; raises PlexError."""
         for again in (True, False):
-            before = self.plextv.webhooks()           # just before: what is written replaces them all
+            before = parse_webhooks(self.call(WEBHOOKS))       # just before: what is written replaces them all
             if (after := self.wanted(before, add)) != before:
                 form = urllib.parse.urlencode([("urls[]", url) for url in after]) or "urls="
-                self.plextv.call(WEBHOOKS, form.encode())
-            if sorted(self.plextv.webhooks()) == sorted(after):
+                self.call(WEBHOOKS, form.encode())
+            if sorted(parse_webhooks(self.call(WEBHOOKS))) == sorted(after):
                 return
             if again:
                 self.tell("Another program wrote the account's webhooks in between; once more.")
@@ -5743,8 +5736,7 @@ class Setup:
             if time.monotonic() > until:
                 raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
             self.wait("waiting for the daemon to listen")
-        seen, arrived, late_s = known
-        count = arrived
+        (seen, arrived, late_s), count = known, known[1]
         self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
         until = time.monotonic() + PROVE_S * (not self.yes)
         while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
@@ -5766,7 +5758,7 @@ class Setup:
     def sign_out(self) -> None:
         """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
         try:
-            self.plextv.call(SIGN_OUT, method="DELETE")
+            self.call(SIGN_OUT, method="DELETE")
         except PlexError as error:
             if error.fault != "refused":              # it has ended already
                 raise
@@ -5778,31 +5770,84 @@ class Setup:
         remove(self.unit)
         command_fault(*SYSTEMCTL, "daemon-reload")
 
-def guided(work: Callable[[Setup], int | None]) -> Callable[[Config], int]:
-    """The command that does this work.  Ctrl-C leaves what is done."""
-    def command(config: Config) -> int:
-        guide = Setup(config)
+    # -- The commands
+    def login(self) -> int:
+        """Sign in."""
+        self.sign_in()
+        return 0
+
+    def webhook(self) -> int:
+        """Put our webhook into the account, or take it out."""
+        add = self.config.words[0] == "add"
+        if not (change := self.change(add)):
+            self.tell("The webhooks of your Plex account are as they should be.")
+        elif self.agree(f"{change[0].upper()}{change[1:]}?"):
+            self.write_webhook(add)
+            self.tell("Done, and read back.")
+        else:
+            self.tell("Nothing was changed.")
+        return 0
+
+    def setup(self) -> int:
+        """Go from this one file to a daemon that was seen to work."""
+        steps: Mapping[str, Callable[[], object]] = {"1. Sign in": self.sign_in, "2. Server": self.find_server,
+            "3. Player": self.choose_player, "4. Watch tracker": self.choose_tracker}
+        for heading, step in steps.items():
+            print(f"\n{heading}", flush=True)
+            step()
+        print("\n5. Files, daemon, webhook", flush=True)
+        todo = self.todo()
         try:
-            return work(guide) or 0
-        except KeyboardInterrupt:
-            print()
-            guide.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
+            todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
+        except PlexError as error:
+            self.tell(str(error))
+        self.tell("All is done already." if not todo else "This is what is left to do:")
+        for words, _ in todo:
+            self.tell(words, "   - ")
+        if todo and not self.agree("Do all this?"):
+            self.tell("Nothing of it was done.")
             return 1
-    return command
+        for words, work in todo:
+            try:
+                work()
+                self.tell(f"done: {words}", "   - ")
+            except PlexError as error:                    # the webhook's: the daemon does without
+                self.tell(str(error), "   - ")
+        print("\n6. Proof", flush=True)
+        return self.prove()
 
-login = guided(Setup.sign_in)
+    def uninstall(self) -> int:
+        """Take back what setup did, each after a yes."""
+        files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
+        steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
+            (os.path.exists(self.unit), "Stop the daemon, and remove its unit?", "Y/n", self.stop_daemon),
+            (self.token, "Take our webhook out of your Plex account?", "Y/n", lambda: self.write_webhook(False)),
+            (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", self.sign_out),
+            (os.path.exists(self.program), f"Delete {tilde(self.program)}?", "Y/n", lambda: remove(self.program)),
+            (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
+            (database and os.path.exists(database), f"Delete {tilde(database)}, all that you have watched?", "y/N",
+             lambda: remove(database, f"{database}-wal", f"{database}-shm")))
+        status = 0
+        for is_there, question, default, work in steps:
+            try:
+                if is_there and self.agree(question, default):
+                    work()
+            except PlexError as error:
+                self.tell(str(error))
+                status = int(error.fault != "pass") or status
+        self.tell("What is left stays as it is.")
+        return status
 
-@guided
-def change_webhook(guide: Setup) -> None:
-    """Put our webhook into the account, or take it out."""
-    add = guide.config.words[0] == "add"
-    if not (change := guide.change(add)):
-        guide.tell("The webhooks of your Plex account are as they should be.")
-    elif guide.agree(f"{change[0].upper()}{change[1:]}?"):
-        guide.write_webhook(add)
-        guide.tell("Done, and read back.")
-    else:
-        guide.tell("Nothing was changed.")
+def guided(config: Config) -> int:
+    """`login`, `webhook add`, `webhook remove`, `setup` or `uninstall`.  Ctrl-C leaves what is done."""
+    guide = Setup(config)
+    try:
+        return {"login": guide.login, "webhook": guide.webhook, "setup": guide.setup, "uninstall": guide.uninstall}[
+            config.command]()
+    except KeyboardInterrupt:
+        print()
+        guide.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
+        return 1
 
 def webhook_command(config: Config) -> int:
     """Show the webhooks of the account, or change ours in them."""
@@ -5812,62 +5857,10 @@ def webhook_command(config: Config) -> int:
         raise ConfigError("webhook: call it as webhook list, webhook remove or webhook add [URL], with a URL such "
                           "as https://pi.example.org/webhooks/plex (the secret is added to it).")
     if name != "list":
-        return change_webhook(config)
+        return guided(config)
     token = read_secrets("-plex-token-file", config.plex_token_file or usual("plex-token"))[0][0]
-    urls = [without_secrets(each) for each in PlexTV("webhook", token).webhooks()]
+    urls = [without_secrets(each) for each in parse_webhooks(ask_plextv("webhook", token, WEBHOOKS))]
     return print_rows(config, [{"url": each} for each in urls], "\n".join(urls) or "The account has no webhook.")
-
-@guided
-def setup(guide: Setup) -> int:
-    """Go from this one file to a daemon that was seen to work."""
-    steps: Mapping[str, Callable[[], object]] = {"1. Sign in": guide.sign_in, "2. Server": guide.find_server,
-        "3. Player": guide.choose_player, "4. Watch tracker": guide.choose_tracker}
-    for heading, step in steps.items():
-        print(f"\n{heading}", flush=True)
-        step()
-    print("\n5. Files, daemon, webhook", flush=True)
-    todo = guide.todo()
-    try:
-        todo += [(change, guide.write_webhook)] if (change := guide.change(add=True)) else []
-    except PlexError as error:
-        guide.tell(str(error))
-    guide.tell("All is done already." if not todo else "This is what is left to do:")
-    for words, _ in todo:
-        guide.tell(words, "   - ")
-    if todo and not guide.agree("Do all this?"):
-        guide.tell("Nothing of it was done.")
-        return 1
-    for words, work in todo:
-        try:
-            work()
-            guide.tell(f"done: {words}", "   - ")
-        except PlexError as error:                    # the webhook's: the daemon does without
-            guide.tell(str(error), "   - ")
-    print("\n6. Proof", flush=True)
-    return guide.prove()
-
-@guided
-def uninstall(guide: Setup) -> int:
-    """Take back what setup did, each after a yes."""
-    files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], guide.config.tracker_db
-    steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
-        (os.path.exists(guide.unit), "Stop the daemon, and remove its unit?", "Y/n", guide.stop_daemon),
-        (guide.plextv.token, "Take our webhook out of your Plex account?", "Y/n", lambda: guide.write_webhook(False)),
-        (guide.plextv.token, "Sign out at plex.tv, and delete the token?", "Y/n", guide.sign_out),
-        (os.path.exists(guide.program), f"Delete {tilde(guide.program)}?", "Y/n", lambda: remove(guide.program)),
-        (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
-        (database and os.path.exists(database), f"Delete {tilde(database)}, all that you have watched?", "y/N",
-         lambda: remove(database, f"{database}-wal", f"{database}-shm")))
-    status = 0
-    for is_there, question, default, work in steps:
-        try:
-            if is_there and guide.agree(question, default):
-                work()
-        except PlexError as error:
-            guide.tell(str(error))
-            status = int(error.fault != "pass") or status
-    guide.tell("What is left stays as it is.")
-    return status
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
@@ -5878,7 +5871,8 @@ def uninstall(guide: Setup) -> int:
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
 # Needs of Daemon: check_complete, local_url, port_holder
-# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, PlexTV, differences, send_to, without_secrets, wrapped
+# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, parse_webhooks, send_to,
+#   without_secrets, wrapped
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
@@ -6094,7 +6088,7 @@ class Doctor:
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
-        if not (urls := PlexTV("doctor", self.plex.current_token).webhooks()):
+        if not (urls := parse_webhooks(ask_plextv("doctor", self.plex.current_token, WEBHOOKS))):
             return Finding(FAIL, "the account has no webhook at all",
                            f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url}", 9)
         closest, wrong = min(((url, differences(url, self.config, self.secrets)) for url in urls),
@@ -6263,13 +6257,13 @@ def demo(config: Config) -> int:
 # Needs of Hooks: hook
 # Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Setup: login, server_url, setup, uninstall, webhook_command, wrapped
+# Needs of Setup: guided, server_url, webhook_command, wrapped
 # Needs of Doctor: doctor
 # Needs of Demo: demo
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
-    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": setup, "login": login,
-    "webhook": webhook_command, "uninstall": uninstall}
+    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": guided, "login": guided,
+    "webhook": webhook_command, "uninstall": guided}
 MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
 def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
