@@ -5200,26 +5200,24 @@ def wrapped(words: str, begin: str) -> str:
                          break_on_hyphens=False, break_long_words=False)
 
 # streamerbrainz.service (a test holds both equal), with "|" for each line's end.
-UNIT = (
-    "# User unit of StreamerBrainz: ~/.config/systemd/user/streamerbrainz.service|# Nothing in here needs editing: the "
-    "flags are in ~/.config/streamerbrainz/flags, the Plex|# token in ~/.config/streamerbrainz/plex-token (mode 600).  "
-    "To change the unit all the|# same, use a drop-in: systemctl --user edit streamerbrainz||[Unit]|"
-    "Description=StreamerBrainz, what the Plex player is doing||[Service]|Type=notify|ExecStart=/usr/bin/python3 -I -X "
-    "faulthandler %h/.local/bin/streamerbrainz.py @%h/.config/streamerbrainz/flags -plex-token-file %d/plex-token|"
-    "LoadCredential=plex-token:%h/.config/streamerbrainz/plex-token|Restart=on-failure|RestartSec=5|# A wrong flag "
-    "does not mend itself.|RestartPreventExitStatus=2|TimeoutStopSec=20|# A hung main loop is ended with SIGABRT; "
-    "faulthandler then writes every thread's stack to the journal.|WatchdogSec=60||CapabilityBoundingSet=|"
-    "LockPersonality=yes|MemoryDenyWriteExecute=yes|MemoryMax=256M|NoNewPrivileges=yes|PrivateDevices=yes|"
-    "PrivateTmp=yes|# In a user unit the lines about files and capabilities work only with this one.|PrivateUsers=yes|"
-    "ProtectClock=yes|ProtectControlGroups=yes|# Not \"yes\": that would hide /run/user, and with it the socket for "
-    "READY=1.|ProtectHome=read-only|ProtectHostname=yes|ProtectKernelLogs=yes|ProtectKernelModules=yes|"
-    "ProtectKernelTunables=yes|ProtectSystem=strict|RemoveIPC=yes|# AF_UNIX for READY=1, AF_NETLINK for name look-ups.|"
-    "RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX|RestrictNamespaces=yes|RestrictRealtime=yes|"
-    "RestrictSUIDSGID=yes|SystemCallArchitectures=native|SystemCallFilter=@system-service|"
-    "SystemCallFilter=~@privileged @resources|TasksMax=96|# An empty home, but for what is read, and for the watch "
-    "tracker's folder where there is one.|TemporaryFileSystem=%h:ro|BindReadOnlyPaths=%h/.local/bin "
-    "%h/.config/streamerbrainz|BindPaths=-%h/.local/share/streamerbrainz|"
-    "ReadWritePaths=-%h/.local/share/streamerbrainz|UMask=0077||[Install]|WantedBy=default.target|").replace("|", "\n")
+UNIT = """# User unit of StreamerBrainz: ~/.config/systemd/user/streamerbrainz.service|# Nothing in here needs \
+editing: the flags are in ~/.config/streamerbrainz/flags, the Plex|# token in ~/.config/streamerbrainz/plex-token \
+(mode 600).  To change the unit all the|# same, use a drop-in: systemctl --user edit streamerbrainz||[Unit]|\
+Description=StreamerBrainz, what the Plex player is doing||[Service]|Type=notify|ExecStart=/usr/bin/python3 -I -X \
+faulthandler %h/.local/bin/streamerbrainz.py @%h/.config/streamerbrainz/flags -plex-token-file %d/plex-token|\
+LoadCredential=plex-token:%h/.config/streamerbrainz/plex-token|Restart=on-failure|RestartSec=5|# A wrong flag does not \
+mend itself.|RestartPreventExitStatus=2|TimeoutStopSec=20|# A hung main loop is ended with SIGABRT; faulthandler then \
+writes every thread's stack to the journal.|WatchdogSec=60||CapabilityBoundingSet=|LockPersonality=yes|\
+MemoryDenyWriteExecute=yes|MemoryMax=256M|NoNewPrivileges=yes|PrivateDevices=yes|PrivateTmp=yes|# In a user unit the \
+lines about files and capabilities work only with this one.|PrivateUsers=yes|ProtectClock=yes|ProtectControlGroups=yes|\
+# Not "yes": that would hide /run/user, and with it the socket for READY=1.|ProtectHome=read-only|ProtectHostname=yes|\
+ProtectKernelLogs=yes|ProtectKernelModules=yes|ProtectKernelTunables=yes|ProtectSystem=strict|RemoveIPC=yes|# AF_UNIX \
+for READY=1, AF_NETLINK for name look-ups.|RestrictAddressFamilies=AF_INET AF_INET6 AF_NETLINK AF_UNIX|\
+RestrictNamespaces=yes|RestrictRealtime=yes|RestrictSUIDSGID=yes|SystemCallArchitectures=native|\
+SystemCallFilter=@system-service|SystemCallFilter=~@privileged @resources|TasksMax=96|# An empty home, but for what is \
+read, and for the watch tracker's folder where there is one.|TemporaryFileSystem=%h:ro|BindReadOnlyPaths=%h/.local/bin \
+%h/.config/streamerbrainz|BindPaths=-%h/.local/share/streamerbrainz|ReadWritePaths=-%h/.local/share/streamerbrainz|\
+UMask=0077||[Install]|WantedBy=default.target|""".replace("|", "\n")
 
 # --- the world
 # -- plex.tv
@@ -5335,13 +5333,13 @@ def host_difference(host: str, plex_url: str) -> str:
 
 def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
     """How a URL differs from one that works, each in words; first the host, the usual mistake.  valid: secrets."""
+    shown = without_secrets(url)
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts, path = urllib.parse.urlsplit(url), urllib.parse.urlsplit(shown).path or "/"
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:                                # "http://[", or a port above 65535
-        return [NO_URL]
-    path = urllib.parse.urlsplit(without_secrets(url)).path or "/"
-    if not host or not re.fullmatch("https?://[!-~]+", url) or without_secrets(url) == "/...":
+        host = ""
+    if not host or not re.fullmatch("https?://[!-~]+", url) or shown == "/...":
         return [NO_URL]
     elsewhere = host_difference(host, config.plex_server_url)
     differs = {
@@ -5391,9 +5389,8 @@ def unit_text() -> str:
     return unit
 
 # -- setup, step by step
-# From one try to the next (a code may be asked for once a second).  Codes until we give up.  How long a server may take
-# to know a new token, a daemon to listen (cron starts it each minute), a person to press pause and play, a webhook to
-# follow.
+# From one try to the next (plex.tv: once a second at most); codes until we give up; how long a server may take to know
+# a new token, a daemon to listen (cron starts it each minute), a person to press pause and play, a webhook to follow.
 TRY_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 4, 10.0, 70.0, 180.0, 12.0
 OWNED = ("plex_server_url", "plex_token_file", "plex_ca_file", "plex_machine_id", "webhook_secret_file",
          "webhooks_host", "webhooks_port", "tracker_db")      # whose flags setup writes
@@ -5468,8 +5465,8 @@ class Setup:
         return list(names)[no - 1]
 
     # -- The steps
-    def sign_in(self) -> None:
-        """Step 1: a token that plex.tv accepts is in its file."""
+    def sign_in(self) -> int:
+        """Step 1: a token that plex.tv accepts is in its file; -> 0, the exit status of `login`."""
         path = tilde(self.config.plex_token_file)
         try:
             if self.token:
@@ -5485,6 +5482,7 @@ class Setup:
             self.token, self.is_new = token, True
             self.account, self.has_webhooks = parse_account(self.call(USER))
         self.tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
+        return 0
 
     def new_token(self) -> str:
         """The token of whoever enters our code."""
@@ -5499,9 +5497,10 @@ class Setup:
                 try:
                     token = parse_pin(self.call(f"{PINS}/{no}"))[3]
                 except PlexError as error:
-                    if error.fault not in ("missing", "unreachable", "starting"):     # the latter two may pass
+                    if error.fault == "missing":
+                        break
+                    if error.fault not in ("unreachable", "starting"):        # those may pass
                         raise
-                    until = 0.0 if error.fault == "missing" else until
             if token:
                 return token
             self.tell("This code is no longer valid: it expired, or it was denied.")
@@ -5771,11 +5770,6 @@ class Setup:
         command_fault(*SYSTEMCTL, "daemon-reload")
 
     # -- The commands
-    def login(self) -> int:
-        """Sign in."""
-        self.sign_in()
-        return 0
-
     def webhook(self) -> int:
         """Put our webhook into the account, or take it out."""
         add = self.config.words[0] == "add"
@@ -5790,9 +5784,8 @@ class Setup:
 
     def setup(self) -> int:
         """Go from this one file to a daemon that was seen to work."""
-        steps: Mapping[str, Callable[[], object]] = {"1. Sign in": self.sign_in, "2. Server": self.find_server,
-            "3. Player": self.choose_player, "4. Watch tracker": self.choose_tracker}
-        for heading, step in steps.items():
+        for heading, step in (("1. Sign in", self.sign_in), ("2. Server", self.find_server),
+                              ("3. Player", self.choose_player), ("4. Watch tracker", self.choose_tracker)):
             print(f"\n{heading}", flush=True)
             step()
         print("\n5. Files, daemon, webhook", flush=True)
@@ -5842,7 +5835,7 @@ def guided(config: Config) -> int:
     """`login`, `webhook add`, `webhook remove`, `setup` or `uninstall`.  Ctrl-C leaves what is done."""
     guide = Setup(config)
     try:
-        return {"login": guide.login, "webhook": guide.webhook, "setup": guide.setup, "uninstall": guide.uninstall}[
+        return {"login": guide.sign_in, "webhook": guide.webhook, "setup": guide.setup, "uninstall": guide.uninstall}[
             config.command]()
     except KeyboardInterrupt:
         print()
