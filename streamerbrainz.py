@@ -5477,9 +5477,8 @@ class Setup:
         if not self.token:
             self.tell(f"You enter a code at plex.tv. That makes a token, which is written to {path}, for you only; in "
                       f"your account it is listed under Authorized Devices, as {socket.gethostname()}.")
-            token = self.new_token()
-            write_private(self.config.plex_token_file, f"{token}\n", self.config.command)
-            self.token, self.is_new = token, True
+            self.token, self.is_new = self.new_token(), True
+            write_private(self.config.plex_token_file, f"{self.token}\n", self.config.command)
             self.account, self.has_webhooks = parse_account(self.call(USER))
         self.tell(f"{f'Signed in as {self.account}; t' if self.account else 'T'}he token is in {path}.")
         return 0
