@@ -5381,11 +5381,10 @@ def remove(*paths: str) -> None:
 def unit_text() -> str:
     """The unit for this machine: its Python, and its usual places."""
     unit, python = UNIT, "/usr/bin/python3"
-    is_old = command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))")
-    for place, ours in ((python, sys.executable if is_old else python),
-                        ("%h/.config/streamerbrainz", os.path.dirname(usual("flags"))),
-                        ("%h/.local/share/streamerbrainz", os.path.dirname(usual("tracker.db")))):
-        unit = unit.replace(place, tilde(ours, "%h"))
+    if command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
+        unit = unit.replace(python, tilde(sys.executable, "%h"))
+    for name, place in (("flags", "%h/.config/streamerbrainz"), ("tracker.db", "%h/.local/share/streamerbrainz")):
+        unit = unit.replace(place, tilde(os.path.dirname(usual(name)), "%h"))
     return unit
 
 # -- setup, step by step
@@ -5625,6 +5624,14 @@ class Setup:
         def write(path: str, content: str, mode: int = 0o600) -> None:
             if content != read_text(path):
                 todo.append((f"write {tilde(path)}", lambda: write_private(path, content, "setup", mode=mode)))
+        def fill_tracker() -> None:
+            os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
+            tracker_command(self.config._replace(words=("import",)))
+        def show_cron() -> None:
+            line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
+            self.tell("Run `crontab -e`, enter these two lines, and save:")
+            print(f"\n@reboot {line}\n* * * * * {line}\n")
+            self.ask("Then press", "Enter")
         has_systemd = not command_fault(*SYSTEMCTL, "show-environment")
         is_active = has_systemd and not command_fault(*SYSTEMCTL, "is-active", "--quiet", "streamerbrainz")
         self.choose_port(is_active or not has_systemd)
@@ -5634,20 +5641,15 @@ class Setup:
         write(usual("flags"), with_flags(read_text(usual("flags")), {f"-{field.replace('_', '-')}": tilde(str(
             value)) for field in OWNED if (value := getattr(self.config, field)) != getattr(Config(), field)}))
         if self.config.tracker_db and not os.path.exists(self.config.tracker_db):
-            todo.append(("read your library into the tracker", self.import_library))
+            todo.append(("read your library into the tracker", fill_tracker))
         write(self.program, read_text(__file__), 0o755)
         if has_systemd:
             write(self.unit, unit_text(), 0o644)
             if todo or self.is_new or not is_active:  # a new token, too: systemd hands it over at a start
                 todo.append(("start the daemon, now and at each boot", lambda: self.start_daemon(is_active)))
         elif todo:
-            todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
+            todo.append(("show you the lines for cron (systemd is not here for users)", show_cron))
         return todo
-
-    def import_library(self) -> None:
-        """Import the server's library into a new tracker."""
-        os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
-        tracker_command(self.config._replace(words=("import",)))
 
     def start_daemon(self, is_active: bool) -> None:
         """Start the unit, or start it again with what it has to read now; raises ConfigError."""
@@ -5656,13 +5658,6 @@ class Setup:
                 raise ConfigError(f"setup: `systemctl --user {words}` failed ({fault}); see: {JOURNAL}")
         if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
             self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
-
-    def show_cron(self) -> None:
-        """Say how cron starts the daemon."""
-        line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
-        self.tell("Run `crontab -e`, enter these two lines, and save:")
-        print(f"\n@reboot {line}\n* * * * * {line}\n")
-        self.ask("Then press", "Enter")
 
     # -- The webhook of the account
     def own_url(self) -> str:
@@ -5762,12 +5757,6 @@ class Setup:
                 raise
         remove(self.config.plex_token_file)
 
-    def stop_daemon(self) -> None:
-        """Stop the daemon, and remove its unit."""
-        command_fault(*SYSTEMCTL, "disable", "--now", "streamerbrainz")
-        remove(self.unit)
-        command_fault(*SYSTEMCTL, "daemon-reload")
-
     # -- The commands
     def webhook(self) -> int:
         """Put our webhook into the account, or take it out."""
@@ -5810,9 +5799,13 @@ class Setup:
 
     def uninstall(self) -> int:
         """Take back what setup did, each after a yes."""
+        def stop_daemon() -> None:
+            command_fault(*SYSTEMCTL, "disable", "--now", "streamerbrainz")
+            remove(self.unit)
+            command_fault(*SYSTEMCTL, "daemon-reload")
         files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
         steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
-            (os.path.exists(self.unit), "Stop the daemon, and remove its unit?", "Y/n", self.stop_daemon),
+            (os.path.exists(self.unit), "Stop the daemon, and remove its unit?", "Y/n", stop_daemon),
             (self.token, "Take our webhook out of your Plex account?", "Y/n", lambda: self.write_webhook(False)),
             (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", self.sign_out),
             (os.path.exists(self.program), f"Delete {tilde(self.program)}?", "Y/n", lambda: remove(self.program)),
