@@ -5551,8 +5551,7 @@ class Setup:
         servers = {each.identifier: each for each in self.resources if "server" in each.provides}
         if owned := {each.identifier: each.name for each in servers.values() if not each.owner}:
             server = servers[self.choose(owned) if len(owned) > 1 else next(iter(owned))]
-            url, faults = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file)
-            default = ""
+            (url, faults), default = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file), ""
             for tried, fault in faults.items():
                 self.tell(f"{server.name} at {tried} {fault}", "   - ")
         else:
@@ -5714,18 +5713,16 @@ class Setup:
                                     "too. See: streamerbrainz.py webhook list")
 
     # -- The proof, and the way back
-    def now(self) -> tuple[list[str], int, float] | None:
-        """What the daemon has witnessed; None: it does not answer."""
-        with contextlib.suppress(PlexError):
-            query = self.own_url().partition("?")[2]
-            reply = exchange(f"{local_url(self.config, '/now')}?{query}", {"Host": "localhost"})
-            return witnessed(reply.body) if reply.status == 200 else None
-        return None
-
     def prove(self) -> int:
         """Step 8: show what the daemon witnesses of its player now; -> the exit status."""
+        page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
+        def now() -> tuple[list[str], int, float] | None:
+            with contextlib.suppress(PlexError):      # None: the daemon does not answer
+                reply = exchange(local_url(self.config, "/now") + sign + query, {"Host": "localhost"})
+                return witnessed(reply.body) if reply.status == 200 else None
+            return None
         changed_at, until = math.inf, time.monotonic() + START_S
-        while not (known := self.now()):
+        while not (known := now()):
             if time.monotonic() > until:
                 raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
             self.wait("waiting for the daemon to listen")
@@ -5734,7 +5731,7 @@ class Setup:
         until = time.monotonic() + PROVE_S * (not self.yes)
         while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
             self.wait(f"waiting: {clock(int((until - at) * 1000))} left")
-            changes, count, late_s = self.now() or (seen, count, late_s)
+            changes, count, late_s = now() or (seen, count, late_s)
             for words in [each for each in changes if each not in seen][::-1]:
                 self.tell(words.partition(" ")[2])
                 changed_at = min(changed_at, at)
@@ -5744,7 +5741,6 @@ class Setup:
                       "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
                       "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py "
                       "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
-        page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
         self.tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
         return int(not self.yes and changed_at == math.inf and count == arrived)
 
