@@ -2704,7 +2704,7 @@ def hook(config: Config) -> int:
 SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000       # Show.type: the database calls a show by what is watched of it
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
-SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
+SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "history": 0, "hand": 0}
 # A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
@@ -3283,6 +3283,8 @@ MIGRATIONS = {1: (
 # that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
 SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"      # None: all of them
+# Whether a mapping's key is its show's still.  If guid (or without one, title) differs, the library was built anew.
+STILL = "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :title OR '' IN (title, :title)))"
 DUPLICATE_S = 300.0           # two scrobbles of an item within it are one; as in the contract
 # What Python raises at values of a damaged file (sqlite3: UnicodeDecodeError even while it words its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -3576,11 +3578,14 @@ class Tracker:
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
-        # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
-        return self.one("""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
-            (own AND (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
-            :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC""", type=entry.type,
-            server=entry.server, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
+        return self.one(f"""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
+            (own AND {STILL} OR :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC
+            """, server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show, title=entry.name)
+
+    def set_aside(self, server: str, type: str, subject: str, guid: str, title: str) -> None:
+        """Before a mapping is made: keep that of the show whose key it was, under a subject that no entry has."""
+        self.all(f"UPDATE mapping SET subject = subject || ' ' || id WHERE (server, type, subject) = (:server, :type, "
+                 f":subject) AND {STILL} IS NOT 1", server=server, type=type, subject=subject, guid=guid, title=title)
 
     def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
         """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
@@ -3603,6 +3608,7 @@ class Tracker:
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
+        self.set_aside(entry.server, entry.type, entry.subject, entry.guid_of_show, entry.name)
         self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                    "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
                    "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
@@ -3693,6 +3699,7 @@ class Tracker:
 
     def resolve(self, no: int, show_id: int) -> int:
         """Close a conflict by the show that is meant (0: ignore it); -> how many plays of an earlier answer moved."""
+        self.set_aside(*self.one("SELECT server, type, subject, guid, title FROM conflict WHERE id = ?", no))
         mapping_id, = self.one("""INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person',
             1, NULL FROM conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid RETURNING id""", no)
         moved = self.remap(mapping_id, show_id)
@@ -3732,7 +3739,6 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
         **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
-
 
 class Journal:
     """Entries that are on the disk before their webhooks are answered."""
@@ -4064,12 +4070,15 @@ class Worker:
 
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
+        # The last one stays, too: a new entry would get its id, by which a play of long ago names its own (entry_id).
+        last, = self.tracker.one("SELECT max(id) FROM webhook_log")
         before = self.tracker.now() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
                 deleted = self.tracker.write("""DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE
-                    received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", before, BATCH).rowcount
+                    id < ? AND received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", last, before,
+                    BATCH).rowcount
 
 # -- Commands: import
 KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it

@@ -5218,6 +5218,28 @@ def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
     assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
 
 
+def test_a_key_that_another_show_has_now_takes_no_mark_and_no_answer_of_the_first_along(store):
+    first, other = ({**PILOT, "grandparentTitle": title, "grandparentGuid": f"plex://show/{title}", "grandparentRatingKey": "7", "year": None}
+                    for title in ("Dawn", "Dusk"))
+    with store.transaction():
+        ids = [store.add_show(sb.Show("episode", title)) for title in ("Dawn of Days", "Dusk of Days")]
+    assert finish(store, metadata=first)[1] == "conflict_created"
+    with store.transaction():
+        store.resolve(1, ids[0])
+    sb.Worker(sb.Config(), store, None).drain()
+    assert finish(store, metadata={**other, "ratingKey": "2"})[1] == "conflict_created"       # the library was built anew
+    with store.transaction():
+        assert store.resolve(2, 0) == 0
+    sb.Worker(sb.Config(), store, None).drain()
+    assert [tuple(row) for row in store.all("SELECT show_id, count(*) FROM play WHERE entry_id NOT NULL GROUP BY show_id")] == [(ids[0], 1)]
+    again = {"grandparentRatingKey": "8"}                      # both answers are known by Plex's guid, whatever the key
+    assert finish(store, metadata={**other, "ratingKey": "3", **again})[1] == "auto_mark_disabled"
+    with store.transaction():                                  # and a third show has the key of the one that is ignored
+        store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="7", show_guid="plex://show/third"), sb.Match(ids[1], "import", 1.0))
+    assert finish(store, metadata={**other, "ratingKey": "4", **again})[1] == "auto_mark_disabled"
+    assert finish(store, metadata={**first, "ratingKey": "5", "index": 2, **again})[1] == "marked_watched"
+
+
 def mappings(path, *words):
     """Each mapping: the server's title, our show's id, and by what."""
     return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
@@ -5867,6 +5889,19 @@ def test_one_commit_serves_all_that_wait(database):
 def test_without_a_tracker_sqlite_is_not_even_imported():
     script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import streamerbrainz; print('sqlite3' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20).stdout == "False\n"
+
+
+def test_what_the_history_tells_after_its_row_was_pruned_is_one_play_and_no_new_row_has_the_id_of_an_old_one(store):
+    worker = sb.Worker(config("-tracker-db", store.path), store, None)
+    told = sb.entry_of(scrobble(event="history"), float(int(time.time()) - 100 * 86400))
+    for _ in range(3):                                         # each hour: read, prune, finish
+        with store.transaction():
+            store.add_entry(told, None)
+        worker.prune()
+        worker.drain()
+    worker.prune()
+    plays_of_it = [tuple(row) for row in store.all("SELECT at, entry_id FROM play WHERE source = 'history'")]
+    assert plays_of_it == [(told.received_at, 1)] and [row["id"] for row in store.all("SELECT id FROM webhook_log")] == [3]
 
 
 def test_finished_rows_are_pruned_and_what_failed_stays(database):
