@@ -4305,13 +4305,18 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.
+    shows = len(whole.get("shows") or ())
+    places = {"show": (SHOW, range(shows)), "movie": (MOVIE, range(shows, len(ids)))}
+    places[SHOW] = places["show"]             # as earlier versions wrote it
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
             fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
-            if which is not None and which >= len(ids):
-                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if place[1] not in places:
+                raise ConfigError(f"tracker import: {name}[{i}].type is neither show nor movie.")
+            place[1], known = places[place[1]]                # the database calls a show otherwise
+            if which is not None and which not in known:
+                raise ConfigError(f"tracker import: {name}[{i}].show is none of the file's {KINDS[place[1]]}s.")
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
@@ -4389,8 +4394,8 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
-        names = printable(f"{row['title'] or row['subject']} -> {ours}")
-        lines.append(cut(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}"))
+        names = f"{row['title'] or row['subject']} -> {ours}"
+        lines.append(cut(printable(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}")))
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
@@ -4487,7 +4492,7 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
             dict(zip(("show_id", "title", "year", "score"), each, strict=True)) for each in known]})
         rows[-1].pop("resolution")
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
-        lines += [f"{row['id']}: {cut(name, 45)} ({row['kind']}, {row['waiting']} waiting)",
+        lines += [cut(f"{row['id']}: {cut(name, 45)} ({printable(row['kind'])}, {row['waiting']} waiting)"),
                   *(cut(f"{command} {show_id}   # {score:.2f} {printable(named(title, year))}")
                     for show_id, title, year, score in known), f"{command} new", f"{command} ignore"]
     lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)

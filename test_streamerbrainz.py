@@ -6242,6 +6242,10 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
+    ({"mappings": [{"server": "s", "key": "key:1"}]}, "mappings[0].type is neither show nor movie."),
+    ({"conflicts": [{"server": "s", "key": "key:1", "type": "track"}]}, "conflicts[0].type is neither show nor movie."),
+    ({"shows": [{"title": "A"}], "movies": [{"title": "B"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is none of the file's shows."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is none of the file's movies."),
     ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
@@ -6270,13 +6274,14 @@ def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentenc
 
 def test_what_is_looked_at_fits_80_columns_and_holds_no_control_characters(tmp_path, database):
     evil = {"shows": [{"title": "\x1b[31m" + "long " * 40 + "\u202e", "year": 2001, "episodes": [{"season": s, "episode": e} for s in (0, 1, 20) for e in range(1, 120)]},
-                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}]}
+                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}],
+            "mappings": [{"type": "show", "key": "key:1", "by": "\x1b[31m" * 9, "show": 0}], "conflicts": [{"type": "movie", "title": "\x1b", "kind": "\x1b[31m" * 9}]}
     (tmp_path / "evil.json").write_text(json.dumps(evil))
     tracker(database, "import", tmp_path / "evil.json")
     with Keeper(database) as keeper:
         keeper.send({**PILOT, "grandparentTitle": "\x1b[32m" + "wide " * 50, "title": "\n"})
         keeper.send({**PILOT, "grandparentTitle": "巨人" * 60, "ratingKey": "2"})
-    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",)):
+    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",), ("mappings",)):
         said = tracker(database, *words)
         assert max(map(len, said.splitlines())) <= 80, said
         assert said.replace("\n", "").isprintable(), said
