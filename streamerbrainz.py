@@ -3653,8 +3653,10 @@ class Tracker:
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
-        return self.one("SELECT episode.*, coalesce(plays, 0) AS plays FROM episode LEFT JOIN watched USING (show_id, "
-                        "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
+        # Not by the view `watched`: that would count all plays there are, 60 ms of 100,000, while webhooks wait.
+        return self.one("SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season, "
+                        "e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?, ?, ?)", show_id,
+                        season, episode)
 
     # -- what a person corrects
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:

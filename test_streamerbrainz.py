@@ -5240,6 +5240,16 @@ def test_a_key_that_another_show_has_now_takes_no_mark_and_no_answer_of_the_firs
     assert finish(store, metadata={**first, "ratingKey": "5", "index": 2, **again})[1] == "marked_watched"
 
 
+def test_an_episode_is_looked_up_without_a_look_at_all_plays(store):
+    with store.transaction():
+        store.connection.executemany("INSERT INTO play VALUES (NULL, 2, 0, 0, ?, 'import', NULL, NULL)", [(at,) for at in range(5000)])
+    steps = []                                                 # of SQLite's machine, in thousands
+    store.connection.set_progress_handler(lambda: steps.append(1), 1000)
+    assert store.episode(1, 1, 1)["plays"] == 0 and store.episode(2, 0, 0)["plays"] == 5000
+    steps.clear()
+    assert (store.episode(1, 1, 1)["title"], store.episode(1, 1, 99), steps) == ("Pilot", None, [])
+
+
 def mappings(path, *words):
     """Each mapping: the server's title, our show's id, and by what."""
     return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
