@@ -3673,15 +3673,19 @@ class Tracker:
 
     def remap(self, no: int, show_id: int) -> int:
         """Say which show is meant (0: ignore it): its plays move along, what was ignored is done anew; -> how many."""
-        plays = self.all("SELECT id, season, episode, title, at, source, entry_id FROM play JOIN episode USING "
-                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", no, show_id)
+        # If it is ignored, plays whose entry was pruned, or that an import told, are kept as those of show 0.
+        plays = self.all("""SELECT play.id, play.season, play.episode, ifnull(e.title, ''), at, source, l.id FROM play
+            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id
+            WHERE mapping_id = ? AND play.show_id <> ?""", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), no)
         self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
-            action) = (m.server, m.type, 'auto_mark_disabled') AND subject IN ('key:' || iif(m.type = 'movie',
-            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))""", no)
+            action) = (m.server, m.type, 'auto_mark_disabled') AND (subject IN ('key:' || iif(m.type = 'movie',
+            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))
+            OR m.guid LIKE 'plex://%' AND m.guid = iif(m.type = 'movie', l.guid, show_guid))""", no)
         for play_id, season, episode, title, at, source, entry_id in plays:
-            self.write("DELETE FROM play WHERE id = ?", play_id)
+            kept = not (show_id or entry_id)
+            self.write(f"{'UPDATE play SET show_id = 0' if kept else 'DELETE FROM play'} WHERE id = ?", play_id)
             if show_id:
                 self.add_plays(show_id, (season, episode, title, (at,)), source, no, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
@@ -4422,6 +4426,7 @@ def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]
                                                   "conflict_id = ? AND season NOT NULL", no))
     moved = tracker.remap(no, show_id) if is_mapping else tracker.resolve(no, show_id)
     if word == "forget":                              # what it marked is judged anew
+        tracker.write("DELETE FROM play WHERE mapping_id = ?", no)
         tracker.remap(no, 0)
         tracker.write("DELETE FROM mapping WHERE id = ?", no)
     return show_id, moved

@@ -5238,6 +5238,11 @@ def test_a_key_that_another_show_has_now_takes_no_mark_and_no_answer_of_the_firs
         store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="7", show_guid="plex://show/third"), sb.Match(ids[1], "import", 1.0))
     assert finish(store, metadata={**other, "ratingKey": "4", **again})[1] == "auto_mark_disabled"
     assert finish(store, metadata={**first, "ratingKey": "5", "index": 2, **again})[1] == "marked_watched"
+    aside = store.one("SELECT id FROM mapping WHERE guid = 'plex://show/Dusk'")[0]             # another mind: both are done anew
+    with store.transaction():
+        store.remap(aside, ids[1])
+    assert sb.Worker(sb.Config(), store, None).drain() == 3
+    assert store.one("SELECT count(*) FROM play WHERE mapping_id = ?", aside)[0] == 3
 
 
 def test_an_episode_is_looked_up_without_a_look_at_all_plays(store):
@@ -6200,6 +6205,21 @@ def test_what_a_wrong_mapping_marked_moves_along(database):
         assert brief(rows(database)[0]) == ("success", "marked_watched", 1, 1, 3) and "  title     " in tracker(database, "mappings")     # judged anew
     for words, said in ((["map", 9, "new"], "there is no such mapping; `tracker mappings` prints their ids."), (["map", "1"], "tracker map: call it as: tracker map MAPPING SHOW|new|ignore|forget")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
+
+
+def test_what_no_row_of_the_journal_can_bring_back_outlives_that_its_show_is_ignored(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="episode", show_key="7", show_title="Dawn")
+    with store.transaction():
+        store.map(entry, sb.Match(2, "title", 1.0))
+        mapping_id = store.mapping(entry)["id"]
+        store.add_plays(2, (1, 3, "Three", (1700000000,)), "library", mapping_id)
+        store.add_plays(2, (1, 3, "Three", (1600000000,)), "webhook", mapping_id, 99)         # its row was pruned
+        assert store.remap(mapping_id, 0) == 2 and store.remap(mapping_id, 0) == 0
+        assert store.episode(2, 1, 3)["plays"] == 0
+        assert store.remap(mapping_id, 1) == 2
+        assert [(row[2], row[3]) for row in sb.plays_of(store, 1) if row[:2] == (1, 3)] == [("", (1600000000, 1700000000))]
+        assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 2)
+        assert store.one("SELECT count(*) FROM play WHERE mapping_id NOT NULL")[0] == 0
 
 
 def test_a_backup_is_whole_while_the_daemon_writes_and_can_be_restored(database, tmp_path):
