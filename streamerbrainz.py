@@ -3619,6 +3619,7 @@ class Tracker:
         show_id = self.insert("show", type=show.type, title=show.title, normal=parse_title(show.title).normal,
                               year=show.year if show.own_year else None)
         self.learn_ids(show_id, show.ids)
+        self.add_episodes(show_id, [(0, 0, "")] * (show.type == MOVIE))
         return show_id
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
@@ -4365,8 +4366,9 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
 
 def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
-    found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
-        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
+    sought = normal(text(words))
+    found = tracker.shows("id = ?", number(words) or 0) or (tracker.shows(
+        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", sought) if sought else [])
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4382,7 +4384,9 @@ def episodes_of(word: str) -> tuple[int | None, int | None]:
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
-    place = season, episode = episodes_of("".join(config.words[2:]))
+    place = season, episode = episodes_of("".join(config.words[2:]) or "S00E00" * (show.type == MOVIE))
+    if show.type == MOVIE and place != (0, 0):
+        raise ConfigError(f"{named(show.title, show.year)} is a movie: it has no episodes.")
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
             if name == "unmark":

@@ -6176,7 +6176,11 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
     assert "next:" not in tracker(database, "show", 1)
     assert tracker(database, "unmark", 1) == "4 plays taken back.\n" and "next: S01E01  Pilot\n" in tracker(database, "show", "breaking", "bad")
     assert tracker(database, "mark", 2) == "1 play marked as watched.\n" and tracker(database, "show", "heat").endswith(", 1 play\n")
-    for words, said in ((["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
+    assert tracker(database, "mark", 2) == "0 plays marked as watched.\n"
+    assert tracker(database, "mark", "heat", "-at", "2021-01-02T03:04:05Z") == "1 play marked as watched.\n" and tracker(database, "show", 2).endswith(", 2 plays\n")
+    for words, said in ((["mark", 2, "S01E01"], "Heat (1995) is a movie: it has no episodes."), (["unmark", 2, "S01"], "Heat (1995) is a movie: it has no episodes."),
+                        (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
+                        (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
@@ -6220,6 +6224,16 @@ def test_what_no_row_of_the_journal_can_bring_back_outlives_that_its_show_is_ign
         assert [(row[2], row[3]) for row in sb.plays_of(store, 1) if row[:2] == (1, 3)] == [("", (1600000000, 1700000000))]
         assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 2)
         assert store.one("SELECT count(*) FROM play WHERE mapping_id NOT NULL")[0] == 0
+
+
+def test_a_movie_that_an_answer_adds_can_be_marked(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="movie", rating_key="7", title="Dawn")
+    with store.transaction():
+        no, _ = store.add_conflict(entry, entry.show, sb.Conflict("no_match"))
+        show_id, _ = sb.correct(store, "conflict", no, "new")
+        assert store.mark(show_id, 0, None) == 1
+        with pytest.raises(sb.ConfigError, match="no such show"):
+            sb.correct(store, "conflict", no, " ")
 
 
 def test_a_backup_is_whole_while_the_daemon_writes_and_can_be_restored(database, tmp_path):
