@@ -3227,14 +3227,14 @@ SCHEMA = (      # times are Unix seconds
     # A movie has one, 0x0.  unmarked_at: when a person unmarked it: library, history, import mark only what is later.
     """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT
         NULL, title TEXT NOT NULL, unmarked_at INTEGER, PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
-    # Each viewing.  at: NULL: unknown.  source: see WEBHOOK.  mapping_id: how its show was found; entry_id: its entry.
+    # Each viewing.  show_id: 0: ignored, see remap().  at: NULL: unknown.  source: see WEBHOOK.  entry_id: its entry.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
     "CREATE INDEX play_episode ON play (show_id, season, episode, at)", "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
-    # Which of our shows a server's show is: see mapping().  subject: as in Entry.  show_id: NULL: a person ignores it.
+    # Which of our shows a server's show is: see mapping().  subject: of Entry, or set_aside().  show_id: NULL: ignored.
     """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
         guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
         confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
@@ -3257,7 +3257,7 @@ SCHEMA = (      # times are Unix seconds
     "CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL",
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",     # how far a reading has come
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows others.
+# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows more dates.
 MIGRATIONS = {1: (
     "UPDATE show SET normal = normal_title(title)", "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found",
     "DROP INDEX mapping_show", "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
@@ -3654,10 +3654,10 @@ class Tracker:
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
-        # Not by the view `watched`: that would count all plays there are, 60 ms of 100,000, while webhooks wait.
-        return self.one("SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season, "
-                        "e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?, ?, ?)", show_id,
-                        season, episode)
+        # The view `watched` would count all plays there are (60 ms of 100,000), while webhooks wait.
+        return self.one("""SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
+            e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?, ?, ?)""", show_id, season,
+                        episode)
 
     # -- what a person corrects
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:
@@ -4078,14 +4078,13 @@ class Worker:
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
         # The last one stays, too: a new entry would get its id, by which a play of long ago names its own (entry_id).
-        last, = self.tracker.one("SELECT max(id) FROM webhook_log")
         before = self.tracker.now() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
                 deleted = self.tracker.write("""DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE
-                    id < ? AND received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", last, before,
-                    BATCH).rowcount
+                    received_at < ? AND status <> 'failed' AND retry_at IS NULL AND
+                    id < (SELECT max(id) FROM webhook_log) LIMIT ?)""", before, BATCH).rowcount
 
 # -- Commands: import
 KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
