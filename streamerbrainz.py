@@ -2707,7 +2707,7 @@ def hook(config: Config) -> int:
 SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000       # Show.type: the database calls a show by what is watched of it
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
-SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
+SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "history": 0, "hand": 0}
 # A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
@@ -3230,14 +3230,14 @@ SCHEMA = (      # times are Unix seconds
     # A movie has one, 0x0.  unmarked_at: when a person unmarked it: library, history, import mark only what is later.
     """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT
         NULL, title TEXT NOT NULL, unmarked_at INTEGER, PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
-    # Each viewing.  at: NULL: unknown.  source: see WEBHOOK.  mapping_id: how its show was found; entry_id: its entry.
+    # Each viewing.  show_id: 0: ignored, see remap().  at: NULL: unknown.  source: see WEBHOOK.  entry_id: its entry.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
     "CREATE INDEX play_episode ON play (show_id, season, episode, at)", "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
-    # Which of our shows a server's show is: see mapping().  subject: as in Entry.  show_id: NULL: a person ignores it.
+    # Which of our shows a server's show is: see mapping().  subject: of Entry, or set_aside().  show_id: NULL: ignored.
     """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
         guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
         confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
@@ -3260,7 +3260,7 @@ SCHEMA = (      # times are Unix seconds
     "CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL",
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",     # how far a reading has come
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows others.
+# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows more dates.
 MIGRATIONS = {1: (
     "UPDATE show SET normal = normal_title(title)", "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found",
     "DROP INDEX mapping_show", "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
@@ -3286,6 +3286,8 @@ MIGRATIONS = {1: (
 # that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
 SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"      # None: all of them
+# Whether a mapping's key is its show's still.  If guid (or without one, title) differs, the library was built anew.
+STILL = "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :title OR '' IN (title, :title)))"
 DUPLICATE_S = 300.0           # two scrobbles of an item within it are one; as in the contract
 # What Python raises at values of a damaged file (sqlite3: UnicodeDecodeError even while it words its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -3579,11 +3581,14 @@ class Tracker:
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
-        # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
-        return self.one("""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
-            (own AND (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
-            :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC""", type=entry.type,
-            server=entry.server, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
+        return self.one(f"""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
+            (own AND {STILL} OR :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC
+            """, server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show, title=entry.name)
+
+    def set_aside(self, server: str, type: str, subject: str, guid: str, title: str) -> None:
+        """Before a mapping is made: keep that of the show whose key it was, under a subject that no entry has."""
+        self.all(f"UPDATE mapping SET subject = subject || ' ' || id WHERE (server, type, subject) = (:server, :type, "
+                 f":subject) AND {STILL} IS NOT 1", server=server, type=type, subject=subject, guid=guid, title=title)
 
     def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
         """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
@@ -3606,6 +3611,7 @@ class Tracker:
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
+        self.set_aside(entry.server, entry.type, entry.subject, entry.guid_of_show, entry.name)
         self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                    "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
                    "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
@@ -3616,6 +3622,7 @@ class Tracker:
         show_id = self.insert("show", type=show.type, title=show.title, normal=parse_title(show.title).normal,
                               year=show.year if show.own_year else None)
         self.learn_ids(show_id, show.ids)
+        self.add_episodes(show_id, [(0, 0, "")] * (show.type == MOVIE))
         return show_id
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
@@ -3650,8 +3657,10 @@ class Tracker:
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
-        return self.one("SELECT episode.*, coalesce(plays, 0) AS plays FROM episode LEFT JOIN watched USING (show_id, "
-                        "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
+        # The view `watched` would count all plays there are (60 ms of 100,000), while webhooks wait.
+        return self.one("""SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
+            e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?, ?, ?)""", show_id, season,
+                        episode)
 
     # -- what a person corrects
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:
@@ -3668,15 +3677,19 @@ class Tracker:
 
     def remap(self, no: int, show_id: int) -> int:
         """Say which show is meant (0: ignore it): its plays move along, what was ignored is done anew; -> how many."""
-        plays = self.all("SELECT id, season, episode, title, at, source, entry_id FROM play JOIN episode USING "
-                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", no, show_id)
+        # If it is ignored, plays whose entry was pruned, or that an import told, are kept as those of show 0.
+        plays = self.all("""SELECT play.id, play.season, play.episode, ifnull(e.title, ''), at, source, l.id FROM play
+            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id
+            WHERE mapping_id = ? AND play.show_id <> ?""", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), no)
         self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
-            action) = (m.server, m.type, 'auto_mark_disabled') AND subject IN ('key:' || iif(m.type = 'movie',
-            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))""", no)
+            action) = (m.server, m.type, 'auto_mark_disabled') AND (subject IN ('key:' || iif(m.type = 'movie',
+            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))
+            OR m.guid LIKE 'plex://%' AND m.guid = iif(m.type = 'movie', l.guid, show_guid))""", no)
         for play_id, season, episode, title, at, source, entry_id in plays:
-            self.write("DELETE FROM play WHERE id = ?", play_id)
+            kept = not (show_id or entry_id)
+            self.write(f"{'UPDATE play SET show_id = 0' if kept else 'DELETE FROM play'} WHERE id = ?", play_id)
             if show_id:
                 self.add_plays(show_id, (season, episode, title, (at,)), source, no, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
@@ -3696,6 +3709,7 @@ class Tracker:
 
     def resolve(self, no: int, show_id: int) -> int:
         """Close a conflict by the show that is meant (0: ignore it); -> how many plays of an earlier answer moved."""
+        self.set_aside(*self.one("SELECT server, type, subject, guid, title FROM conflict WHERE id = ?", no))
         mapping_id, = self.one("""INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person',
             1, NULL FROM conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid RETURNING id""", no)
         moved = self.remap(mapping_id, show_id)
@@ -3735,7 +3749,6 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     match = {"by": outcome.match.by, "confidence": outcome.match.confidence} if outcome.match else {}
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
         **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
-
 
 class Journal:
     """Entries that are on the disk before their webhooks are answered."""
@@ -4067,12 +4080,14 @@ class Worker:
 
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
+        # The last one stays, too: a new entry would get its id, by which a play of long ago names its own (entry_id).
         before = self.tracker.now() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
                 deleted = self.tracker.write("""DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE
-                    received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", before, BATCH).rowcount
+                    received_at < ? AND status <> 'failed' AND retry_at IS NULL AND
+                    id < (SELECT max(id) FROM webhook_log) LIMIT ?)""", before, BATCH).rowcount
 
 # -- Commands: import
 KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
@@ -4299,13 +4314,18 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.
+    shows = len(whole.get("shows") or ())
+    places = {"show": (SHOW, range(shows)), "movie": (MOVIE, range(shows, len(ids)))}
+    places[SHOW] = places["show"]             # as earlier versions wrote it
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
             fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
-            if which is not None and which >= len(ids):
-                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if place[1] not in places:
+                raise ConfigError(f"tracker import: {name}[{i}].type is neither show nor movie.")
+            place[1], known = places[place[1]]                # the database calls a show otherwise
+            if which is not None and which not in known:
+                raise ConfigError(f"tracker import: {name}[{i}].show is none of the file's {KINDS[place[1]]}s.")
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
@@ -4348,8 +4368,9 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
 
 def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
-    found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
-        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
+    sought = normal(text(words))
+    found = tracker.shows("id = ?", number(words) or 0) or (tracker.shows(
+        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", sought) if sought else [])
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4365,7 +4386,9 @@ def episodes_of(word: str) -> tuple[int | None, int | None]:
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
-    place = season, episode = episodes_of("".join(config.words[2:]))
+    place = season, episode = episodes_of("".join(config.words[2:]) or "S00E00" * (show.type == MOVIE))
+    if show.type == MOVIE and place != (0, 0):
+        raise ConfigError(f"{named(show.title, show.year)} is a movie: it has no episodes.")
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
             if name == "unmark":
@@ -4383,8 +4406,8 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
-        names = printable(f"{row['title'] or row['subject']} -> {ours}")
-        lines.append(cut(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}"))
+        names = f"{row['title'] or row['subject']} -> {ours}"
+        lines.append(cut(printable(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}")))
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
@@ -4409,6 +4432,7 @@ def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]
                                                   "conflict_id = ? AND season NOT NULL", no))
     moved = tracker.remap(no, show_id) if is_mapping else tracker.resolve(no, show_id)
     if word == "forget":                              # what it marked is judged anew
+        tracker.write("DELETE FROM play WHERE mapping_id = ?", no)
         tracker.remap(no, 0)
         tracker.write("DELETE FROM mapping WHERE id = ?", no)
     return show_id, moved
@@ -4481,7 +4505,7 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
             dict(zip(("show_id", "title", "year", "score"), each, strict=True)) for each in known]})
         rows[-1].pop("resolution")
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
-        lines += [f"{row['id']}: {cut(name, 45)} ({row['kind']}, {row['waiting']} waiting)",
+        lines += [cut(f"{row['id']}: {cut(name, 45)} ({printable(row['kind'])}, {row['waiting']} waiting)"),
                   *(cut(f"{command} {show_id}   # {score:.2f} {printable(named(title, year))}")
                     for show_id, title, year, score in known), f"{command} new", f"{command} ignore"]
     lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)

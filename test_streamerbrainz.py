@@ -5218,6 +5218,43 @@ def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
     assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
 
 
+def test_a_key_that_another_show_has_now_takes_no_mark_and_no_answer_of_the_first_along(store):
+    first, other = ({**PILOT, "grandparentTitle": title, "grandparentGuid": f"plex://show/{title}", "grandparentRatingKey": "7", "year": None}
+                    for title in ("Dawn", "Dusk"))
+    with store.transaction():
+        ids = [store.add_show(sb.Show("episode", title)) for title in ("Dawn of Days", "Dusk of Days")]
+    assert finish(store, metadata=first)[1] == "conflict_created"
+    with store.transaction():
+        store.resolve(1, ids[0])
+    sb.Worker(sb.Config(), store, None).drain()
+    assert finish(store, metadata={**other, "ratingKey": "2"})[1] == "conflict_created"       # the library was built anew
+    with store.transaction():
+        assert store.resolve(2, 0) == 0
+    sb.Worker(sb.Config(), store, None).drain()
+    assert [tuple(row) for row in store.all("SELECT show_id, count(*) FROM play WHERE entry_id NOT NULL GROUP BY show_id")] == [(ids[0], 1)]
+    again = {"grandparentRatingKey": "8"}                      # both answers are known by Plex's guid, whatever the key
+    assert finish(store, metadata={**other, "ratingKey": "3", **again})[1] == "auto_mark_disabled"
+    with store.transaction():                                  # and a third show has the key of the one that is ignored
+        store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="7", show_guid="plex://show/third"), sb.Match(ids[1], "import", 1.0))
+    assert finish(store, metadata={**other, "ratingKey": "4", **again})[1] == "auto_mark_disabled"
+    assert finish(store, metadata={**first, "ratingKey": "5", "index": 2, **again})[1] == "marked_watched"
+    aside = store.one("SELECT id FROM mapping WHERE guid = 'plex://show/Dusk'")[0]             # another mind: both are done anew
+    with store.transaction():
+        store.remap(aside, ids[1])
+    assert sb.Worker(sb.Config(), store, None).drain() == 3
+    assert store.one("SELECT count(*) FROM play WHERE mapping_id = ?", aside)[0] == 3
+
+
+def test_an_episode_is_looked_up_without_a_look_at_all_plays(store):
+    with store.transaction():
+        store.connection.executemany("INSERT INTO play VALUES (NULL, 2, 0, 0, ?, 'import', NULL, NULL)", [(at,) for at in range(5000)])
+    steps = []                                                 # of SQLite's machine, in thousands
+    store.connection.set_progress_handler(lambda: steps.append(1), 1000)
+    assert store.episode(1, 1, 1)["plays"] == 0 and store.episode(2, 0, 0)["plays"] == 5000
+    steps.clear()
+    assert (store.episode(1, 1, 1)["title"], store.episode(1, 1, 99), steps) == ("Pilot", None, [])
+
+
 def mappings(path, *words):
     """Each mapping: the server's title, our show's id, and by what."""
     return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
@@ -5869,6 +5906,19 @@ def test_without_a_tracker_sqlite_is_not_even_imported():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20).stdout == "False\n"
 
 
+def test_what_the_history_tells_after_its_row_was_pruned_is_one_play_and_no_new_row_has_the_id_of_an_old_one(store):
+    worker = sb.Worker(config("-tracker-db", store.path), store, None)
+    told = sb.entry_of(scrobble(event="history"), float(int(time.time()) - 100 * 86400))
+    for _ in range(3):                                         # each hour: read, prune, finish
+        with store.transaction():
+            store.add_entry(told, None)
+        worker.prune()
+        worker.drain()
+    worker.prune()
+    plays_of_it = [tuple(row) for row in store.all("SELECT at, entry_id FROM play WHERE source = 'history'")]
+    assert plays_of_it == [(told.received_at, 1)] and [row["id"] for row in store.all("SELECT id FROM webhook_log")] == [3]
+
+
 def test_finished_rows_are_pruned_and_what_failed_stays(database):
     with sqlite3.connect(database) as connection:
         old = time.time() - 91 * 86400
@@ -6126,7 +6176,11 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
     assert "next:" not in tracker(database, "show", 1)
     assert tracker(database, "unmark", 1) == "4 plays taken back.\n" and "next: S01E01  Pilot\n" in tracker(database, "show", "breaking", "bad")
     assert tracker(database, "mark", 2) == "1 play marked as watched.\n" and tracker(database, "show", "heat").endswith(", 1 play\n")
-    for words, said in ((["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
+    assert tracker(database, "mark", 2) == "0 plays marked as watched.\n"
+    assert tracker(database, "mark", "heat", "-at", "2021-01-02T03:04:05Z") == "1 play marked as watched.\n" and tracker(database, "show", 2).endswith(", 2 plays\n")
+    for words, said in ((["mark", 2, "S01E01"], "Heat (1995) is a movie: it has no episodes."), (["unmark", 2, "S01"], "Heat (1995) is a movie: it has no episodes."),
+                        (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
+                        (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
@@ -6155,6 +6209,31 @@ def test_what_a_wrong_mapping_marked_moves_along(database):
         assert brief(rows(database)[0]) == ("success", "marked_watched", 1, 1, 3) and "  title     " in tracker(database, "mappings")     # judged anew
     for words, said in ((["map", 9, "new"], "there is no such mapping; `tracker mappings` prints their ids."), (["map", "1"], "tracker map: call it as: tracker map MAPPING SHOW|new|ignore|forget")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
+
+
+def test_what_no_row_of_the_journal_can_bring_back_outlives_that_its_show_is_ignored(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="episode", show_key="7", show_title="Dawn")
+    with store.transaction():
+        store.map(entry, sb.Match(2, "title", 1.0))
+        mapping_id = store.mapping(entry)["id"]
+        store.add_plays(2, (1, 3, "Three", (1700000000,)), "library", mapping_id)
+        store.add_plays(2, (1, 3, "Three", (1600000000,)), "webhook", mapping_id, 99)         # its row was pruned
+        assert store.remap(mapping_id, 0) == 2 and store.remap(mapping_id, 0) == 0
+        assert store.episode(2, 1, 3)["plays"] == 0
+        assert store.remap(mapping_id, 1) == 2
+        assert [(row[2], row[3]) for row in sb.plays_of(store, 1) if row[:2] == (1, 3)] == [("", (1600000000, 1700000000))]
+        assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 2)
+        assert store.one("SELECT count(*) FROM play WHERE mapping_id NOT NULL")[0] == 0
+
+
+def test_a_movie_that_an_answer_adds_can_be_marked(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="movie", rating_key="7", title="Dawn")
+    with store.transaction():
+        no, _ = store.add_conflict(entry, entry.show, sb.Conflict("no_match"))
+        show_id, _ = sb.correct(store, "conflict", no, "new")
+        assert store.mark(show_id, 0, None) == 1
+        with pytest.raises(sb.ConfigError, match="no such show"):
+            sb.correct(store, "conflict", no, " ")
 
 
 def test_a_backup_is_whole_while_the_daemon_writes_and_can_be_restored(database, tmp_path):
@@ -6207,6 +6286,10 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
+    ({"mappings": [{"server": "s", "key": "key:1"}]}, "mappings[0].type is neither show nor movie."),
+    ({"conflicts": [{"server": "s", "key": "key:1", "type": "track"}]}, "conflicts[0].type is neither show nor movie."),
+    ({"shows": [{"title": "A"}], "movies": [{"title": "B"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is none of the file's shows."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is none of the file's movies."),
     ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
@@ -6235,13 +6318,14 @@ def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentenc
 
 def test_what_is_looked_at_fits_80_columns_and_holds_no_control_characters(tmp_path, database):
     evil = {"shows": [{"title": "\x1b[31m" + "long " * 40 + "\u202e", "year": 2001, "episodes": [{"season": s, "episode": e} for s in (0, 1, 20) for e in range(1, 120)]},
-                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}]}
+                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}],
+            "mappings": [{"type": "show", "key": "key:1", "by": "\x1b[31m" * 9, "show": 0}], "conflicts": [{"type": "movie", "title": "\x1b", "kind": "\x1b[31m" * 9}]}
     (tmp_path / "evil.json").write_text(json.dumps(evil))
     tracker(database, "import", tmp_path / "evil.json")
     with Keeper(database) as keeper:
         keeper.send({**PILOT, "grandparentTitle": "\x1b[32m" + "wide " * 50, "title": "\n"})
         keeper.send({**PILOT, "grandparentTitle": "巨人" * 60, "ratingKey": "2"})
-    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",)):
+    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",), ("mappings",)):
         said = tracker(database, *words)
         assert max(map(len, said.splitlines())) <= 80, said
         assert said.replace("\n", "").isprintable(), said
