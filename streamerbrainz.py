@@ -4082,7 +4082,8 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str},
+             "unmarked": {"show": int, "season": int, "episode": int, "at": str}}
 
 def same_show(tracker: Tracker, show: Show) -> int:
     """The id of a show of the same title and year; 0: none."""
@@ -4294,15 +4295,20 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
-    """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
+    """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
-            fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
+            fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
             place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
-            if which is not None and which >= len(ids):
-                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if (name == "unmarked" if which is None else which >= len(ids)):
+                raise ConfigError(f"tracker import: {where}.show is not in the file.")
+            if name == "unmarked":
+                season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
+                tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
+                              *told, ids[which or 0], season, episode)
+                continue
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
@@ -4316,10 +4322,12 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
         return 0
     places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
-    more: dict[str, list[dict[str, object]]] = {"mappings": [], "conflicts": []}
-    for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True):
-        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY id")):
-            row |= {"key": row["subject"], "show": places.get(row.get("show_id", 0)), "type": KINDS[row["type"]]}
+    more: dict[str, list[dict[str, object]]] = {name: [] for name in MORE_KEYS}
+    tables = ("mapping", "open_conflict", "episode WHERE unmarked_at NOT NULL")
+    for (name, keys), table in zip(MORE_KEYS.items(), tables, strict=True):
+        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY 1, 2, 3")):
+            row |= {"key": row.get("subject"), "show": places.get(row.get("show_id", 0)),
+                    "type": KINDS.get(row.get("type", "")), "at": iso_time(row.get("unmarked_at"))}
             more[name].append({key: row[key] for key in keys})
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):

@@ -6132,6 +6132,57 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
 
 
+def test_what_was_taken_back_stays_so_in_a_file_that_is_made_of_an_export(database, tmp_path):
+    tracker(database, "unmark", 1, "S01E02")
+    tracker(database, "unmark", 2)
+    (tmp_path / "all.json").write_text(tracker(database, "export"))
+    anew, file = tmp_path / "anew.db", tmp_path / "again.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
+    for _ in range(2):                                              # a second time changes nothing
+        tracker(anew, "import", tmp_path / "all.json")
+        tracker(anew, "import", file)                               # which has a play of that episode
+        assert tracker(anew, "export") == (tmp_path / "all.json").read_text() and plays(anew) == [0, 0, 0]
+    assert len(json.loads((tmp_path / "all.json").read_text())["unmarked"]) == 2
+    tracker(anew, "mark", 1, "S01E02")
+    assert plays(anew) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({}, "unmarked[0].show is not in the file."), ({"show": 1}, "unmarked[0].show is not in the file."), ({"show": None}, "unmarked[0].show is not in the file."),
+    ({"show": 0}, "unmarked[0] needs a season and an episode from 0 to 2147483648."), ({"show": 0, "season": 1, "episode": 1}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z."),
+    ({"show": 0, "season": 1, "episode": 1, "at": "noon"}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z.")])
+def test_a_mark_taken_back_that_no_file_can_mean_is_refused_with_its_place(tmp_path, wrong, sentence):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}]}], "unmarked": [wrong]}))
+    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
+
+
+def test_a_long_title_of_the_servers_leaves_room_for_ours(database):
+    with Keeper(database) as keeper:
+        keeper.send({**PILOT, "grandparentTitle": "A title of so many words that no terminal has room for both of them", "grandparentGuid": None})
+    tracker(database, "resolve", 1, 1)
+    line, = tracker(database, "mappings").splitlines()[1:]
+    assert len(line) <= 80 and line.endswith("\u2026 -> 1 Breaking Bad (2008)")
+
+
+def test_a_full_disk_is_one_sentence_about_what_is_being_written(database, tmp_path):
+    for words in (["export"], ["shows"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, PROGRAM, "tracker", *words, "-tracker-db", database], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (1, "streamerbrainz: the output is cut: the disk is full.\n")
+    store, full = sb.Tracker(str(database)), tmp_path / "full.db"
+
+    class Full(sqlite3.Connection):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            self.execute("PRAGMA max_page_count = 1")
+    with contextlib.closing(store), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "sqlite3", types.SimpleNamespace(**{**vars(sqlite3), "connect": functools.partial(sqlite3.connect, factory=Full)}))
+        with pytest.raises(sb.TrackerError, match=re.escape(f"{full} cannot be made (database or disk is full); check that its disk has space.")):
+            store.backup(str(full))
+    assert not list(tmp_path.glob("full*"))
+
+
 def test_what_a_wrong_mapping_marked_moves_along(database):
     stranger = {**PILOT, "grandparentTitle": "Stranger", "grandparentRatingKey": "5", "grandparentGuid": "plex://show/stranger"}
     with Keeper(database) as keeper:
@@ -6199,7 +6250,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
      "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts, unmarked."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "{} has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 2147483648."),
