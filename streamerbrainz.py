@@ -5642,11 +5642,15 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
       tracker ...          the watch tracker:
         import [FILE]        all shows and movies, and what is watched
         export               the same as JSON, as import FILE reads it
+        backup FILE          a copy of the database, also while the daemon runs
         shows [WORDS]        each show, with how much of it is watched
         show ID              its seasons as grids, # watched
         log                  what became of the last webhooks
         conflicts            what needs your decision
         resolve ID SHOW|new|ignore   your decision
+        mark|unmark ID [S01E02|S01]  it was watched, or it was not
+        mappings [WORDS]     which of your shows each of the server's is
+        map MAPPING SHOW|new|ignore|forget   no, it is another
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex

@@ -7428,6 +7428,7 @@ def test_no_command_line_raises_anything_but_a_config_error(seed, tmp_path):
 def test_the_help_fits_80_columns_and_names_each_flag():
     done = start("-h")
     assert done.status == 0 and max(map(len, done.out.splitlines())) <= 80
+    assert {word.split()[0] for word in re.findall(r"^    ([a-z|]+) ", done.out, re.M) for word in word.split("|")} >= sb.TRACKER_COMMANDS.keys()
     assert set(re.findall(r"^\| `(-[a-z-]+)", (HERE / "README.md").read_text(), re.M)) == set(re.findall(r"^  (-[a-z-]+)", done.out, re.M))
 
 
