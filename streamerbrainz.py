@@ -1751,11 +1751,11 @@ def metric_lines(families: Families) -> str:
 # -- Status -> HTML (layout, status_page)
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
-p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
+p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
@@ -3337,6 +3337,7 @@ class Tracker:
         connection.row_factory = self.sqlite3.Row
         connection.create_function("similarity", 2, similarity)
         connection.create_function("has_words", 2, has_words)
+        connection.create_function("named", 2, named)
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
@@ -4525,15 +4526,14 @@ def tracker_command(config: Config) -> int:
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
-ASK_FIRST = """document.addEventListener("submit", event => {
-  const word = event.submitter ? event.submitter.value : "";
+ASK_FIRST = """document.addEventListener("submit", event => { const word = (event.submitter || {}).value || "";
   if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault(); });"""
 Local = Callable[[str, float], str]           # as local_time()
 
 def row_html(path: str, name: str, more: str) -> str:
     """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
     link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
-    return f"<li class=row><span>{link}</span><span class=dim>{more}</span></li>"
+    return f"<li class=row><span>{link}</span> <span class=dim>{more}</span></li>"
 
 def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
     """A form of buttons, each with its value, word and title.  may: whether this person may change something."""
@@ -4612,13 +4612,14 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 # path -> what makes its HTML, and the query for the rows
-CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
-    NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
-    waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
+CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year, NULL AS at,
+    resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting ||
+    ' waiting', 'answered: ' || ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
     FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
 MAPPING_CARDS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
-    title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
-    confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
+    title) AS title, NULL AS year, at, 0 AS open, iif(show_id, named(show, m.year), 'ignored') ||
+    printf(', by %s %.2f, %d play%s', by, confidence, plays, iif(plays = 1, '', 's')) AS said,
+    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
