@@ -4371,6 +4371,8 @@ def episodes_of(word: str) -> tuple[int | None, int | None]:
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
+    if config.at is not None and (name == "unmark" or config.at > tracker.now()):
+        raise ConfigError("-at: give it to `tracker mark` only, with a time that has passed.")
     place = season, episode = episodes_of("".join(config.words[2:]))
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
