@@ -3385,6 +3385,9 @@ class Tracker:
             os.rename(path + ".new", path)
         except OSError as error:
             raise ConfigError(f"{shown_path(path)} cannot be written ({why(error)}); name another file.") from error
+        except self.sqlite3.OperationalError as error:
+            os.unlink(path + ".new")
+            raise TrackerError(f"{path} cannot be made ({why(error)}); check that its disk has space.") from error
 
     def leave(self) -> None:
         """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
@@ -5667,14 +5670,19 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
         config = parse_config(words)
         set_up_log(config)
-        return COMMANDS[config.command](config)
+        status = COMMANDS[config.command](config)
+        print(end="", flush=True)                     # what cannot be written is known now
+        return status
     except (ConfigError, TrackerError, PlexError) as error:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:                           # streamerbrainz.py players | head
+    except OSError as error:                          # streamerbrainz.py players | head, or > FILE on a full disk
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail to flush stdout at its end
+        sys.stderr.write("streamerbrainz: the output is cut: the disk is full.\n" * (error.errno == errno.ENOSPC))
         return 1
 
 if __name__ == "__main__":
