@@ -872,8 +872,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
         return player, ()
     same = player.plays(item.identity)
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
-    player = player._replace(
-        state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+    player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
         changed_at=at if changed else player.changed_at, player_title=player_title or player.player_title,
         previous=player.previous if same or not player.item else player.item.identity)
     change = state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by, reason
@@ -4259,8 +4258,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     catch_up(tracker, Worker(config, tracker, plex))
     shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
     episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
-    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}],
-                      f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
+    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}], "The tracker now has "
+                      f"{plural(shows, 'show')}, {plural(episodes, 'episode')} and {plural(movies, 'movie')}.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
@@ -4394,7 +4393,7 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
-        names = printable(f"{row['title'] or row['subject']} -> {ours}")
+        names = printable(f"{cut(row['title'] or row['subject'], max(20, 41 - len(ours)))} -> {ours}")
         lines.append(cut(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}"))
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")

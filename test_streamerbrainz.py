@@ -556,7 +556,7 @@ def database(tmp_path):
     path = tmp_path / "tracker.db"
     file = tmp_path / "shows.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
-    assert tracker(path, "import", file) == "The tracker now has 1 shows, 3 episodes and 1 movies.\n1 play in the file: 1 new, 0 known before.\n"
+    assert tracker(path, "import", file) == "The tracker now has 1 show, 3 episodes and 1 movie.\n1 play in the file: 1 new, 0 known before.\n"
     return path
 
 
@@ -5291,7 +5291,7 @@ def test_a_library_that_is_built_anew_asks_nothing_and_what_is_ignored_stays_so(
         for each in (*shows, *leaves):                                  # other keys, a film has one of the old
             each.update({key: str(int(each[key]) + 1) for key in ("ratingKey", "grandparentRatingKey") if key in each}, title="Other " + each["title"])
         library.answers["/identity"] = {"machineIdentifier": "f" * 40}
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n" and ("Show 1001", None, "person") in mappings(path)
 
 
@@ -5302,12 +5302,12 @@ def test_two_shows_with_one_id_at_tmdb_and_two_at_tvdb_are_a_question(tmp_path, 
         for n, each in enumerate(shows):
             each["Guid"] = [{"id": "tmdb://5"}, {"id": f"tvdb://{n + 1}"}]
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 1 shows, 3 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 1 show, 3 episodes and 1 movie.\n")
         conflict, = json.loads(tracker(path, "conflicts", "-json"))
         assert (conflict["title"], [each["title"] for each in conflict["candidates"]]) == ("Show 1001", ["Show 1000"])
         tracker(path, "resolve", 1, "new")
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert mappings(path)[1:] == [("Heat", 2, "import"), ("Show 1001", 3, "person")]
 
 
@@ -5919,7 +5919,7 @@ def test_an_import_brings_all_and_twice_is_as_once(tmp_path, token_file, xml):
         library_of(library)
         for _ in range(2):
             said = brought(path, library, token_file)
-            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movies.\n") and "Series: episodes: 30 of 30\n" in said
+            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movie.\n") and "Series: episodes: 30 of 30\n" in said
             exported = json.loads(tracker(path, "export"))
             assert [(show["title"], show["year"], show["tmdb_id"]) for show in exported["shows"]] == [(f"Show {n}", 2000 + n, n) for n in (1000, 1001, 1002)]
             assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched": ["2020-09-13T12:26:41Z", None]}
@@ -5956,7 +5956,7 @@ def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
         library.answers["/library/sections/1/all"] = failing
         assert "answers 500" in brought(path, library, token_file, status=1)
         assert len(json.loads(tracker(path, "export"))["shows"]) == 4
-        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movie.\n")
         assert [start for kind, start in asked if kind == "4"] == [str(n) for n in (*range(0, 1001, 50), *range(1000, 1600, 50))]
         brought(path, library, token_file)
         assert [start for kind, start in asked if kind == "4"][33:] == [str(n) for n in range(0, 1600, 50)]
@@ -5968,7 +5968,7 @@ def test_a_library_without_a_total_is_read_until_a_short_page(tmp_path, token_fi
         library_of(library, 2, 5, 12)                               # 120 episodes: 3 pages
         section = library.answers["/library/sections/1/all"]
         library.answers["/library/sections/1/all"] = lambda query: {"Metadata": section(query)["Metadata"]}
-        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
 
 
 def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, token_file):
@@ -5983,7 +5983,7 @@ def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, to
                 del leaves[:5]                                      # what was the 50th is on the first page now
             return section(query)
         library.answers["/library/sections/1/all"] = changing
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
         assert asked == ["0", "50", "0", "50", "100"]
 
         def always(query):
