@@ -4590,7 +4590,7 @@ def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bo
     lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
     for row in rows:
         to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
-        said = html.escape(row["said"]) + (local(", %Y-%m-%d", row["at"]) if row["at"] is not None else "")
+        said = html.escape(row["said"]) + (local("<br>%Y-%m-%d", row["at"]) if row["at"] is not None else "")
         if not row["open"] and len(rows) > 1:
             lines.append(row_html(to, name, said))
             continue

@@ -6445,7 +6445,7 @@ def test_a_question_is_answered_and_again_and_a_mapping_corrected(shelf):
     shelf.post("/questions/1", "word=1")                            # another mind
     assert not shelf.watched(3) and shelf.watched() == before | {(1, 1)}
     said = shelf.get("/mappings?q=braking")[1]
-    assert "Breaking Bad (2008), by person 1.00, 1 play, " in said and 'value="forget"' in said
+    assert "Breaking Bad (2008), by person 1.00, 1 play<br>" in said and 'value="forget"' in said
     assert shelf.post("/mappings/1", "word=3")[:2] == (303, "/mappings") and shelf.watched(3) == {(1, 1)}
     shelf.post("/mappings/1", "word=ignore")
     assert not shelf.watched(3) and "ignored, by person" in shelf.get("/mappings/1")[1]
