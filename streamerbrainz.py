@@ -4378,7 +4378,7 @@ def tracker_mark(config: Config, tracker: Tracker) -> int:
     place = season, episode = episodes_of("".join(config.words[2:]))
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
-            if name == "unmark":
+            if name == "unmark" or show.type == MOVIE:
                 raise ConfigError(f"{named(show.title, show.year)} has no such episode; see `tracker show {show.id}`.")
             tracker.add_episodes(show.id, [(*place, "")])         # a person says that it exists
         count = tracker.mark(show.id, *place, config.at) if name == "mark" else tracker.unmark(show.id, *place)

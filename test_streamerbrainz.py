@@ -6131,6 +6131,7 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
     assert tracker(database, "mark", 2) == "1 play marked as watched.\n" and tracker(database, "show", "heat").endswith(", 1 play\n")
     for words, said in ((["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
+                        (["mark", 2, "S01E02"], "Heat (1995) has no such episode; see `tracker show 2`."),
                         (["mark", 1, "S01E02", "-at", "2037-01-02T03:04:05Z"], LATER), (["mark", 1, "S01E02", "-at", "2096-01-02T03:04:05Z"], LATER),
                         (["unmark", 1, "S01E02", "-at", "2021-01-02T03:04:05Z"], LATER),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
