@@ -1765,7 +1765,7 @@ fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-w
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
 fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
-fieldset [value^=unmark] { background: var(--accent); color: #000 }
+fieldset [value^=unmark] { background: var(--accent); color: #000 } button:disabled { opacity: .5 }
 """
 
 # The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.

@@ -6502,7 +6502,7 @@ def test_nobody_without_the_secret_changes_something_nor_does_a_get(shelf, datab
     assert shelf.post(f"/watched/2?token={SECRET}", "word=unmark+S00", cookie="")[0] == 303 and not shelf.watched(2)
     with Shelf(database, tmp_path, has_secret=False) as open_to_all:
         code, said = open_to_all.get("/watched/2")
-        assert code == 200 and "<fieldset disabled>" in said and "<code>streamerbrainz.py secret</code>" in said
+        assert code == 200 and "<fieldset disabled>" in said and "button:disabled {" in said and "<code>streamerbrainz.py secret</code>" in said
         found = open_to_all.post("/watched/2", "word=mark+S00")
         assert found[0] == 403 and "streamerbrainz.py secret" in found[2] and not open_to_all.watched(2)
         assert status(exchange(open_to_all, raw("GET /watched HTTP/1.1\nHost: evil.example\n"))) == 421
