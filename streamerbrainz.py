@@ -872,8 +872,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
         return player, ()
     same = player.plays(item.identity)
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
-    player = player._replace(
-        state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+    player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
         changed_at=at if changed else player.changed_at, player_title=player_title or player.player_title,
         previous=player.previous if same or not player.item else player.item.identity)
     change = state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by, reason
@@ -1754,11 +1753,11 @@ def metric_lines(families: Families) -> str:
 # -- Status -> HTML (layout, status_page)
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
-p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
+p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
@@ -1769,7 +1768,7 @@ fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-w
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
 fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
-fieldset [value^=unmark] { background: var(--accent); color: #000 }
+fieldset [value^=unmark] { background: var(--accent); color: #000 } button:disabled { opacity: .5 }
 """
 
 # The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.
@@ -3342,6 +3341,7 @@ class Tracker:
         connection.row_factory = self.sqlite3.Row
         connection.create_function("similarity", 2, similarity)
         connection.create_function("has_words", 2, has_words)
+        connection.create_function("named", 2, named)
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
@@ -3389,6 +3389,9 @@ class Tracker:
             os.rename(path + ".new", path)
         except OSError as error:
             raise ConfigError(f"{shown_path(path)} cannot be written ({why(error)}); name another file.") from error
+        except self.sqlite3.OperationalError as error:
+            os.unlink(path + ".new")
+            raise TrackerError(f"{path} cannot be made ({why(error)}); check that its disk has space.") from error
 
     def leave(self) -> None:
         """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
@@ -4100,7 +4103,8 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str},
+             "unmarked": {"show": int, "season": int, "episode": int, "at": str}}
 
 def same_show(tracker: Tracker, show: Show) -> int:
     """The id of a show of the same title and year; 0: none."""
@@ -4272,8 +4276,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     catch_up(tracker, Worker(config, tracker, plex))
     shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
     episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
-    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}],
-                      f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
+    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}], "The tracker now has "
+                      f"{plural(shows, 'show')}, {plural(episodes, 'episode')} and {plural(movies, 'movie')}.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
@@ -4312,20 +4316,27 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
-    """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
+    """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.
     shows = len(whole.get("shows") or ())
     places = {"show": (SHOW, range(shows)), "movie": (MOVIE, range(shows, len(ids)))}
     places[SHOW] = places["show"]             # as earlier versions wrote it
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
-            fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
+            fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
+            if name == "unmarked":
+                if which is None or which >= len(ids):
+                    raise ConfigError(f"tracker import: {where}.show is not in the file.")
+                season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
+                tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
+                              *told, ids[which], season, episode)
+                continue
             if place[1] not in places:
-                raise ConfigError(f"tracker import: {name}[{i}].type is neither show nor movie.")
+                raise ConfigError(f"tracker import: {where}.type is neither show nor movie.")
             place[1], known = places[place[1]]                # the database calls a show otherwise
             if which is not None and which not in known:
-                raise ConfigError(f"tracker import: {name}[{i}].show is none of the file's {KINDS[place[1]]}s.")
+                raise ConfigError(f"tracker import: {where}.show is none of the file's {KINDS[place[1]]}s.")
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
@@ -4339,10 +4350,12 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
         return 0
     places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
-    more: dict[str, list[dict[str, object]]] = {"mappings": [], "conflicts": []}
-    for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True):
-        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY id")):
-            row |= {"key": row["subject"], "show": places.get(row.get("show_id", 0)), "type": KINDS[row["type"]]}
+    more: dict[str, list[dict[str, object]]] = {name: [] for name in MORE_KEYS}
+    tables = ("mapping", "open_conflict", "episode WHERE unmarked_at NOT NULL")
+    for (name, keys), table in zip(MORE_KEYS.items(), tables, strict=True):
+        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY 1, 2, 3")):
+            row |= {"key": row.get("subject"), "show": places.get(row.get("show_id", 0)),
+                    "type": KINDS.get(row.get("type", "")), "at": iso_time(row.get("unmarked_at"))}
             more[name].append({key: row[key] for key in keys})
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
@@ -4386,6 +4399,8 @@ def episodes_of(word: str) -> tuple[int | None, int | None]:
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
+    if config.at is not None and (name == "unmark" or config.at > tracker.now()):
+        raise ConfigError("-at: give it to `tracker mark` only, with a time that has passed.")
     place = season, episode = episodes_of("".join(config.words[2:]) or "S00E00" * (show.type == MOVIE))
     if show.type == MOVIE and place != (0, 0):
         raise ConfigError(f"{named(show.title, show.year)} is a movie: it has no episodes.")
@@ -4406,7 +4421,7 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
-        names = f"{row['title'] or row['subject']} -> {ours}"
+        names = f"{cut(row['title'] or row['subject'], max(20, 41 - len(ours)))} -> {ours}"
         lines.append(cut(printable(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}")))
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
@@ -4544,15 +4559,14 @@ def tracker_command(config: Config) -> int:
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
-ASK_FIRST = """document.addEventListener("submit", event => {
-  const word = event.submitter ? event.submitter.value : "";
+ASK_FIRST = """document.addEventListener("submit", event => { const word = (event.submitter || {}).value || "";
   if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault(); });"""
 Local = Callable[[str, float], str]           # as local_time()
 
 def row_html(path: str, name: str, more: str) -> str:
     """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
     link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
-    return f"<li class=row><span>{link}</span><span class=dim>{more}</span></li>"
+    return f"<li class=row><span>{link}</span> <span class=dim>{more}</span></li>"
 
 def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
     """A form of buttons, each with its value, word and title.  may: whether this person may change something."""
@@ -4605,7 +4619,7 @@ def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bo
     lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
     for row in rows:
         to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
-        said = html.escape(row["said"]) + (local(", %Y-%m-%d", row["at"]) if row["at"] is not None else "")
+        said = html.escape(row["said"]) + (local("<br>%Y-%m-%d", row["at"]) if row["at"] is not None else "")
         if not row["open"] and len(rows) > 1:
             lines.append(row_html(to, name, said))
             continue
@@ -4631,13 +4645,14 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 # path -> what makes its HTML, and the query for the rows
-CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
-    NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
-    waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
+CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year, NULL AS at,
+    resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting ||
+    ' waiting', 'answered: ' || ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
     FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
 MAPPING_CARDS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
-    title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
-    confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
+    title) AS title, NULL AS year, at, 0 AS open, iif(show_id, named(show, m.year), 'ignored') ||
+    printf(', by %s %.2f, %d play%s', by, confidence, plays, iif(plays = 1, '', 's')) AS said,
+    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
@@ -5661,11 +5676,15 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
       tracker ...          the watch tracker:
         import [FILE]        all shows and movies, and what is watched
         export               the same as JSON, as import FILE reads it
+        backup FILE          a copy of the database, also while the daemon runs
         shows [WORDS]        each show, with how much of it is watched
         show ID              its seasons as grids, # watched
         log                  what became of the last webhooks
         conflicts            what needs your decision
         resolve ID SHOW|new|ignore   your decision
+        mark|unmark ID [S01E02|S01]  it was watched, or it was not
+        mappings [WORDS]     which of your shows each of the server's is
+        map MAPPING SHOW|new|ignore|forget   no, it is another
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
@@ -5679,14 +5698,19 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
         config = parse_config(words)
         set_up_log(config)
-        return COMMANDS[config.command](config)
+        status = COMMANDS[config.command](config)
+        print(end="", flush=True)                     # what cannot be written is known now
+        return status
     except (ConfigError, TrackerError, PlexError) as error:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:                           # streamerbrainz.py players | head
+    except OSError as error:                          # streamerbrainz.py players | head, or > FILE on a full disk
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail to flush stdout at its end
+        sys.stderr.write("streamerbrainz: the output is cut: the disk is full.\n" * (error.errno == errno.ENOSPC))
         return 1
 
 if __name__ == "__main__":

@@ -556,7 +556,7 @@ def database(tmp_path):
     path = tmp_path / "tracker.db"
     file = tmp_path / "shows.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
-    assert tracker(path, "import", file) == "The tracker now has 1 shows, 3 episodes and 1 movies.\n1 play in the file: 1 new, 0 known before.\n"
+    assert tracker(path, "import", file) == "The tracker now has 1 show, 3 episodes and 1 movie.\n1 play in the file: 1 new, 0 known before.\n"
     return path
 
 
@@ -5328,7 +5328,7 @@ def test_a_library_that_is_built_anew_asks_nothing_and_what_is_ignored_stays_so(
         for each in (*shows, *leaves):                                  # other keys, a film has one of the old
             each.update({key: str(int(each[key]) + 1) for key in ("ratingKey", "grandparentRatingKey") if key in each}, title="Other " + each["title"])
         library.answers["/identity"] = {"machineIdentifier": "f" * 40}
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n" and ("Show 1001", None, "person") in mappings(path)
 
 
@@ -5339,12 +5339,12 @@ def test_two_shows_with_one_id_at_tmdb_and_two_at_tvdb_are_a_question(tmp_path, 
         for n, each in enumerate(shows):
             each["Guid"] = [{"id": "tmdb://5"}, {"id": f"tvdb://{n + 1}"}]
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 1 shows, 3 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 1 show, 3 episodes and 1 movie.\n")
         conflict, = json.loads(tracker(path, "conflicts", "-json"))
         assert (conflict["title"], [each["title"] for each in conflict["candidates"]]) == ("Show 1001", ["Show 1000"])
         tracker(path, "resolve", 1, "new")
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert mappings(path)[1:] == [("Heat", 2, "import"), ("Show 1001", 3, "person")]
 
 
@@ -5969,7 +5969,7 @@ def test_an_import_brings_all_and_twice_is_as_once(tmp_path, token_file, xml):
         library_of(library)
         for _ in range(2):
             said = brought(path, library, token_file)
-            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movies.\n") and "Series: episodes: 30 of 30\n" in said
+            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movie.\n") and "Series: episodes: 30 of 30\n" in said
             exported = json.loads(tracker(path, "export"))
             assert [(show["title"], show["year"], show["tmdb_id"]) for show in exported["shows"]] == [(f"Show {n}", 2000 + n, n) for n in (1000, 1001, 1002)]
             assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched": ["2020-09-13T12:26:41Z", None]}
@@ -6006,7 +6006,7 @@ def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
         library.answers["/library/sections/1/all"] = failing
         assert "answers 500" in brought(path, library, token_file, status=1)
         assert len(json.loads(tracker(path, "export"))["shows"]) == 4
-        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movie.\n")
         assert [start for kind, start in asked if kind == "4"] == [str(n) for n in (*range(0, 1001, 50), *range(1000, 1600, 50))]
         brought(path, library, token_file)
         assert [start for kind, start in asked if kind == "4"][33:] == [str(n) for n in range(0, 1600, 50)]
@@ -6018,7 +6018,7 @@ def test_a_library_without_a_total_is_read_until_a_short_page(tmp_path, token_fi
         library_of(library, 2, 5, 12)                               # 120 episodes: 3 pages
         section = library.answers["/library/sections/1/all"]
         library.answers["/library/sections/1/all"] = lambda query: {"Metadata": section(query)["Metadata"]}
-        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
 
 
 def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, token_file):
@@ -6033,7 +6033,7 @@ def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, to
                 del leaves[:5]                                      # what was the 50th is on the first page now
             return section(query)
         library.answers["/library/sections/1/all"] = changing
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
         assert asked == ["0", "50", "0", "50", "100"]
 
         def always(query):
@@ -6160,6 +6160,9 @@ def test_a_form_that_cannot_be_carried_over_stays_as_it_was(tmp_path, monkeypatc
     assert "Show (2000)" in tracker(path, "shows")
 
 
+LATER = "-at: give it to `tracker mark` only, with a time that has passed."
+
+
 def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(database, tmp_path):
     file = tmp_path / "again.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD]}))
@@ -6182,8 +6185,62 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
                         (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
                         (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
+                        (["mark", 2, "S01E02"], "Heat (1995) has no such episode; see `tracker show 2`."),
+                        (["mark", 1, "S01E02", "-at", "2037-01-02T03:04:05Z"], LATER), (["mark", 1, "S01E02", "-at", "2096-01-02T03:04:05Z"], LATER),
+                        (["unmark", 1, "S01E02", "-at", "2021-01-02T03:04:05Z"], LATER),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
+
+
+def test_what_was_taken_back_stays_so_in_a_file_that_is_made_of_an_export(database, tmp_path):
+    tracker(database, "unmark", 1, "S01E02")
+    tracker(database, "unmark", 2)
+    (tmp_path / "all.json").write_text(tracker(database, "export"))
+    anew, file = tmp_path / "anew.db", tmp_path / "again.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
+    for _ in range(2):                                              # a second time changes nothing
+        tracker(anew, "import", tmp_path / "all.json")
+        tracker(anew, "import", file)                               # which has a play of that episode
+        assert tracker(anew, "export") == (tmp_path / "all.json").read_text() and plays(anew) == [0, 0, 0]
+    assert len(json.loads((tmp_path / "all.json").read_text())["unmarked"]) == 2
+    tracker(anew, "mark", 1, "S01E02")
+    assert plays(anew) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({}, "unmarked[0].show is not in the file."), ({"show": 1}, "unmarked[0].show is not in the file."), ({"show": None}, "unmarked[0].show is not in the file."),
+    ({"show": 0}, "unmarked[0] needs a season and an episode from 0 to 2147483648."), ({"show": 0, "season": 1, "episode": 1}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z."),
+    ({"show": 0, "season": 1, "episode": 1, "at": "noon"}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z.")])
+def test_a_mark_taken_back_that_no_file_can_mean_is_refused_with_its_place(tmp_path, wrong, sentence):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}]}], "unmarked": [wrong]}))
+    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
+
+
+def test_a_long_title_of_the_servers_leaves_room_for_ours(database):
+    with Keeper(database) as keeper:
+        keeper.send({**PILOT, "grandparentTitle": "A title of so many words that no terminal has room for both of them", "grandparentGuid": None})
+    tracker(database, "resolve", 1, 1)
+    line, = tracker(database, "mappings").splitlines()[1:]
+    assert len(line) <= 80 and line.endswith("\u2026 -> 1 Breaking Bad (2008)")
+
+
+def test_a_full_disk_is_one_sentence_about_what_is_being_written(database, tmp_path):
+    for words in (["export"], ["shows"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, PROGRAM, "tracker", *words, "-tracker-db", database], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (1, "streamerbrainz: the output is cut: the disk is full.\n")
+    store, full = sb.Tracker(str(database)), tmp_path / "full.db"
+
+    class Full(sqlite3.Connection):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            self.execute("PRAGMA max_page_count = 1")
+    with contextlib.closing(store), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "sqlite3", types.SimpleNamespace(**{**vars(sqlite3), "connect": functools.partial(sqlite3.connect, factory=Full)}))
+        with pytest.raises(sb.TrackerError, match=re.escape(f"{full} cannot be made (database or disk is full); check that its disk has space.")):
+            store.backup(str(full))
+    assert not list(tmp_path.glob("full*"))
 
 
 def test_what_a_wrong_mapping_marked_moves_along(database):
@@ -6278,7 +6335,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
      "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts, unmarked."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "{} has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 2147483648."),
@@ -6473,7 +6530,7 @@ def test_a_question_is_answered_and_again_and_a_mapping_corrected(shelf):
     shelf.post("/questions/1", "word=1")                            # another mind
     assert not shelf.watched(3) and shelf.watched() == before | {(1, 1)}
     said = shelf.get("/mappings?q=braking")[1]
-    assert "Breaking Bad, by person 1.00" in said and 'value="forget"' in said
+    assert "Breaking Bad (2008), by person 1.00, 1 play<br>" in said and 'value="forget"' in said
     assert shelf.post("/mappings/1", "word=3")[:2] == (303, "/mappings") and shelf.watched(3) == {(1, 1)}
     shelf.post("/mappings/1", "word=ignore")
     assert not shelf.watched(3) and "ignored, by person" in shelf.get("/mappings/1")[1]
@@ -6488,6 +6545,7 @@ def test_the_log_says_what_became_of_each_webhook_by_status_and_paged(shelf, mon
     shelf.keeper.send({**SONG, "title": "<i>x"}, event="media.rate")
     said = shelf.get("/log")[1]
     assert "conflict_created" in said and "event_not_scrobble" in said and "Braking &lt;b&gt;Bad S01E01" in said and "<i>x" not in said and "&lt;i&gt;x" in said
+    assert "S01E01</a></span> <span" in said                       # the date does not stick to it
     assert "event_not_scrobble" not in shelf.get("/log?status=failed")[1] and "Nothing is here." in shelf.get("/log?status=duplicate")[1]
     monkeypatch.setattr(sb, "PAGE_ROWS", 1)
     assert [shelf.get(f"/log?page={page}")[1].count("class=row") for page in (1, 2, 3, 4)] == [1, 1, 1, 0]
@@ -6528,7 +6586,7 @@ def test_nobody_without_the_secret_changes_something_nor_does_a_get(shelf, datab
     assert shelf.post(f"/watched/2?token={SECRET}", "word=unmark+S00", cookie="")[0] == 303 and not shelf.watched(2)
     with Shelf(database, tmp_path, has_secret=False) as open_to_all:
         code, said = open_to_all.get("/watched/2")
-        assert code == 200 and "<fieldset disabled>" in said and "<code>streamerbrainz.py secret</code>" in said
+        assert code == 200 and "<fieldset disabled>" in said and "button:disabled {" in said and "<code>streamerbrainz.py secret</code>" in said
         found = open_to_all.post("/watched/2", "word=mark+S00")
         assert found[0] == 403 and "streamerbrainz.py secret" in found[2] and not open_to_all.watched(2)
         assert status(exchange(open_to_all, raw("GET /watched HTTP/1.1\nHost: evil.example\n"))) == 421
@@ -7461,6 +7519,7 @@ def test_no_command_line_raises_anything_but_a_config_error(seed, tmp_path):
 def test_the_help_fits_80_columns_and_names_each_flag():
     done = start("-h")
     assert done.status == 0 and max(map(len, done.out.splitlines())) <= 80
+    assert {word.split()[0] for word in re.findall(r"^    ([a-z|]+) ", done.out, re.M) for word in word.split("|")} >= sb.TRACKER_COMMANDS.keys()
     assert set(re.findall(r"^\| `(-[a-z-]+)", (HERE / "README.md").read_text(), re.M)) == set(re.findall(r"^  (-[a-z-]+)", done.out, re.M))
 
 
