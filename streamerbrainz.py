@@ -4295,14 +4295,17 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
-    # What is mapped or asked already stays as it is.
+    # What is mapped or asked already stays as it is.  The database calls a show otherwise.
+    known = {"show": (SHOW, range(shows := len(whole.get("shows") or ()))), "movie": (MOVIE, range(shows, len(ids)))}
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
             fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
-            if which is not None and which >= len(ids):
-                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if place[1] not in known:
+                raise ConfigError(f"tracker import: {name}[{i}].type is neither show nor movie.")
+            if which is not None and which not in known[place[1]][1]:
+                raise ConfigError(f"tracker import: {name}[{i}].show is not a {place[1]} in the file.")
+            place[1] = known[place[1]][0]
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]

@@ -6207,7 +6207,10 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
-    ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
+    ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range."),
+    ({"mappings": [{"type": "plex"}]}, "mappings[0].type is neither show nor movie."), ({"conflicts": [{"title": "A"}]}, "conflicts[0].type is neither show nor movie."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is not a show in the file."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is not a movie in the file.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
     file.write_text(json.dumps(content))
