@@ -3655,7 +3655,8 @@ class Tracker:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
                         f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
-        when = int(self.now() if at is None else at)
+        now = int(self.now())
+        when = at if at is not None else now if now > BUILT else None
         return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
 
     def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
@@ -3840,10 +3841,13 @@ class Worker:
                 pause_s, fails = TRACKER_RETRY_S, True
 
     def bound_times(self, now: float) -> None:
-        """Bring back what a clock that was ahead has put off for years."""
+        """Bring back what a clock that was ahead has put off for years, and what a person unmarked by a wrong clock."""
         with self.tracker.transaction(lasting=False):
             self.tracker.write("UPDATE webhook_log SET retry_at = ? WHERE retry_at > ?", *[now + ENTRY_RETRY_MAX_S] * 2)
-            self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+            if now > BUILT:           # else it is this clock that is wrong
+                self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+                self.tracker.write("UPDATE episode SET unmarked_at = ? WHERE unmarked_at NOT BETWEEN ? AND ?",
+                                   int(now), BUILT, now)
 
     def drain(self, again: bool = False) -> int:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
@@ -3996,9 +4000,12 @@ class Worker:
         """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
         if not self.plex:
             return True
-        since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
         try:
             server, accounts = self.plex.server_id, self.accounts()
+            since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
+            if until < BUILT:                         # the server does not know what time it is either
+                return False
+            since = since if since >= BUILT else until        # the file was made by a clock that was wrong
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 read = [time_of(fields.get("viewedAt")) for fields in page.items]
                 with self.tracker.transaction(lasting=False):         # with its entries, how far the history was read
@@ -4124,7 +4131,7 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
     if type == SHOW or match is None:
         return "" if type else "episode without a certain show"
-    if (row := episode_row(fields, time.time())) and match.show_id:
+    if (row := episode_row(fields, tracker.now())) and match.show_id:
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
     return "" if row else "episode without a number"
 
@@ -4149,6 +4156,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
     # The newest items come last, so that what is added to the library meanwhile moves no page.
     server, left = plex.server_id, collections.Counter[str]()
+    tracker.plex = plex                               # it tells the time if our clock is wrong
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):

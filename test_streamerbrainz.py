@@ -5673,6 +5673,74 @@ def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_f
     assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
 
 
+A_YEAR_S = 365 * 86400
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_wrong_clock_at_a_start_makes_no_old_plays_new(database, token_file, monkeypatch, off_s, is_there):
+    real, path = time.time, database.with_name("new.db")             # of which one was there before the clock was wrong
+    with Library() as library:
+        library.pages("/status/sessions/history/all", [{**PILOT, "accountID": 1, "viewedAt": sb.BUILT - A_YEAR_S}])
+        library.pages("/library/sections", [{"key": "2", "type": "show", "title": "TV"}])
+        library.pages("/library/sections/2/all", [{**PILOT, "lastViewedAt": sb.BUILT - 2 * A_YEAR_S, "viewCount": 1}])
+        library.date, answers = lambda: sb.email.utils.formatdate(real(), usegmt=True), library.answers
+        for file in database, path:
+            library.answers = answers if is_there else {}
+            monkeypatch.setattr(time, "time", lambda: real() + off_s)
+            for _ in range(2):
+                with Keeper(file, *server_flags(library, token_file)) as keeper:
+                    keeper.store.plex = keeper.worker.plex
+                    keeper.worker.bound_times(keeper.store.now())
+                    keeper.worker.recover()
+                    keeper.worker.drain()
+                library.answers = answers
+                monkeypatch.setattr(time, "time", real)
+            assert rows(file) == []
+
+
+def test_the_history_waits_until_somebody_knows_the_time(database, token_file, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        keeper.store.plex, library.date = keeper.worker.plex, lambda: "Thu, 01 Jan 1970 00:00:00 GMT"
+        before = keeper.store.note("history")
+        keeper.worker.bound_times(keeper.store.now())
+        assert not keeper.worker.recover() and keeper.store.note("history") == before > sb.BUILT
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+def test_what_was_unmarked_by_a_wrong_clock_stays_so_until_it_is_played_anew(database, monkeypatch, off_s):
+    real = time.time
+    with Keeper(database) as keeper:
+        monkeypatch.setattr(time, "time", lambda: real() + off_s)
+        with keeper.store.transaction():
+            keeper.store.unmark(1, 1, 1)
+        keeper.worker.bound_times(keeper.store.now())
+        monkeypatch.setattr(time, "time", real)
+        keeper.worker.bound_times(keeper.store.now())
+        with keeper.store.transaction():
+            assert [keeper.store.add_plays(1, (1, 1, "", (int(real()) + later_s,)), sb.LIBRARY) for later_s in (-86400, 5)] == [0, 1]
+
+
+def test_what_is_marked_while_nobody_knows_the_time_has_no_date(store, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with store.transaction():
+        store.mark(1, 0, 1)
+        store.mark(1, 0, 1, 1000)
+    assert [at for at, in store.all("SELECT at FROM play WHERE season = 0 AND show_id = 1 ORDER BY id")] == [None, 1000]
+
+
+def test_an_import_by_a_wrong_clock_keeps_the_dates(tmp_path, token_file, monkeypatch):
+    real, path, at = time.time, tmp_path / "t.db", sb.BUILT - A_YEAR_S
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(path, *server_flags(library, token_file)) as keeper:
+        library.date = lambda: sb.email.utils.formatdate(real(), usegmt=True)
+        library.pages("/library/sections", [{"key": "1", "type": "movie", "title": "Films"}])
+        library.pages("/library/sections/1/all", [{"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "lastViewedAt": at, "viewCount": 1}])
+        sb.import_library(keeper.store, keeper.worker.plex)
+        assert keeper.store.one("SELECT at FROM play")[0] == at
+
+
 def test_a_backup_in_the_place_of_the_database_is_opened_without_the_old_ones_log(database):
     backup = database.with_name("backup")
     shutil.copy(database, backup)
