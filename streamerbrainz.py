@@ -2879,10 +2879,11 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    words, known_words = (len({*each.normal.split()} - LEFT_OUT) for each in (title, known_title))
+    words, theirs = ([word for word in each.normal.split() if word not in LEFT_OUT] for each in (title, known_title))
     differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2] or other_episode(
         wanted.episode_title, known.episode_title))) or \
-        words != known_words or _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+        len(words) != len(theirs) or (words != theirs and sorted(words) == sorted(theirs)) or \
+        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
     return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
@@ -4357,7 +4358,7 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
 def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
     found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
-        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
+        "?1 <> '' AND has_words(normal || ' ' || title, ?1) ORDER BY normal LIMIT 9", normal(text(words)))
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else

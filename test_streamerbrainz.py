@@ -4553,7 +4553,13 @@ TITLES = [
     ("Heat", None, None, [("Heat", 1986), ("Heat", 1995)], ASK),
     ("Amélie", 2002, None, [("Amelie", 2001)], 1),
     ("Kill Bill: Vol. 2", 2004, None, [("Kill Bill: Vol. 1", 2003)], ASK),
-    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK)]
+    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK),
+    # a word twice, or the same words in another order
+    ("Sing Sing", 2024, None, [("Sing", 2023)], ASK),
+    ("Knock", 2016, None, [("Knock Knock", 2015)], ASK),
+    ("Bang Bang Kiss", 2005, None, [("Kiss Kiss Bang Bang", 2005)], ASK),
+    ("Girl Lost", 2018, None, [("Lost Girl", 2018)], ASK),
+    ("Kiss Kiss, Bang Bang", 2005, None, [("Kiss Kiss Bang Bang", 2005)], 1)]
 
 
 def test_no_title_is_taken_where_a_careful_person_would_see_a_difference():
@@ -5720,6 +5726,15 @@ def test_what_was_unmarked_by_a_wrong_clock_stays_so_until_it_is_played_anew(dat
         keeper.worker.bound_times(keeper.store.now())
         with keeper.store.transaction():
             assert [keeper.store.add_plays(1, (1, 1, "", (int(real()) + later_s,)), sb.LIBRARY) for later_s in (-86400, 5)] == [0, 1]
+
+
+def test_an_empty_word_is_no_show_even_where_there_is_only_one(tmp_path):
+    path, file = tmp_path / "t.db", tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD]}))
+    tracker(path, "import", file)
+    for word in "", " ":
+        assert "there is no such show" in tracker(path, "unmark", word, status=2)
+    assert plays(path)[2] == 1
 
 
 def test_what_is_marked_while_nobody_knows_the_time_has_no_date(store, monkeypatch):
