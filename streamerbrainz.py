@@ -459,8 +459,10 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
+    # The history has no year, but a day: 2021-10-07.
+    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
-                    item_guids(attributes), number(attributes.get("year")), time_of(attributes.get("lastViewedAt")))
+                    item_guids(attributes), year or None, time_of(attributes.get("lastViewedAt")))
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""

@@ -5679,6 +5679,20 @@ def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_f
     assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
 
 
+@pytest.mark.parametrize("day, action", [("2021-10-07", "conflict_created"), ("2019-04-15", "recovered"), ("", "recovered"), ("soon", "recovered"), (None, "recovered")])
+def test_the_day_of_an_episode_in_the_history_tells_its_year(database, token_file, day, action):
+    gone = {"type": "episode", "ratingKey": "77", "grandparentTitle": "Ghosts", "title": "Pilot", "parentIndex": 1, "index": 1, "accountID": 1,
+            "viewedAt": int(time.time()) - 90, "originallyAvailableAt": day}                     # its show was deleted there
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        with keeper.store.transaction():
+            keeper.store.add_episodes(keeper.store.add_show(sb.Show(sb.SHOW, "Ghosts", 2019)), [(1, 1, "Who Do You Think You Are?"), (1, 2, "Gorilla War")])
+            keeper.store.take_note("history", int(time.time()) - 3600)
+        library.pages("/status/sessions/history/all", [gone])
+        assert keeper.worker.recover()
+        keeper.worker.drain()
+    assert [row["action"] for row in rows(database)] == [action]
+
+
 A_YEAR_S = 365 * 86400
 
 
