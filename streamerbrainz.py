@@ -459,8 +459,10 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
+    # The history has no year, but a day: 2021-10-07.
+    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
-                    item_guids(attributes), number(attributes.get("year")), time_of(attributes.get("lastViewedAt")))
+                    item_guids(attributes), year or None, time_of(attributes.get("lastViewedAt")))
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
@@ -2881,10 +2883,11 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    words, known_words = (len({*each.normal.split()} - LEFT_OUT) for each in (title, known_title))
+    words, theirs = ([word for word in each.normal.split() if word not in LEFT_OUT] for each in (title, known_title))
     differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2] or other_episode(
         wanted.episode_title, known.episode_title))) or \
-        words != known_words or _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+        len(words) != len(theirs) or (words != theirs and sorted(words) == sorted(theirs)) or \
+        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
     return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
@@ -3670,7 +3673,8 @@ class Tracker:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
                         f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
-        when = int(self.now() if at is None else at)
+        now = int(self.now())
+        when = at if at is not None else now if now > BUILT else None
         return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
 
     def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
@@ -3859,10 +3863,13 @@ class Worker:
                 pause_s, fails = TRACKER_RETRY_S, True
 
     def bound_times(self, now: float) -> None:
-        """Bring back what a clock that was ahead has put off for years."""
+        """Bring back what a clock that was ahead has put off for years, and what a person unmarked by a wrong clock."""
         with self.tracker.transaction(lasting=False):
             self.tracker.write("UPDATE webhook_log SET retry_at = ? WHERE retry_at > ?", *[now + ENTRY_RETRY_MAX_S] * 2)
-            self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+            if now > BUILT:           # else it is this clock that is wrong
+                self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+                self.tracker.write("UPDATE episode SET unmarked_at = ? WHERE unmarked_at NOT BETWEEN ? AND ?",
+                                   int(now), BUILT, now)
 
     def drain(self, again: bool = False) -> int:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
@@ -4015,9 +4022,12 @@ class Worker:
         """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
         if not self.plex:
             return True
-        since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
         try:
             server, accounts = self.plex.server_id, self.accounts()
+            since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
+            if until < BUILT:                         # the server does not know what time it is either
+                return False
+            since = since if since >= BUILT else until        # the file was made by a clock that was wrong
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 read = [time_of(fields.get("viewedAt")) for fields in page.items]
                 with self.tracker.transaction(lasting=False):         # with its entries, how far the history was read
@@ -4146,7 +4156,7 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
     if type == SHOW or match is None:
         return "" if type else "episode without a certain show"
-    if (row := episode_row(fields, time.time())) and match.show_id:
+    if (row := episode_row(fields, tracker.now())) and match.show_id:
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
     return "" if row else "episode without a number"
 
@@ -4171,6 +4181,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
     # The newest items come last, so that what is added to the library meanwhile moves no page.
     server, left = plex.server_id, collections.Counter[str]()
+    tracker.plex = plex                               # it tells the time if our clock is wrong
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
@@ -4317,10 +4328,8 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
     """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
-    # What is mapped or asked already stays as it is.
-    shows = len(whole.get("shows") or ())
-    places = {"show": (SHOW, range(shows)), "movie": (MOVIE, range(shows, len(ids)))}
-    places[SHOW] = places["show"]             # as earlier versions wrote it
+    # What is mapped or asked already stays as it is.  The database calls a show otherwise.
+    known = {"show": (SHOW, range(shows := len(whole.get("shows") or ()))), "movie": (MOVIE, range(shows, len(ids)))}
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
             fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
@@ -4332,11 +4341,11 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
                 tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
                               *told, ids[which], season, episode)
                 continue
-            if place[1] not in places:
+            if place[1] not in known:
                 raise ConfigError(f"tracker import: {where}.type is neither show nor movie.")
-            place[1], known = places[place[1]]                # the database calls a show otherwise
-            if which is not None and which not in known:
-                raise ConfigError(f"tracker import: {where}.show is none of the file's {KINDS[place[1]]}s.")
+            if which is not None and which not in known[place[1]][1]:
+                raise ConfigError(f"tracker import: {where}.show is not a {place[1]} in the file.")
+            place[1] = known[place[1]][0]
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]

@@ -4553,7 +4553,13 @@ TITLES = [
     ("Heat", None, None, [("Heat", 1986), ("Heat", 1995)], ASK),
     ("Amélie", 2002, None, [("Amelie", 2001)], 1),
     ("Kill Bill: Vol. 2", 2004, None, [("Kill Bill: Vol. 1", 2003)], ASK),
-    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK)]
+    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK),
+    # a word twice, or the same words in another order
+    ("Sing Sing", 2024, None, [("Sing", 2023)], ASK),
+    ("Knock", 2016, None, [("Knock Knock", 2015)], ASK),
+    ("Bang Bang Kiss", 2005, None, [("Kiss Kiss Bang Bang", 2005)], ASK),
+    ("Girl Lost", 2018, None, [("Lost Girl", 2018)], ASK),
+    ("Kiss Kiss, Bang Bang", 2005, None, [("Kiss Kiss Bang Bang", 2005)], 1)]
 
 
 def test_no_title_is_taken_where_a_careful_person_would_see_a_difference():
@@ -5710,6 +5716,97 @@ def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_f
     assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
 
 
+@pytest.mark.parametrize("day, action", [("2021-10-07", "conflict_created"), ("2019-04-15", "recovered"), ("", "recovered"), ("soon", "recovered"), (None, "recovered")])
+def test_the_day_of_an_episode_in_the_history_tells_its_year(database, token_file, day, action):
+    gone = {"type": "episode", "ratingKey": "77", "grandparentTitle": "Ghosts", "title": "Pilot", "parentIndex": 1, "index": 1, "accountID": 1,
+            "viewedAt": int(time.time()) - 90, "originallyAvailableAt": day}                     # its show was deleted there
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        with keeper.store.transaction():
+            keeper.store.add_episodes(keeper.store.add_show(sb.Show(sb.SHOW, "Ghosts", 2019)), [(1, 1, "Who Do You Think You Are?"), (1, 2, "Gorilla War")])
+            keeper.store.take_note("history", int(time.time()) - 3600)
+        library.pages("/status/sessions/history/all", [gone])
+        assert keeper.worker.recover()
+        keeper.worker.drain()
+    assert [row["action"] for row in rows(database)] == [action]
+
+
+A_YEAR_S = 365 * 86400
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_wrong_clock_at_a_start_makes_no_old_plays_new(database, token_file, monkeypatch, off_s, is_there):
+    real, path = time.time, database.with_name("new.db")             # of which one was there before the clock was wrong
+    with Library() as library:
+        library.pages("/status/sessions/history/all", [{**PILOT, "accountID": 1, "viewedAt": sb.BUILT - A_YEAR_S}])
+        library.pages("/library/sections", [{"key": "2", "type": "show", "title": "TV"}])
+        library.pages("/library/sections/2/all", [{**PILOT, "lastViewedAt": sb.BUILT - 2 * A_YEAR_S, "viewCount": 1}])
+        library.date, answers = lambda: sb.email.utils.formatdate(real(), usegmt=True), library.answers
+        for file in database, path:
+            library.answers = answers if is_there else {}
+            monkeypatch.setattr(time, "time", lambda: real() + off_s)
+            for _ in range(2):
+                with Keeper(file, *server_flags(library, token_file)) as keeper:
+                    keeper.store.plex = keeper.worker.plex
+                    keeper.worker.bound_times(keeper.store.now())
+                    keeper.worker.recover()
+                    keeper.worker.drain()
+                library.answers = answers
+                monkeypatch.setattr(time, "time", real)
+            assert rows(file) == []
+
+
+def test_the_history_waits_until_somebody_knows_the_time(database, token_file, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        keeper.store.plex, library.date = keeper.worker.plex, lambda: "Thu, 01 Jan 1970 00:00:00 GMT"
+        before = keeper.store.note("history")
+        keeper.worker.bound_times(keeper.store.now())
+        assert not keeper.worker.recover() and keeper.store.note("history") == before > sb.BUILT
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+def test_what_was_unmarked_by_a_wrong_clock_stays_so_until_it_is_played_anew(database, monkeypatch, off_s):
+    real = time.time
+    with Keeper(database) as keeper:
+        monkeypatch.setattr(time, "time", lambda: real() + off_s)
+        with keeper.store.transaction():
+            keeper.store.unmark(1, 1, 1)
+        keeper.worker.bound_times(keeper.store.now())
+        monkeypatch.setattr(time, "time", real)
+        keeper.worker.bound_times(keeper.store.now())
+        with keeper.store.transaction():
+            assert [keeper.store.add_plays(1, (1, 1, "", (int(real()) + later_s,)), sb.LIBRARY) for later_s in (-86400, 5)] == [0, 1]
+
+
+def test_an_empty_word_is_no_show_even_where_there_is_only_one(tmp_path):
+    path, file = tmp_path / "t.db", tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD]}))
+    tracker(path, "import", file)
+    for word in "", " ":
+        assert "there is no such show" in tracker(path, "unmark", word, status=2)
+    assert plays(path)[2] == 1
+
+
+def test_what_is_marked_while_nobody_knows_the_time_has_no_date(store, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with store.transaction():
+        store.mark(1, 0, 1)
+        store.mark(1, 0, 1, 1000)
+    assert [at for at, in store.all("SELECT at FROM play WHERE season = 0 AND show_id = 1 ORDER BY id")] == [None, 1000]
+
+
+def test_an_import_by_a_wrong_clock_keeps_the_dates(tmp_path, token_file, monkeypatch):
+    real, path, at = time.time, tmp_path / "t.db", sb.BUILT - A_YEAR_S
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(path, *server_flags(library, token_file)) as keeper:
+        library.date = lambda: sb.email.utils.formatdate(real(), usegmt=True)
+        library.pages("/library/sections", [{"key": "1", "type": "movie", "title": "Films"}])
+        library.pages("/library/sections/1/all", [{"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "lastViewedAt": at, "viewCount": 1}])
+        sb.import_library(keeper.store, keeper.worker.plex)
+        assert keeper.store.one("SELECT at FROM play")[0] == at
+
+
 def test_a_backup_in_the_place_of_the_database_is_opened_without_the_old_ones_log(database):
     backup = database.with_name("backup")
     shutil.copy(database, backup)
@@ -6185,7 +6282,7 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
                         (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
                         (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
-                        (["mark", 2, "S01E02"], "Heat (1995) has no such episode; see `tracker show 2`."),
+                        (["mark", 2, "S01E02"], "Heat (1995) is a movie: it has no episodes."),
                         (["mark", 1, "S01E02", "-at", "2037-01-02T03:04:05Z"], LATER), (["mark", 1, "S01E02", "-at", "2096-01-02T03:04:05Z"], LATER),
                         (["unmark", 1, "S01E02", "-at", "2021-01-02T03:04:05Z"], LATER),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
@@ -6345,8 +6442,8 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
     ({"mappings": [{"server": "s", "key": "key:1"}]}, "mappings[0].type is neither show nor movie."),
     ({"conflicts": [{"server": "s", "key": "key:1", "type": "track"}]}, "conflicts[0].type is neither show nor movie."),
-    ({"shows": [{"title": "A"}], "movies": [{"title": "B"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is none of the file's shows."),
-    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is none of the file's movies."),
+    ({"shows": [{"title": "A"}], "movies": [{"title": "B"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is not a show in the file."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is not a movie in the file."),
     ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
