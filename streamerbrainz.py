@@ -4376,7 +4376,8 @@ def show_of(tracker: Tracker, words: str) -> Show:
 
 def episodes_of(word: str) -> tuple[int | None, int | None]:
     """The season and episode of a word such as S01E02 or S01; None: all.  Raises ConfigError."""
-    if not (found := re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)):
+    found = re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)
+    if not found or any(int(each) > MAX_NUMBER for each in found.groups("0")):      # no import would read it back
         raise ConfigError(f"{word} is no episode or season; write it as S01E02 or S01.")
     return number(found[1]), number(found[2])
 

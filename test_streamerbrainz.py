@@ -6180,6 +6180,7 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
     assert tracker(database, "mark", "heat", "-at", "2021-01-02T03:04:05Z") == "1 play marked as watched.\n" and tracker(database, "show", 2).endswith(", 2 plays\n")
     for words, said in ((["mark", 2, "S01E01"], "Heat (1995) is a movie: it has no episodes."), (["unmark", 2, "S01"], "Heat (1995) is a movie: it has no episodes."),
                         (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
+                        (["mark", 1, "S1E2147483649"], "S1E2147483649 is no episode or season; write it as S01E02 or S01."),
                         (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
