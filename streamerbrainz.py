@@ -4118,17 +4118,18 @@ SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str
 MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str},
              "unmarked": {"show": int, "season": int, "episode": int, "at": str}}
 
-def same_show(tracker: Tracker, show: Show) -> int:
-    """The id of a show of the same title and year; 0: none."""
+def same_show(tracker: Tracker, show: Show, others: Iterable[int] = ()) -> int:
+    """The id of a show of the same title and year; 0: none.  others: ids that a person says are not it."""
     # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
     title = parse_title(show.title)
-    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
-        known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
+    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if
+                 (known.year, parse_title(known.title)) == (show.year, title) and known.id not in others and
+                 not known.ids.contradicts(show.ids)), 0)
 
-def upsert_show(tracker: Tracker, show: Show) -> int:
-    """The id of a show in the tracker, added if it is missing; within a transaction."""
+def upsert_show(tracker: Tracker, show: Show, others: Iterable[int] = ()) -> int:
+    """The id of a show in the tracker, added if it is missing; within a transaction.  others: as in same_show()."""
     found = tracker.match_ids(show)
-    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
+    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show, others) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
@@ -4453,7 +4454,8 @@ def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]
         own = tracker.one("SELECT id FROM show WHERE id = ? AND title = ? AND NOT EXISTS (SELECT 1 FROM mapping WHERE "
                           "show_id = show.id AND id <> ?)", row["show_id"], row["title"], no) if is_mapping else None
         show_id = own[0] if own and row["by"] == "person" else tracker.add_show(Show(row["type"], row["title"])) \
-            if is_mapping else upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0])
+            if is_mapping else upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0],
+                                           [show_id for show_id, _ in json.loads(row["candidates"])])
     if show_id and not is_mapping:                    # the person says that these episodes exist
         tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
                                                   "conflict_id = ? AND season NOT NULL", no))

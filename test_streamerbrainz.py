@@ -5730,6 +5730,18 @@ def test_the_day_of_an_episode_in_the_history_tells_its_year(database, token_fil
     assert [row["action"] for row in rows(database)] == [action]
 
 
+def test_a_new_show_is_none_of_those_that_were_offered_though_it_has_the_same_title(database):
+    ghosts = {**PILOT, "grandparentTitle": "Ghosts", "year": None}
+    with Keeper(database) as keeper:
+        for no, key in enumerate(("21", "22"), 1):
+            keeper.send({**ghosts, "ratingKey": key, "grandparentRatingKey": key, "grandparentGuid": f"plex://show/{key}"})
+            assert [each["id"] for each in json.loads(tracker(database, "conflicts", "-json"))] == [no]
+            for _ in range(2):                                                                     # a second click
+                tracker(database, "resolve", no, "new")
+    assert [(row["action"], row["show_id"]) for row in rows(database)] == [("marked_watched", 3), ("marked_watched", 4)]
+    assert len(json.loads(tracker(database, "shows", "Ghosts", "-json"))) == 2
+
+
 A_YEAR_S = 365 * 86400
 
 
