@@ -3675,20 +3675,22 @@ class Tracker:
     def remap(self, no: int, show_id: int) -> int:
         """Say which show is meant (0: ignore it): its plays move along, what was ignored is done anew; -> how many."""
         # If it is ignored, plays whose entry was pruned, or that an import told, are kept as those of show 0.
-        plays = self.all("""SELECT play.id, play.season, play.episode, ifnull(e.title, ''), at, source, l.id FROM play
-            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id
-            WHERE mapping_id = ? AND play.show_id <> ?""", no, show_id)
+        # What one witness told of an episode moves at once, first those that may be undated: they match any play.
+        plays = self.all("""SELECT play.id, at, play.season, play.episode, ifnull(e.title, ''), source, l.id FROM play
+            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id WHERE
+            mapping_id = ? AND play.show_id <> ? ORDER BY 3, 4, source IN ('webhook', 'history'), 6, 7""", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), no)
         self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
             action) = (m.server, m.type, 'auto_mark_disabled') AND (subject IN ('key:' || iif(m.type = 'movie',
             rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))
             OR m.guid LIKE 'plex://%' AND m.guid = iif(m.type = 'movie', l.guid, show_guid))""", no)
-        for play_id, season, episode, title, at, source, entry_id in plays:
-            kept = not (show_id or entry_id)
-            self.write(f"{'UPDATE play SET show_id = 0' if kept else 'DELETE FROM play'} WHERE id = ?", play_id)
+        for (*place, title, source, entry_id), rows in itertools.groupby(plays, key=lambda row: row[2:]):
+            ids, told = zip(*(row[:2] for row in rows), strict=True)
+            change = "UPDATE play SET show_id = 0" if not (show_id or entry_id) else "DELETE FROM play"
+            self.connection.executemany(f"{change} WHERE id = ?", ((each,) for each in ids))
             if show_id:
-                self.add_plays(show_id, (season, episode, title, (at,)), source, no, entry_id)
+                self.add_plays(show_id, (*place, title, told), source, no, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
                        *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), entry_id)
         return len(plays)

@@ -6217,13 +6217,14 @@ def test_what_no_row_of_the_journal_can_bring_back_outlives_that_its_show_is_ign
     with store.transaction():
         store.map(entry, sb.Match(2, "title", 1.0))
         mapping_id = store.mapping(entry)["id"]
-        store.add_plays(2, (1, 3, "Three", (1700000000,)), "library", mapping_id)
-        store.add_plays(2, (1, 3, "Three", (1600000000,)), "webhook", mapping_id, 99)         # its row was pruned
-        assert store.remap(mapping_id, 0) == 2 and store.remap(mapping_id, 0) == 0
+        store.add_plays(2, (1, 3, "Three", (1700000000, None)), "library", mapping_id)
+        store.add_plays(2, (1, 3, "Three", (1600000000,)), "history", mapping_id, 99)         # its row was pruned
+        assert store.remap(mapping_id, 0) == 3 and store.remap(mapping_id, 0) == 0
         assert store.episode(2, 1, 3)["plays"] == 0
-        assert store.remap(mapping_id, 1) == 2
-        assert [(row[2], row[3]) for row in sb.plays_of(store, 1) if row[:2] == (1, 3)] == [("", (1600000000, 1700000000))]
-        assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 2)
+        for show_id in (1, 2, 1):
+            assert store.remap(mapping_id, show_id) == 3
+            assert [row[3] for row in sb.plays_of(store, show_id) if row[:2] == (1, 3)] == [(1600000000, 1700000000, None)]
+        assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 3)
         assert store.one("SELECT count(*) FROM play WHERE mapping_id NOT NULL")[0] == 0
 
 
