@@ -3687,8 +3687,8 @@ class Tracker:
         # If it is ignored, plays whose entry was pruned, or that an import told, are kept as those of show 0.
         # What one witness told of an episode moves at once, first those that may be undated: they match any play.
         plays = self.all("""SELECT play.id, at, play.season, play.episode, ifnull(e.title, ''), source, l.id FROM play
-            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id
-            WHERE mapping_id = ? AND play.show_id <> ? ORDER BY 3, 4, source NOT IN ('library', 'import'), 6, 7""", no, show_id)
+            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id WHERE
+            mapping_id = ? AND play.show_id <> ? ORDER BY 3, 4, source IN ('webhook', 'history'), 6, 7""", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), no)
         self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
