@@ -3282,10 +3282,9 @@ MIGRATIONS = {1: (
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
         SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
     "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
-# How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
-# are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
-# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month; one
-# that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
+# How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries read
+# at once.  A webhook may wait so twice, and is answered in 5 s.  After a fault the file is opened again each REOPEN_S.
+# No clock drifts by CLOCK_JUMP_S in a month; one CLOCK_WRONG_S from the server's is wrong: a Pi boots without the time.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
 SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"      # None: all of them
 # Whether a mapping's key is its show's still.  If guid (or without one, title) differs, the library was built anew.
@@ -3342,10 +3341,9 @@ class Tracker:
         connection = self.connection = self.sqlite3.connect(path, uri=True, isolation_level=None, timeout=DATABASE_S,
                                                             check_same_thread=False)
         connection.row_factory = self.sqlite3.Row
-        connection.create_function("similarity", 2, similarity)
-        connection.create_function("has_words", 2, has_words)
-        connection.create_function("named", 2, named)
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
+        for function in (similarity, has_words, named):
+            connection.create_function(function.__name__, 2, function)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
         ours, version, tables = (connection.execute(query).fetchone()[0] for query in (
@@ -3774,8 +3772,7 @@ class Journal:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
         at, viewed_at = self.tracker.now(), webhook.scrobble.viewed_at if webhook.scrobble else 0
         entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
-        result: list[TrackerError | None] = []
-        outcome = first_outcome(webhook, entry, self.accounts)
+        outcome, result = first_outcome(webhook, entry, self.accounts), list[TrackerError | None]()
         self.waiting.append((entry, outcome, result))
         with self.tracker.turn():                     # if it does not come, the entry may be committed later
             if not result:                            # else another thread has committed it meanwhile
