@@ -2699,8 +2699,7 @@ def hook(config: Config) -> int:
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
 #   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
-# Needs of Player: LibraryPage, PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of,
-#   tls_context
+# Needs of Player: PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of, tls_context
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
@@ -2755,10 +2754,6 @@ def parts(title: str) -> tuple[str, str]:
 def normal(title: str) -> str:
     """A title by which it is sought: of "The Office" and "office!", it is "office"."""
     return parts(title)[0]
-
-def has_words(title: object, words: str) -> bool:
-    """Whether a title has all these words, which are normal."""
-    return all(word in text(title).casefold() for word in words.split())
 
 class Title(NamedTuple):
     """A title, split into its parts: "The Office (US) (2005)".  Two titles are equal if their first two are."""
@@ -3341,8 +3336,10 @@ class Tracker:
         connection = self.connection = self.sqlite3.connect(path, uri=True, isolation_level=None, timeout=DATABASE_S,
                                                             check_same_thread=False)
         connection.row_factory = self.sqlite3.Row
+        connection.create_function("has_words", 2, lambda title, words: all(      # words: as of normal()
+            word in text(title).casefold() for word in words.split()))
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
-        for function in (similarity, has_words, named):
+        for function in (similarity, named):
             connection.create_function(function.__name__, 2, function)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
@@ -4160,44 +4157,37 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
     return "" if row else "episode without a number"
 
-def import_section(tracker: Tracker, pages: Iterable[LibraryPage], note: str, title: str,
-                   add: Callable[[Mapping[str, Any]], str]) -> collections.Counter[str] | None:
-    """Import the pages of a library; -> what was left out; None: its items moved meanwhile, so it must begin again."""
+def import_section(tracker: Tracker, plex: PlexServer, type: str, path: str, note: str, said: str) -> Mapping[str, int]:
+    """Import a library, anew if its items moved meanwhile; -> what was left out.  Raises PlexError."""
     # Each page is a transaction that also notes how far it came: an import that was stopped continues there.
-    left, totals = collections.Counter[str](), set[int | None]()
-    for page in pages:
-        totals.add(page.total)
-        with tracker.transaction():
-            left.update(map(add, page.items))
-            tracker.take_note(note, page.end if len(totals) == 1 else 0)
-        if len(totals) > 1:
-            return None
-        total = max(page.total or 0, page.end)
-        print(f"{title}: {page.end} of {total}", file=sys.stderr, flush=True,
-              end="\r" if sys.stderr.isatty() and page.end < total else "\n")
-    return left
+    for _ in range(MAX_IMPORTS):
+        left, totals = collections.Counter[str](), set[int | None]()
+        for page in plex.pages(path, tracker.note(note), IMPORT_S):
+            totals.add(page.total)
+            with tracker.transaction():
+                left.update(filter(None, (import_item(tracker, plex.server_id, type, each) for each in page.items)))
+                tracker.take_note(note, page.end if len(totals) == 1 else 0)
+            if len(totals) > 1:
+                break
+            total = max(page.total or 0, page.end)
+            print(f"{said}: {page.end} of {total}", file=sys.stderr, flush=True,
+                  end="\r" if sys.stderr.isatty() and page.end < total else "\n")
+        else:
+            return left
+    raise PlexError("nonsense", f"{said} change all the time; import them when no scan of it runs.")
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
     # The newest items come last, so that what is added to the library meanwhile moves no page.
-    server, left = plex.server_id, collections.Counter[str]()
-    tracker.plex = plex                               # it tells the time if our clock is wrong
+    left, server, tracker.plex = collections.Counter[str](), plex.server_id, plex    # its clock is right if ours is not
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
-            note, path = f"import {server} {key} {name}", f"/library/sections/{key}/all?{query}&sort=addedAt:asc"
-            add, said = functools.partial(import_item, tracker, server, show_type), f"{title}: {name}"
-            for _ in range(MAX_IMPORTS):
-                found = import_section(tracker, plex.pages(path, tracker.note(note), IMPORT_S), note, said, add)
-                if found is not None:
-                    break
-            else:
-                raise PlexError("nonsense", f"{said} change all the time; import them when no scan of it runs.")
-            left.update(found)
+            path, note = f"/library/sections/{key}/all?{query}&sort=addedAt:asc", f"import {server} {key} {name}"
+            left.update(import_section(tracker, plex, show_type, path, note, f"{title}: {name}"))
     for what, count in left.items():
         noun, _, which = what.partition(" ")
-        if what:
-            print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
+        print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
@@ -4543,16 +4533,15 @@ TRACKER_COMMANDS = {"import": (tracker_import, "[FILE]"), "export": (tracker_exp
     "log": (tracker_log, ""), "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
     "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_correct, "MAPPING SHOW|new|ignore|forget"),
     "conflicts": (tracker_conflicts, ""), "resolve": (tracker_correct, "ID SHOW|new|ignore")}
-READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
-    name = config.words[0] if config.words else ""
+    name, *given = config.words or ("",)
     if name not in TRACKER_COMMANDS:
         raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
-    (command, words), may_write = TRACKER_COMMANDS[name], name not in READ_ONLY
-    most = 99 if "..." in words else len(words.split())
-    if not len(words.split()) - words.count("[") <= len(config.words) - 1 <= most:
+    (command, words), may_write = TRACKER_COMMANDS[name], name in ("import", "mark", "unmark", "map", "resolve")
+    most = len(words.split())
+    if not most - words.count("[") <= len(given) <= (99 if "..." in words else most):
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
