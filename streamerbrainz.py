@@ -1519,7 +1519,14 @@ class Watcher:
     def run(self) -> None:
         """Work until SIGTERM comes; raises what another thread crashed with."""
         while True:
-            for message in self.receive():
+            self.publish(None)
+            messages: list[Message] = []
+            wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
+                messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
+            self.publish(time.monotonic())
+            for message in messages:
                 if message == signal.SIGTERM:
                     return self.publish(None)
                 if isinstance(message, BaseException):
@@ -1539,17 +1546,6 @@ class Watcher:
     def due(self) -> float:
         """When the next look is due; infinity: not before something is heard."""
         return min((p.look_at for p in self.players.values() if p.look_at is not None), default=math.inf)
-
-    def receive(self) -> list[Message]:
-        """What is in the inbox, after a wait for something to do."""
-        self.publish(None)
-        messages: list[Message] = []
-        wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
-        with contextlib.suppress(queue.Empty):
-            messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
-            messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
-        self.publish(time.monotonic())
-        return messages
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1602,8 +1598,7 @@ class Watcher:
         except PlexError as error:
             observation = Outage(error.fault, str(error))
         self.judge(observation)
-        result = observation.fault if isinstance(observation, Outage) else "ok"
-        self.status = self.status._replace(looks=counted(self.status.looks, result))
+        self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
 
     def judge(self, observation: Observation) -> int:
@@ -1894,10 +1889,9 @@ class Board:
             event: bytes | None = b": StreamerBrainz\n\n"
             while event is not None:
                 yield event
-                try:
+                event = b": alive\n\n"
+                with contextlib.suppress(queue.Empty):
                     event = stream.get(timeout=EVENT_ALIVE_S)
-                except queue.Empty:
-                    event = b": alive\n\n"
         finally:
             self.streams.remove(stream)
 
@@ -2253,9 +2247,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
-            gate, address = self.server.gate, self.client_address[0]
-            tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
-            gate.count(tokens, address, gate.a_minute, "webhooks")
+            gate, scrobble = self.server.gate, webhook.event == "media.scrobble"
+            gate.count(gate.scrobbles if scrobble else gate.tokens, self.client_address[0], gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
             return self.send(Answer(body=f"{TEST_EVENT} has arrived\n".encode()))
         self.server.keep(webhook, thumb)
@@ -5598,12 +5591,11 @@ READERS: dict[str, tuple[Any, ...]] = {
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
-    first, commands, notes = map(textwrap.dedent, str(main.__doc__).split("\n\n"))
+    first, commands, notes = map(textwrap.dedent, str(main.__doc__).rstrip().split("\n\n"))
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
     flags += [("-h, -help", "this help"), ("-version", "the version")]
-    lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
-    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, "", commands, "",
-                      "flags:", *lines, "", notes.rstrip()])
+    listed = "\n".join(["flags:", *(wrapped(words, f"  {flag:25} ") for flag, words in flags)])
+    return "\n\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", first, commands, listed, notes])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
