@@ -1707,8 +1707,7 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player.proof.in_a_row >= PROOF_MISSES:
-        degraded.append(proof_sentence(status, at))
+    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -2003,14 +2002,15 @@ class Pages:
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
 WEBHOOK_PATH = "/webhooks/plex"
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
+HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     """A token bucket: what an address has left after one webhook, and how long it must wait in s (0: it may pass)."""
     # tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
-
-HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
 
 def is_foreign(host: str, own_name: str) -> bool:
     """Whether a Host header may be a website's name."""
@@ -2023,9 +2023,6 @@ def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
-
-COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
-FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def cookie_of(secret: str) -> str:
     """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
@@ -2508,7 +2505,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn).  Scripts for librespot find its names."""
+    """What a hook finds in its environment, besides ours (see run_hook).  Scripts for librespot find its names."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -2560,15 +2557,6 @@ def hook_command(words: str) -> list[str]:
                           "not executable; give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments]
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
-    """Start a command in a process group of its own, with our environment and this one; -> its process id."""
-    # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
-    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
-    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
-    return os.posix_spawn(command[0], list(command), {**ours, **given}, file_actions=files, setpgroup=0, setsigmask=(),
-                          setsigdef=(signal.SIGPIPE,))
-
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
     """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
     output, watched, deadline = b"", [reader, exited, *stopping], time.monotonic() + HOOK_S
@@ -2584,12 +2572,17 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
     return HOOK_GRACE_S, output
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
-    """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
+    """Run a command, in its own process group; -> its exit status, and its output's beginning.  Raises OSError."""
     # The status: 128 + the signal that ended it; None: we ended its process group, after HOOK_S or for `stopping`.
+    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
+    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     reader, writer = os.pipe()
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, writer, n) for n in (1, 2))]
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
-            pid = spawn(command, environment, writer)
+            # It is quick, and unblocks the signals that our threads block, which a child inherits.
+            pid = os.posix_spawn(command[0], list(command), ours | given, file_actions=files, setpgroup=0,
+                                 setsigmask=(), setsigdef=(signal.SIGPIPE,))
         with open(os.pidfd_open(pid), "rb", buffering=0) as exited:
             grace_s, output = read_output(reader, exited.fileno(), stopping)
             for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
