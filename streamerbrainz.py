@@ -2580,7 +2580,7 @@ def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: 
     files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, writer, n) for n in (1, 2))]
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
-            # It is quick, and unblocks the signals that our threads block, which a child inherits.
+            # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.
             pid = os.posix_spawn(command[0], list(command), ours | given, file_actions=files, setpgroup=0,
                                  setsigmask=(), setsigdef=(signal.SIGPIPE,))
         with open(os.pidfd_open(pid), "rb", buffering=0) as exited:
