@@ -1519,7 +1519,14 @@ class Watcher:
     def run(self) -> None:
         """Work until SIGTERM comes; raises what another thread crashed with."""
         while True:
-            for message in self.receive():
+            self.publish(None)
+            messages: list[Message] = []
+            wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
+                messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
+            self.publish(time.monotonic())
+            for message in messages:
                 if message == signal.SIGTERM:
                     return self.publish(None)
                 if isinstance(message, BaseException):
@@ -1539,17 +1546,6 @@ class Watcher:
     def due(self) -> float:
         """When the next look is due; infinity: not before something is heard."""
         return min((p.look_at for p in self.players.values() if p.look_at is not None), default=math.inf)
-
-    def receive(self) -> list[Message]:
-        """What is in the inbox, after a wait for something to do."""
-        self.publish(None)
-        messages: list[Message] = []
-        wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
-        with contextlib.suppress(queue.Empty):
-            messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
-            messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
-        self.publish(time.monotonic())
-        return messages
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1602,8 +1598,7 @@ class Watcher:
         except PlexError as error:
             observation = Outage(error.fault, str(error))
         self.judge(observation)
-        result = observation.fault if isinstance(observation, Outage) else "ok"
-        self.status = self.status._replace(looks=counted(self.status.looks, result))
+        self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
 
     def judge(self, observation: Observation) -> int:
@@ -1712,8 +1707,7 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player.proof.in_a_row >= PROOF_MISSES:
-        degraded.append(proof_sentence(status, at))
+    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -1894,10 +1888,9 @@ class Board:
             event: bytes | None = b": StreamerBrainz\n\n"
             while event is not None:
                 yield event
-                try:
+                event = b": alive\n\n"
+                with contextlib.suppress(queue.Empty):
                     event = stream.get(timeout=EVENT_ALIVE_S)
-                except queue.Empty:
-                    event = b": alive\n\n"
         finally:
             self.streams.remove(stream)
 
@@ -2009,14 +2002,15 @@ class Pages:
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
 WEBHOOK_PATH = "/webhooks/plex"
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
+HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     """A token bucket: what an address has left after one webhook, and how long it must wait in s (0: it may pass)."""
     # tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
-
-HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
 
 def is_foreign(host: str, own_name: str) -> bool:
     """Whether a Host header may be a website's name."""
@@ -2029,9 +2023,6 @@ def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
-
-COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
-FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def cookie_of(secret: str) -> str:
     """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
@@ -2253,9 +2244,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
-            gate, address = self.server.gate, self.client_address[0]
-            tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
-            gate.count(tokens, address, gate.a_minute, "webhooks")
+            gate, scrobble = self.server.gate, webhook.event == "media.scrobble"
+            gate.count(gate.scrobbles if scrobble else gate.tokens, self.client_address[0], gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
             return self.send(Answer(body=f"{TEST_EVENT} has arrived\n".encode()))
         self.server.keep(webhook, thumb)
@@ -2515,7 +2505,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn).  Scripts for librespot find its names."""
+    """What a hook finds in its environment, besides ours (see run_hook).  Scripts for librespot find its names."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -2567,15 +2557,6 @@ def hook_command(words: str) -> list[str]:
                           "not executable; give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments]
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
-    """Start a command in a process group of its own, with our environment and this one; -> its process id."""
-    # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
-    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
-    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
-    return os.posix_spawn(command[0], list(command), {**ours, **given}, file_actions=files, setpgroup=0, setsigmask=(),
-                          setsigdef=(signal.SIGPIPE,))
-
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
     """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
     output, watched, deadline = b"", [reader, exited, *stopping], time.monotonic() + HOOK_S
@@ -2591,12 +2572,17 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
     return HOOK_GRACE_S, output
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
-    """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
+    """Run a command, in its own process group; -> its exit status, and its output's beginning.  Raises OSError."""
     # The status: 128 + the signal that ended it; None: we ended its process group, after HOOK_S or for `stopping`.
+    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
+    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     reader, writer = os.pipe()
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, writer, n) for n in (1, 2))]
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
-            pid = spawn(command, environment, writer)
+            # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.
+            pid = os.posix_spawn(command[0], list(command), ours | given, file_actions=files, setpgroup=0,
+                                 setsigmask=(), setsigdef=(signal.SIGPIPE,))
         with open(os.pidfd_open(pid), "rb", buffering=0) as exited:
             grace_s, output = read_output(reader, exited.fileno(), stopping)
             for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
@@ -5584,12 +5570,11 @@ READERS: dict[str, tuple[Any, ...]] = {
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
-    first, commands, notes = map(textwrap.dedent, str(main.__doc__).split("\n\n"))
+    first, commands, notes = map(textwrap.dedent, str(main.__doc__).rstrip().split("\n\n"))
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
     flags += [("-h, -help", "this help"), ("-version", "the version")]
-    lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
-    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, "", commands, "",
-                      "flags:", *lines, "", notes.rstrip()])
+    listed = "\n".join(["flags:", *(wrapped(words, f"  {flag:25} ") for flag, words in flags)])
+    return "\n\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", first, commands, listed, notes])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
