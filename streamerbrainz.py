@@ -2726,9 +2726,8 @@ def parse_ids(guids: Iterable[str]) -> Ids:
 # Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
 # trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
 SPELT = {0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
-         **dict.fromkeys(map(ord, "&+"), " and "),
-         **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""),
-         **{code: f" {chr(code)}" for code in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
+         **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""), 0x26: " and ",
+         0x2b: " and ", **{n: f" {chr(n)}" for n in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
 
 def parts(title: str) -> tuple[str, str]:
     """A title without case, accents, punctuation and leading article; and that article."""
@@ -3646,8 +3645,7 @@ class Tracker:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
         # The view `watched` would count all plays there are (60 ms of 100,000), while webhooks wait.
         return self.one("""SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
-            e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?, ?, ?)""", show_id, season,
-                        episode)
+            e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?,?,?)""", show_id, season, episode)
 
     # -- what a person corrects
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:
@@ -4005,7 +4003,7 @@ class Worker:
         if not self.plex:
             return True
         try:
-            server, accounts = self.plex.server_id, self.accounts()
+            server, accounts = self.plex.server_id, self.accounts(self.plex)
             since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
             if until < BUILT:                         # the server does not know what time it is either
                 return False
@@ -4057,16 +4055,15 @@ class Worker:
         return mark.type in (EPISODE, MOVIE) and not missing_word(mark) and not number(fields.get("viewOffset")) and \
             count > (known["plays"] if known else 0) and not self.tracker.knows_play(mark)
 
-    def accounts(self) -> set[str] | None:
+    def accounts(self, plex: PlexServer) -> set[str] | None:
         """The ids of -accounts in the server's history; None: all count.  Raises PlexError."""
         if self.config.accounts in ("", "*"):
             return None if self.config.accounts else {"1"}              # 1 is the owner
-        assert self.plex
         wanted = split_accounts(self.config.accounts)         # an id of plex.tv has the name that a webhook gave it
         names = wanted | {row[0].casefold() for each in wanted for row in self.tracker.all(
             "SELECT account FROM webhook_log WHERE account_id = ? ORDER BY id DESC LIMIT 1", each)} - {""}
         try:
-            return wanted | {text(each.get("id"), 20) for each in self.plex.items("/accounts")
+            return wanted | {text(each.get("id"), 20) for each in plex.items("/accounts")
                              if text(each.get("name")).casefold() in names}
         except PlexError as error:
             if error.fault in ("unreachable", "starting"):

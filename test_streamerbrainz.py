@@ -5409,9 +5409,9 @@ def test_accounts_are_known_to_the_history_by_their_ids(store, token_file, accou
         plex = sb.PlexServer(library.url, secret_file(token_file).first)
         worker = sb.Worker(config("-tracker-db", "x", "-accounts", accounts), store, plex)
         finish(store, Account={"id": 139, "title": "Me"})               # the owner's id at plex.tv, in a webhook
-        assert worker.accounts() == ids
+        assert worker.accounts(worker.plex) == ids
         del library.answers["/accounts"]
-        assert worker.accounts() == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
+        assert worker.accounts(worker.plex) == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
 
 
 @pytest.mark.parametrize("answer", [404, 403, 500])
