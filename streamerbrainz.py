@@ -486,8 +486,10 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
+    # The history has no year, but a day: 2021-10-07.
+    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
-                    item_guids(attributes), number(attributes.get("year")), time_of(attributes.get("lastViewedAt")))
+                    item_guids(attributes), year or None, time_of(attributes.get("lastViewedAt")))
 
 class Webhook(NamedTuple):
     """One webhook of Plex Media Server."""
@@ -899,8 +901,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
         return player, ()
     same = player.plays(item.identity)
     old_state, changed = player.state, state != player.state or (state != STOPPED and not same)
-    player = player._replace(
-        state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
+    player = player._replace(state=state, item=item, view_offset=clamp(view_offset, item), moved_at=moved_at,
         changed_at=at if changed else player.changed_at, player_title=player_title or player.player_title,
         previous=player.previous if same or not player.item else player.item.identity)
     change = state, old_state, item, player.view_offset, player.player_title, player.machine_identifier, by, reason
@@ -1545,7 +1546,14 @@ class Watcher:
     def run(self) -> None:
         """Work until SIGTERM comes; raises what another thread crashed with."""
         while True:
-            for message in self.receive():
+            self.publish(None)
+            messages: list[Message] = []
+            wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
+                messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
+            self.publish(time.monotonic())
+            for message in messages:
                 if message == signal.SIGTERM:
                     return self.publish(None)
                 if isinstance(message, BaseException):
@@ -1565,17 +1573,6 @@ class Watcher:
     def due(self) -> float:
         """When the next look is due; infinity: not before something is heard."""
         return min((p.look_at for p in self.players.values() if p.look_at is not None), default=math.inf)
-
-    def receive(self) -> list[Message]:
-        """What is in the inbox, after a wait for something to do."""
-        self.publish(None)
-        messages: list[Message] = []
-        wait_s = min(self.wake_s, max(0.0, self.due() - time.monotonic()))
-        with contextlib.suppress(queue.Empty):
-            messages.append(self.inbox.get(timeout=None if wait_s == math.inf else wait_s))
-            messages += [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
-        self.publish(time.monotonic())
-        return messages
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1628,8 +1625,7 @@ class Watcher:
         except PlexError as error:
             observation = Outage(error.fault, str(error))
         self.judge(observation)
-        result = observation.fault if isinstance(observation, Outage) else "ok"
-        self.status = self.status._replace(looks=counted(self.status.looks, result))
+        self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
 
     def judge(self, observation: Observation) -> int:
@@ -1738,8 +1734,7 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    if player.proof.in_a_row >= PROOF_MISSES:
-        degraded.append(proof_sentence(status, at))
+    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -1781,11 +1776,11 @@ def metric_lines(families: Families) -> str:
 # -- Status -> HTML (layout, status_page)
 STYLE = """
 :root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
-p, li, code { overflow-wrap: anywhere } p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
+p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
 .dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
 progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
@@ -1796,7 +1791,7 @@ fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-w
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
 fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
-fieldset [value^=unmark] { background: var(--accent); color: #000 }
+fieldset [value^=unmark] { background: var(--accent); color: #000 } button:disabled { opacity: .5 }
 """
 
 # The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.
@@ -1923,10 +1918,9 @@ class Board:
             event: bytes | None = b": StreamerBrainz\n\n"
             while event is not None:
                 yield event
-                try:
+                event = b": alive\n\n"
+                with contextlib.suppress(queue.Empty):
                     event = stream.get(timeout=EVENT_ALIVE_S)
-                except queue.Empty:
-                    event = b": alive\n\n"
         finally:
             self.streams.remove(stream)
 
@@ -2038,14 +2032,15 @@ class Pages:
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
 WEBHOOK_PATH = "/webhooks/plex"
 TEST_EVENT = "streamerbrainz.test"    # of doctor's webhook, which changes nothing
+HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
+COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
+FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     """A token bucket: what an address has left after one webhook, and how long it must wait in s (0: it may pass)."""
     # tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
     tokens = min(a_minute, tokens + since_s * a_minute / 60)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
-
-HOME_NAMES = (".local", ".lan", ".home", ".internal", ".home.arpa")      # no website has such a name
 
 def is_foreign(host: str, own_name: str) -> bool:
     """Whether a Host header may be a website's name."""
@@ -2058,9 +2053,6 @@ def given_secrets(query: str) -> list[bytes]:
     """The secrets in a URL's query.  A "+" stays a "+": `openssl rand -base64` makes such secrets."""
     pairs = (pair.partition("=") for pair in query.split("&")[:MAX_PAIRS])
     return [urllib.parse.unquote_to_bytes(value) for name, _, value in pairs if name in ("token", "secret") and value]
-
-COOKIE, COOKIE_S = "streamerbrainz", 365 * 86400      # our cookie's name, and for how long a browser keeps it
-FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of a form: ours have 20
 
 def cookie_of(secret: str) -> str:
     """What a browser keeps to prove that it was given a secret.  It does not tell the secret."""
@@ -2282,9 +2274,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
-            gate, address = self.server.gate, self.client_address[0]
-            tokens = gate.scrobbles if webhook.event == "media.scrobble" else gate.tokens
-            gate.count(tokens, address, gate.a_minute, "webhooks")
+            gate, scrobble = self.server.gate, webhook.event == "media.scrobble"
+            gate.count(gate.scrobbles if scrobble else gate.tokens, self.client_address[0], gate.a_minute, "webhooks")
         if webhook.event == TEST_EVENT:
             return self.send(Answer(body=f"{TEST_EVENT} has arrived\n".encode()))
         self.server.keep(webhook, thumb)
@@ -2535,7 +2526,7 @@ SWITCHES = ("active", "inactive")             # for an amplifier: something play
 MAX_WATCHED = 50              # events `watched` that wait: an evening's, but not all that an import finds
 
 def hook_environment(change: Change, event: str) -> dict[str, str]:
-    """What a hook finds in its environment, besides ours (see spawn).  Scripts for librespot find its names."""
+    """What a hook finds in its environment, besides ours (see run_hook).  Scripts for librespot find its names."""
     item = change.item
     return plain_environment({"PLAYER_EVENT": event, "TRACK_ID": item.guid or item.identity, "NAME": item.title,
         "ARTISTS": item.artist if item.type == TRACK else "", "ALBUM": item.parent_title, "REASON": change.reason,
@@ -2587,15 +2578,6 @@ def hook_command(words: str) -> list[str]:
                           "not executable; give its whole path, and chmod +x it.")
     return [os.path.abspath(path), *arguments]
 
-def spawn(command: Sequence[str], environment: Mapping[str, str], output: int) -> int:
-    """Start a command in a process group of its own, with our environment and this one; -> its process id."""
-    # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.  Raises OSError.
-    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
-    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
-    return os.posix_spawn(command[0], list(command), {**ours, **given}, file_actions=files, setpgroup=0, setsigmask=(),
-                          setsigdef=(signal.SIGPIPE,))
-
 def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[float, bytes]:
     """How long a command may take to end (0: it has ended), and the beginning of its output.  exited: its pidfd."""
     output, watched, deadline = b"", [reader, exited, *stopping], time.monotonic() + HOOK_S
@@ -2611,12 +2593,17 @@ def read_output(reader: int, exited: int, stopping: Sequence[int]) -> tuple[floa
     return HOOK_GRACE_S, output
 
 def run_hook(command: Sequence[str], environment: Mapping[str, str], *stopping: int) -> tuple[int | None, bytes]:
-    """Run a command; -> its exit status, and the beginning of its output.  Raises OSError if it cannot be started."""
+    """Run a command, in its own process group; -> its exit status, and its output's beginning.  Raises OSError."""
     # The status: 128 + the signal that ended it; None: we ended its process group, after HOOK_S or for `stopping`.
+    ours = {name: value for name, value in os.environb.items() if name not in NOT_FOR_HOOKS}
+    given = {name.encode(): value.encode() for name, value in environment.items()}        # UTF-8 in every locale
     reader, writer = os.pipe()
+    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), *((os.POSIX_SPAWN_DUP2, writer, n) for n in (1, 2))]
     with open(reader, "rb"):                          # each `with` is there to close its descriptor
         with open(writer, "wb"):
-            pid = spawn(command, environment, writer)
+            # posix_spawn is quick, and unblocks the signals that our threads block, which a child inherits.
+            pid = os.posix_spawn(command[0], list(command), ours | given, file_actions=files, setpgroup=0,
+                                 setsigmask=(), setsigdef=(signal.SIGPIPE,))
         with open(os.pidfd_open(pid), "rb", buffering=0) as exited:
             grace_s, output = read_output(reader, exited.fileno(), stopping)
             for signal_no in (signal.SIGTERM, signal.SIGKILL) if grace_s else ():
@@ -2719,8 +2706,7 @@ def hook(config: Config) -> int:
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
 #   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
-# Needs of Player: LibraryPage, PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of,
-#   tls_context
+# Needs of Player: PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of, tls_context
 # Needs of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
@@ -2728,7 +2714,7 @@ def hook(config: Config) -> int:
 SHOW, MAX_NUMBER, MAX_PLAYS = EPISODE, 2**31, 1000       # Show.type: the database calls a show by what is watched of it
 # Two witnesses tell of one play if their times differ by at most six hours: somebody may have paused for dinner.  What
 # one witness tells are two plays, but for what is written twice within a minute.
-SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "hand": 0}
+SAME_PLAY_S, SAME_SOURCE = 6 * 3600.0, {"import": 60, "library": 0, "history": 0, "hand": 0}
 # A database's name in a guid -> our column for its ids; and the guids in which they stand:
 # tmdb://1396, com.plexapp.agents.thetvdb://73244/1/1?lang=en, com.plexapp.agents.hama://tvdb2-81797/22/70
 DATABASES = {"tmdb": "tmdb_id", "themoviedb": "tmdb_id", "tvdb": "tvdb_id", "thetvdb": "tvdb_id", "imdb": "imdb_id"}
@@ -2761,9 +2747,8 @@ def parse_ids(guids: Iterable[str]) -> Ids:
 # Characters that Unicode's decomposition (NFKD) leaves as they are, spelt out; the okina and its look-alikes and the
 # trademark sign, left out; superscripts, subscripts and fractions, made words: the 3 of "Alien 3" may be a small one.
 SPELT = {0xd7: " x ", 0xe6: "ae", 0x153: "oe", 0xf8: "o", 0x142: "l", 0x131: "i", 0x111: "d", 0xf0: "d", 0xfe: "th",
-         **dict.fromkeys(map(ord, "&+"), " and "),
-         **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""),
-         **{code: f" {chr(code)}" for code in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
+         **dict.fromkeys((0x60, 0xb4, *range(0x2b9, 0x2c0), *range(0x2018, 0x201c), 0x2032, 0x2122), ""), 0x26: " and ",
+         0x2b: " and ", **{n: f" {chr(n)}" for n in (0xb2, 0xb3, 0xb9, *range(0xbc, 0xbf), *range(0x2070, 0x208a))}}
 
 def parts(title: str) -> tuple[str, str]:
     """A title without case, accents, punctuation and leading article; and that article."""
@@ -2775,10 +2760,6 @@ def parts(title: str) -> tuple[str, str]:
 def normal(title: str) -> str:
     """A title by which it is sought: of "The Office" and "office!", it is "office"."""
     return parts(title)[0]
-
-def has_words(title: object, words: str) -> bool:
-    """Whether a title has all these words, which are normal."""
-    return all(word in text(title).casefold() for word in words.split())
 
 class Title(NamedTuple):
     """A title, split into its parts: "The Office (US) (2005)".  Two titles are equal if their first two are."""
@@ -2903,10 +2884,11 @@ def candidate(wanted: Show, known: Show) -> Candidate | None:
         return None
     years = years_agree(wanted, title, known, known_title)
     score = min(1.0, alike + YEAR_ADDS[years])
-    words, known_words = (len({*each.normal.split()} - LEFT_OUT) for each in (title, known_title))
+    words, theirs = ([word for word in each.normal.split() if word not in LEFT_OUT] for each in (title, known_title))
     differs = years == -1 or (years != 1 and (len(countries) == 2 or title[:2] != known_title[:2] or other_episode(
         wanted.episode_title, known.episode_title))) or \
-        words != known_words or _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
+        len(words) != len(theirs) or (words != theirs and sorted(words) == sorted(theirs)) or \
+        _NUMBER.findall(title.normal) != _NUMBER.findall(known_title.normal)
     return Candidate(known, min(score, TAKEN_ABOVE), -1) if differs else Candidate(known, score, years or 0)
 
 def choose_show(wanted: Show, known: Iterable[Show]) -> Match | Conflict:
@@ -3251,14 +3233,14 @@ SCHEMA = (      # times are Unix seconds
     # A movie has one, 0x0.  unmarked_at: when a person unmarked it: library, history, import mark only what is later.
     """CREATE TABLE episode (show_id INTEGER NOT NULL REFERENCES show, season INTEGER NOT NULL, episode INTEGER NOT
         NULL, title TEXT NOT NULL, unmarked_at INTEGER, PRIMARY KEY (show_id, season, episode)) WITHOUT ROWID""",
-    # Each viewing.  at: NULL: unknown.  source: see WEBHOOK.  mapping_id: how its show was found; entry_id: its entry.
+    # Each viewing.  show_id: 0: ignored, see remap().  at: NULL: unknown.  source: see WEBHOOK.  entry_id: its entry.
     """CREATE TABLE play (id INTEGER PRIMARY KEY, show_id INTEGER NOT NULL, season INTEGER NOT NULL,
         episode INTEGER NOT NULL, at INTEGER, source TEXT NOT NULL, mapping_id INTEGER, entry_id INTEGER)""",
     "CREATE INDEX play_episode ON play (show_id, season, episode, at)", "CREATE INDEX play_show ON play (show_id, at)",
     "CREATE INDEX play_mapping ON play (mapping_id) WHERE mapping_id IS NOT NULL",
     """CREATE VIEW watched AS SELECT show_id, season, episode, min(at) AS watched_at, max(at) AS last_at,
         count(*) AS plays FROM play GROUP BY show_id, season, episode""",
-    # Which of our shows a server's show is: see mapping().  subject: as in Entry.  show_id: NULL: a person ignores it.
+    # Which of our shows a server's show is: see mapping().  subject: of Entry, or set_aside().  show_id: NULL: ignored.
     """CREATE TABLE mapping (id INTEGER PRIMARY KEY, server TEXT NOT NULL, type TEXT NOT NULL, subject TEXT NOT NULL,
         guid TEXT NOT NULL, title TEXT NOT NULL, show_id INTEGER REFERENCES show, by TEXT NOT NULL,
         confidence REAL NOT NULL, at INTEGER, UNIQUE (server, type, subject))""",
@@ -3281,7 +3263,7 @@ SCHEMA = (      # times are Unix seconds
     "CREATE INDEX webhook_log_conflict ON webhook_log (conflict_id) WHERE conflict_id IS NOT NULL",
     "CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",     # how far a reading has come
     f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows others.
+# form -> what carries a file to the next.  Form 1 kept an episode's first date and count; the journal knows more dates.
 MIGRATIONS = {1: (
     "UPDATE show SET normal = normal_title(title)", "DROP TABLE IF EXISTS trigram", "DROP TABLE IF EXISTS found",
     "DROP INDEX mapping_show", "ALTER TABLE episode RENAME TO episode_1", "ALTER TABLE mapping RENAME TO mapping_1",
@@ -3301,12 +3283,13 @@ MIGRATIONS = {1: (
         lack > 0 UNION ALL SELECT show_id, season, episode, lack - 1 FROM rest WHERE lack > 1)
         SELECT NULL, show_id, season, episode, NULL, 'import', NULL, NULL FROM rest""",
     "DROP TABLE episode_1", "DROP TABLE mapping_1", "PRAGMA user_version = 2")}
-# How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries that
-# are read or deleted at once.  A webhook may wait so twice, for its turn and for that process, and is answered within
-# 5 s.  After a fault the file is opened again, at most each REOPEN_S.  No clock drifts by CLOCK_JUMP_S in a month; one
-# that is CLOCK_WRONG_S from the server's is wrong: a Pi has none of its own until the network tells it the time.
+# How long to wait for another process that writes: its transactions take milliseconds, as does a BATCH of entries read
+# at once.  A webhook may wait so twice, and is answered in 5 s.  After a fault the file is opened again each REOPEN_S.
+# No clock drifts by CLOCK_JUMP_S in a month; one CLOCK_WRONG_S from the server's is wrong: a Pi boots without the time.
 DATABASE_S, BATCH, REOPEN_S, CLOCK_JUMP_S, CLOCK_WRONG_S = 2.0, 200, 1.0, 60, 3600
 SOME = "show_id = ? AND season = ifnull(?, season) AND episode = ifnull(?, episode)"      # None: all of them
+# Whether a mapping's key is its show's still.  If guid (or without one, title) differs, the library was built anew.
+STILL = "(guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :title OR '' IN (title, :title)))"
 DUPLICATE_S = 300.0           # two scrobbles of an item within it are one; as in the contract
 # What Python raises at values of a damaged file (sqlite3: UnicodeDecodeError even while it words its own error).
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
@@ -3359,9 +3342,11 @@ class Tracker:
         connection = self.connection = self.sqlite3.connect(path, uri=True, isolation_level=None, timeout=DATABASE_S,
                                                             check_same_thread=False)
         connection.row_factory = self.sqlite3.Row
-        connection.create_function("similarity", 2, similarity)
-        connection.create_function("has_words", 2, has_words)
+        connection.create_function("has_words", 2, lambda title, words: all(      # words: as of normal()
+            word in text(title).casefold() for word in words.split()))
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
+        for function in (similarity, named):
+            connection.create_function(function.__name__, 2, function)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
         ours, version, tables = (connection.execute(query).fetchone()[0] for query in (
@@ -3408,6 +3393,9 @@ class Tracker:
             os.rename(path + ".new", path)
         except OSError as error:
             raise ConfigError(f"{shown_path(path)} cannot be written ({why(error)}); name another file.") from error
+        except self.sqlite3.OperationalError as error:
+            os.unlink(path + ".new")
+            raise TrackerError(f"{path} cannot be made ({why(error)}); check that its disk has space.") from error
 
     def leave(self) -> None:
         """Close a connection that is no good; raises TrackerError if that would lose what was acknowledged."""
@@ -3600,11 +3588,14 @@ class Tracker:
 
     def mapping(self, entry: Entry) -> Any:
         """The row of the mapping of an entry's show: by its key, else by Plex's guid, on any server; None: none."""
-        # A key belongs to another show now if the guid differs, or without one the title: the library was built anew.
-        return self.one("""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
-            (own AND (guid = nullif(:guid, '') OR '' IN (guid, :guid) AND (title = :name OR '' IN (title, :name))) OR
-            :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC""", type=entry.type,
-            server=entry.server, subject=entry.subject, guid=entry.guid_of_show, name=entry.name)
+        return self.one(f"""SELECT *, (server, subject) = (:server, :subject) AS own FROM mapping WHERE type = :type AND
+            (own AND {STILL} OR :guid LIKE 'plex://%' AND guid = :guid) ORDER BY own DESC, by = 'person' DESC, at DESC
+            """, server=entry.server, type=entry.type, subject=entry.subject, guid=entry.guid_of_show, title=entry.name)
+
+    def set_aside(self, server: str, type: str, subject: str, guid: str, title: str) -> None:
+        """Before a mapping is made: keep that of the show whose key it was, under a subject that no entry has."""
+        self.all(f"UPDATE mapping SET subject = subject || ' ' || id WHERE (server, type, subject) = (:server, :type, "
+                 f":subject) AND {STILL} IS NOT 1", server=server, type=type, subject=subject, guid=guid, title=title)
 
     def known(self, entry: Entry, show: Show) -> Match | Conflict | None:
         """Which show an entry's show was found to be before, or is by its ids; a Conflict where these disagree."""
@@ -3627,6 +3618,7 @@ class Tracker:
 
     def map(self, entry: Entry, match: Match) -> None:
         """Remember which show an entry's show is."""
+        self.set_aside(entry.server, entry.type, entry.subject, entry.guid_of_show, entry.name)
         self.write("INSERT INTO mapping VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                    "guid = excluded.guid, title = excluded.title, show_id = excluded.show_id, by = excluded.by, "
                    "confidence = excluded.confidence, at = excluded.at", entry.server, entry.type, entry.subject,
@@ -3637,6 +3629,7 @@ class Tracker:
         show_id = self.insert("show", type=show.type, title=show.title, normal=parse_title(show.title).normal,
                               year=show.year if show.own_year else None)
         self.learn_ids(show_id, show.ids)
+        self.add_episodes(show_id, [(0, 0, "")] * (show.type == MOVIE))
         return show_id
 
     def learn_ids(self, show_id: int, ids: Ids) -> None:
@@ -3671,15 +3664,17 @@ class Tracker:
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
         """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
-        return self.one("SELECT episode.*, coalesce(plays, 0) AS plays FROM episode LEFT JOIN watched USING (show_id, "
-                        "season, episode) WHERE (show_id, season, episode) = (?, ?, ?)", show_id, season, episode)
+        # The view `watched` would count all plays there are (60 ms of 100,000), while webhooks wait.
+        return self.one("""SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
+            e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?,?,?)""", show_id, season, episode)
 
     # -- what a person corrects
     def mark(self, show_id: int, season: int | None, episode: int | None, at: int | None = None) -> int:
         """Mark what is not watched yet of a show or season; an episode at a time once more; -> how many plays."""
         some = self.all("SELECT season, episode, title FROM episode LEFT JOIN watched USING (show_id, season, episode) "
                         f"WHERE {SOME} AND (plays IS NULL OR ?)", show_id, season, episode, None not in (episode, at))
-        when = int(self.now() if at is None else at)
+        now = int(self.now())
+        when = at if at is not None else now if now > BUILT else None
         return sum(self.add_plays(show_id, (*row, (when,)), HAND) for row in some)
 
     def unmark(self, show_id: int, season: int | None, episode: int | None) -> int:
@@ -3689,17 +3684,23 @@ class Tracker:
 
     def remap(self, no: int, show_id: int) -> int:
         """Say which show is meant (0: ignore it): its plays move along, what was ignored is done anew; -> how many."""
-        plays = self.all("SELECT id, season, episode, title, at, source, entry_id FROM play JOIN episode USING "
-                         "(show_id, season, episode) WHERE mapping_id = ? AND show_id <> ?", no, show_id)
+        # If it is ignored, plays whose entry was pruned, or that an import told, are kept as those of show 0.
+        # What one witness told of an episode moves at once, first those that may be undated: they match any play.
+        plays = self.all("""SELECT play.id, at, play.season, play.episode, ifnull(e.title, ''), source, l.id FROM play
+            LEFT JOIN episode e USING (show_id, season, episode) LEFT JOIN webhook_log l ON l.id = entry_id WHERE
+            mapping_id = ? AND play.show_id <> ? ORDER BY 3, 4, source IN ('webhook', 'history'), 6, 7""", no, show_id)
         self.write("UPDATE mapping SET show_id = ?, by = 'person', confidence = 1.0, at = ? WHERE id = ?",
                    show_id or None, int(self.now()), no)
         self.write("""UPDATE webhook_log AS l SET retry_at = 0 FROM mapping m WHERE m.id = ? AND (l.server, l.type,
-            action) = (m.server, m.type, 'auto_mark_disabled') AND subject IN ('key:' || iif(m.type = 'movie',
-            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))""", no)
-        for play_id, season, episode, title, at, source, entry_id in plays:
-            self.write("DELETE FROM play WHERE id = ?", play_id)
+            action) = (m.server, m.type, 'auto_mark_disabled') AND (subject IN ('key:' || iif(m.type = 'movie',
+            rating_key, show_key), 'guid:' || show_guid, 'title:' || iif(m.type = 'movie', l.title, show_title))
+            OR m.guid LIKE 'plex://%' AND m.guid = iif(m.type = 'movie', l.guid, show_guid))""", no)
+        for (*place, title, source, entry_id), rows in itertools.groupby(plays, key=lambda row: row[2:]):
+            ids, told = zip(*(row[:2] for row in rows), strict=True)
+            change = "UPDATE play SET show_id = 0" if not (show_id or entry_id) else "DELETE FROM play"
+            self.connection.executemany(f"{change} WHERE id = ?", ((each,) for each in ids))
             if show_id:
-                self.add_plays(show_id, (season, episode, title, (at,)), source, no, entry_id)
+                self.add_plays(show_id, (*place, title, told), source, no, entry_id)
             self.write("UPDATE webhook_log SET show_id = ?, status = ?, action = ? WHERE id = ?", show_id or None,
                        *((SUCCESS, "marked_watched") if show_id else (IGNORED, "auto_mark_disabled")), entry_id)
         return len(plays)
@@ -3717,6 +3718,7 @@ class Tracker:
 
     def resolve(self, no: int, show_id: int) -> int:
         """Close a conflict by the show that is meant (0: ignore it); -> how many plays of an earlier answer moved."""
+        self.set_aside(*self.one("SELECT server, type, subject, guid, title FROM conflict WHERE id = ?", no))
         mapping_id, = self.one("""INSERT INTO mapping SELECT NULL, server, type, subject, guid, title, NULL, 'person',
             1, NULL FROM conflict WHERE id = ? ON CONFLICT DO UPDATE SET guid = excluded.guid RETURNING id""", no)
         moved = self.remap(mapping_id, show_id)
@@ -3757,7 +3759,6 @@ def report_outcome(entry: Entry, outcome: Outcome, conflict_id: int | None = Non
     say(logging.DEBUG if said else level, "webhook", status=outcome.status, action=outcome.action, **about, **match,
         **{key: value for key, value in (("reason", outcome.reason), ("conflict", conflict_id)) if value})
 
-
 class Journal:
     """Entries that are on the disk before their webhooks are answered."""
     # The thread that comes first commits for all: a burst waits for the disk (10 to 50 ms on an SD card) a few times.
@@ -3773,8 +3774,7 @@ class Journal:
         """Commit a webhook's entry to the disk; raises TrackerError: then it must not be answered 200."""
         at, viewed_at = self.tracker.now(), webhook.scrobble.viewed_at if webhook.scrobble else 0
         entry = entry_of(webhook, viewed_at if at < BUILT < viewed_at else at)
-        result: list[TrackerError | None] = []
-        outcome = first_outcome(webhook, entry, self.accounts)
+        outcome, result = first_outcome(webhook, entry, self.accounts), list[TrackerError | None]()
         self.waiting.append((entry, outcome, result))
         with self.tracker.turn():                     # if it does not come, the entry may be committed later
             if not result:                            # else another thread has committed it meanwhile
@@ -3864,10 +3864,13 @@ class Worker:
                 pause_s, fails = TRACKER_RETRY_S, True
 
     def bound_times(self, now: float) -> None:
-        """Bring back what a clock that was ahead has put off for years."""
+        """Bring back what a clock that was ahead has put off for years, and what a person unmarked by a wrong clock."""
         with self.tracker.transaction(lasting=False):
             self.tracker.write("UPDATE webhook_log SET retry_at = ? WHERE retry_at > ?", *[now + ENTRY_RETRY_MAX_S] * 2)
-            self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+            if now > BUILT:           # else it is this clock that is wrong
+                self.tracker.take_note("history", min(self.tracker.note("history"), int(now)))
+                self.tracker.write("UPDATE episode SET unmarked_at = ? WHERE unmarked_at NOT BETWEEN ? AND ?",
+                                   int(now), BUILT, now)
 
     def drain(self, again: bool = False) -> int:
         """Finish all entries that are due (again: only those that a person's answer changes); -> how many."""
@@ -4020,9 +4023,12 @@ class Worker:
         """Put plays of the server's history, and marks, into the journal if no webhook told; -> whether it answered."""
         if not self.plex:
             return True
-        since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
         try:
-            server, accounts = self.plex.server_id, self.accounts()
+            server, accounts = self.plex.server_id, self.accounts(self.plex)
+            since, until = self.tracker.note("history"), int(self.tracker.now() - HISTORY_REST_S)
+            if until < BUILT:                         # the server does not know what time it is either
+                return False
+            since = since if since >= BUILT else until        # the file was made by a clock that was wrong
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
                 read = [time_of(fields.get("viewedAt")) for fields in page.items]
                 with self.tracker.transaction(lasting=False):         # with its entries, how far the history was read
@@ -4070,16 +4076,15 @@ class Worker:
         return mark.type in (EPISODE, MOVIE) and not missing_word(mark) and not number(fields.get("viewOffset")) and \
             count > (known["plays"] if known else 0) and not self.tracker.knows_play(mark)
 
-    def accounts(self) -> set[str] | None:
+    def accounts(self, plex: PlexServer) -> set[str] | None:
         """The ids of -accounts in the server's history; None: all count.  Raises PlexError."""
         if self.config.accounts in ("", "*"):
             return None if self.config.accounts else {"1"}              # 1 is the owner
-        assert self.plex
         wanted = split_accounts(self.config.accounts)         # an id of plex.tv has the name that a webhook gave it
         names = wanted | {row[0].casefold() for each in wanted for row in self.tracker.all(
             "SELECT account FROM webhook_log WHERE account_id = ? ORDER BY id DESC LIMIT 1", each)} - {""}
         try:
-            return wanted | {text(each.get("id"), 20) for each in self.plex.items("/accounts")
+            return wanted | {text(each.get("id"), 20) for each in plex.items("/accounts")
                              if text(each.get("name")).casefold() in names}
         except PlexError as error:
             if error.fault in ("unreachable", "starting"):
@@ -4088,12 +4093,14 @@ class Worker:
 
     def prune(self) -> None:
         """Delete old entries that are finished; failed ones stay.  In short transactions: answers wait for them."""
+        # The last one stays, too: a new entry would get its id, by which a play of long ago names its own (entry_id).
         before = self.tracker.now() - self.config.tracker_log_days * 86400
         deleted = BATCH if self.config.tracker_log_days else 0
         while deleted == BATCH:
             with self.tracker.transaction(lasting=False):
                 deleted = self.tracker.write("""DELETE FROM webhook_log WHERE id IN (SELECT id FROM webhook_log WHERE
-                    received_at < ? AND status <> 'failed' AND retry_at IS NULL LIMIT ?)""", before, BATCH).rowcount
+                    received_at < ? AND status <> 'failed' AND retry_at IS NULL AND
+                    id < (SELECT max(id) FROM webhook_log) LIMIT ?)""", before, BATCH).rowcount
 
 # -- Commands: import
 KINDS = {SHOW: "show", MOVIE: "movie"}        # a type in the database -> what a person calls it
@@ -4106,19 +4113,21 @@ SHOW_KEYS = {"title": str, "year": int, "tmdb_id": int, "tvdb_id": int, "imdb_id
 PLAY_KEYS = {"watched": list, "watched_at": str, "plays": int}        # the last two: of earlier versions
 EPISODE_KEYS = {"season": int, "episode": int, "title": str, **PLAY_KEYS}
 SERVER_KEYS = {"server": str, "type": str, "key": str, "guid": str, "title": str}
-MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str}}
+MORE_KEYS = {"mappings": SERVER_KEYS | {"by": str, "show": int}, "conflicts": SERVER_KEYS | SHOW_KEYS | {"kind": str},
+             "unmarked": {"show": int, "season": int, "episode": int, "at": str}}
 
-def same_show(tracker: Tracker, show: Show) -> int:
-    """The id of a show of the same title and year; 0: none."""
+def same_show(tracker: Tracker, show: Show, others: Iterable[int] = ()) -> int:
+    """The id of a show of the same title and year; 0: none.  others: ids that a person says are not it."""
     # Unlike for a webhook, a similar title is not enough: an import that mixes up two shows does so for good.
     title = parse_title(show.title)
-    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if (
-        known.year, parse_title(known.title)) == (show.year, title) and not known.ids.contradicts(show.ids)), 0)
+    return next((known.id for known in tracker.shows("normal = ? AND type = ?", title.normal, show.type) if
+                 (known.year, parse_title(known.title)) == (show.year, title) and known.id not in others and
+                 not known.ids.contradicts(show.ids)), 0)
 
-def upsert_show(tracker: Tracker, show: Show) -> int:
-    """The id of a show in the tracker, added if it is missing; within a transaction."""
+def upsert_show(tracker: Tracker, show: Show, others: Iterable[int] = ()) -> int:
+    """The id of a show in the tracker, added if it is missing; within a transaction.  others: as in same_show()."""
     found = tracker.match_ids(show)
-    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show) or tracker.add_show(show)
+    show_id = found.show_id if isinstance(found, Match) else same_show(tracker, show, others) or tracker.add_show(show)
     tracker.learn_ids(show_id, show.ids)
     return show_id
 
@@ -4148,47 +4157,41 @@ def import_item(tracker: Tracker, server: str, type: str, fields: Mapping[str, A
         tracker.map(entry, match._replace(by=tracker.mapping(entry)["by"]) if match.by == "mapping" else match)
     if type == SHOW or match is None:
         return "" if type else "episode without a certain show"
-    if (row := episode_row(fields, time.time())) and match.show_id:
+    if (row := episode_row(fields, tracker.now())) and match.show_id:
         tracker.add_plays(match.show_id, row, LIBRARY, tracker.mapping(entry)["id"])
     return "" if row else "episode without a number"
 
-def import_section(tracker: Tracker, pages: Iterable[LibraryPage], note: str, title: str,
-                   add: Callable[[Mapping[str, Any]], str]) -> collections.Counter[str] | None:
-    """Import the pages of a library; -> what was left out; None: its items moved meanwhile, so it must begin again."""
+def import_section(tracker: Tracker, plex: PlexServer, type: str, path: str, note: str, said: str) -> Mapping[str, int]:
+    """Import a library, anew if its items moved meanwhile; -> what was left out.  Raises PlexError."""
     # Each page is a transaction that also notes how far it came: an import that was stopped continues there.
-    left, totals = collections.Counter[str](), set[int | None]()
-    for page in pages:
-        totals.add(page.total)
-        with tracker.transaction():
-            left.update(map(add, page.items))
-            tracker.take_note(note, page.end if len(totals) == 1 else 0)
-        if len(totals) > 1:
-            return None
-        total = max(page.total or 0, page.end)
-        print(f"{title}: {page.end} of {total}", file=sys.stderr, flush=True,
-              end="\r" if sys.stderr.isatty() and page.end < total else "\n")
-    return left
+    for _ in range(MAX_IMPORTS):
+        left, totals = collections.Counter[str](), set[int | None]()
+        for page in plex.pages(path, tracker.note(note), IMPORT_S):
+            totals.add(page.total)
+            with tracker.transaction():
+                left.update(filter(None, (import_item(tracker, plex.server_id, type, each) for each in page.items)))
+                tracker.take_note(note, page.end if len(totals) == 1 else 0)
+            if len(totals) > 1:
+                break
+            total = max(page.total or 0, page.end)
+            print(f"{said}: {page.end} of {total}", file=sys.stderr, flush=True,
+                  end="\r" if sys.stderr.isatty() and page.end < total else "\n")
+        else:
+            return left
+    raise PlexError("nonsense", f"{said} change all the time; import them when no scan of it runs.")
 
 def import_library(tracker: Tracker, plex: PlexServer) -> None:
     """Import a server's libraries of movies and of shows; raises PlexError, TrackerError."""
     # The newest items come last, so that what is added to the library meanwhile moves no page.
-    server, left = plex.server_id, collections.Counter[str]()
+    left, server, tracker.plex = collections.Counter[str](), plex.server_id, plex    # its clock is right if ours is not
     for fields in plex.items("/library/sections"):
         key, title = urllib.parse.quote(text(fields.get("key")), ""), text(fields.get("title"))
         for name, show_type, query in LIBRARIES.get(text(fields.get("type")), ()):
-            note, path = f"import {server} {key} {name}", f"/library/sections/{key}/all?{query}&sort=addedAt:asc"
-            add, said = functools.partial(import_item, tracker, server, show_type), f"{title}: {name}"
-            for _ in range(MAX_IMPORTS):
-                found = import_section(tracker, plex.pages(path, tracker.note(note), IMPORT_S), note, said, add)
-                if found is not None:
-                    break
-            else:
-                raise PlexError("nonsense", f"{said} change all the time; import them when no scan of it runs.")
-            left.update(found)
+            path, note = f"/library/sections/{key}/all?{query}&sort=addedAt:asc", f"import {server} {key} {name}"
+            left.update(import_section(tracker, plex, show_type, path, note, f"{title}: {name}"))
     for what, count in left.items():
         noun, _, which = what.partition(" ")
-        if what:
-            print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
+        print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
 
@@ -4278,8 +4281,8 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     catch_up(tracker, Worker(config, tracker, plex))
     shows, movies = (tracker.one("SELECT count(*) FROM show WHERE type = ?", each)[0] for each in (SHOW, MOVIE))
     episodes = tracker.one("SELECT count(*) FROM episode")[0] - movies
-    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}],
-                      f"The tracker now has {shows} shows, {episodes} episodes and {movies} movies.")
+    return print_rows(config, [{"shows": shows, "episodes": episodes, "movies": movies}], "The tracker now has "
+                      f"{plural(shows, 'show')}, {plural(episodes, 'episode')} and {plural(movies, 'movie')}.")
 
 # -- Commands: export, shows, show, log, conflicts, resolve
 # What commands print and pages show, of titles with :words; :most (-1: all) from :skip on.  CHOICES: the answers that a
@@ -4318,15 +4321,25 @@ def show_fields(tracker: Tracker, show: Show) -> dict[str, Any]:
     return {"title": show.title, "year": show.year, **show.ids._asdict(), **more}
 
 def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> None:
-    """Bring the mappings and open conflicts of a file in the JSON form; raises ConfigError.  ids: of its shows."""
-    # What is mapped or asked already stays as it is.
+    """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
+    # What is mapped or asked already stays as it is.  The database calls a show otherwise.
+    known = {"show": (SHOW, range(shows := len(whole.get("shows") or ()))), "movie": (MOVIE, range(shows, len(ids)))}
     for name, keys in MORE_KEYS.items():
         for i, value in enumerate(whole.get(name) or ()):
-            fields, now = checked(value, f"{name}[{i}]", keys), int(time.time())
+            fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            place[1] = SHOW if place[1] == "show" else place[1]       # the database calls it otherwise
-            if which is not None and which >= len(ids):
-                raise ConfigError(f"tracker import: {name}[{i}].show is not in the file.")
+            if name == "unmarked":
+                if which is None or which >= len(ids):
+                    raise ConfigError(f"tracker import: {where}.show is not in the file.")
+                season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
+                tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
+                              *told, ids[which], season, episode)
+                continue
+            if place[1] not in known:
+                raise ConfigError(f"tracker import: {where}.type is neither show nor movie.")
+            if which is not None and which not in known[place[1]][1]:
+                raise ConfigError(f"tracker import: {where}.show is not a {place[1]} in the file.")
+            place[1] = known[place[1]][0]
             row = [now, text(fields.get("kind")), *place, *map(fields.get, ("year", *CONFIDENCE)), "[]", None]
             if name == "mappings":
                 row = [*place, None if which is None else ids[which], text(fields.get("by")) or IMPORT, 1.0, now]
@@ -4340,10 +4353,12 @@ def tracker_export(config: Config, tracker: Tracker) -> int:
         print("[", ",\n ".join(map(json.dumps, entries)), "]", sep="")
         return 0
     places = {show.id: i for i, show in enumerate(itertools.chain(*kinds.values()))}
-    more: dict[str, list[dict[str, object]]] = {"mappings": [], "conflicts": []}
-    for (name, keys), table in zip(MORE_KEYS.items(), ("mapping", "open_conflict"), strict=True):
-        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY id")):
-            row |= {"key": row["subject"], "show": places.get(row.get("show_id", 0)), "type": KINDS[row["type"]]}
+    more: dict[str, list[dict[str, object]]] = {name: [] for name in MORE_KEYS}
+    tables = ("mapping", "open_conflict", "episode WHERE unmarked_at NOT NULL")
+    for (name, keys), table in zip(MORE_KEYS.items(), tables, strict=True):
+        for row in map(dict, tracker.all(f"SELECT * FROM {table} ORDER BY 1, 2, 3")):
+            row |= {"key": row.get("subject"), "show": places.get(row.get("show_id", 0)),
+                    "type": KINDS.get(row.get("type", "")), "at": iso_time(row.get("unmarked_at"))}
             more[name].append({key: row[key] for key in keys})
     shows, movies = ((show_fields(tracker, show) for show in each) for each in kinds.values())
     for i, (name, rows) in enumerate({"shows": shows, "movies": movies, **more}.items()):
@@ -4369,8 +4384,9 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
 
 def show_of(tracker: Tracker, words: str) -> Show:
     """The show or movie with the id, or the words of its title, that a person typed; raises ConfigError."""
-    found = tracker.shows("id = ?", number(words) or 0) or tracker.shows(
-        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", normal(text(words)))
+    sought = normal(text(words))
+    found = tracker.shows("id = ?", number(words) or 0) or (tracker.shows(
+        "has_words(normal || ' ' || title, ?) ORDER BY normal LIMIT 9", sought) if sought else [])
     if len(found) != 1:
         some = ", ".join(f"{show.id} {printable(named(show.title, show.year))}" for show in found)
         raise ConfigError(f"which one: {some}? Give its id." if found else
@@ -4379,14 +4395,19 @@ def show_of(tracker: Tracker, words: str) -> Show:
 
 def episodes_of(word: str) -> tuple[int | None, int | None]:
     """The season and episode of a word such as S01E02 or S01; None: all.  Raises ConfigError."""
-    if not (found := re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)):
+    found = re.fullmatch(r"(?:[sS](\d{1,10})(?:[eE](\d{1,10}))?)?", word, re.ASCII)
+    if not found or any(int(each) > MAX_NUMBER for each in found.groups("0")):      # no import would read it back
         raise ConfigError(f"{word} is no episode or season; write it as S01E02 or S01.")
     return number(found[1]), number(found[2])
 
 def tracker_mark(config: Config, tracker: Tracker) -> int:
     """Mark what was watched, or take it back: a show, a season or an episode; a movie."""
     name, show = config.words[0], show_of(tracker, config.words[1])
-    place = season, episode = episodes_of("".join(config.words[2:]))
+    if config.at is not None and (name == "unmark" or config.at > tracker.now()):
+        raise ConfigError("-at: give it to `tracker mark` only, with a time that has passed.")
+    place = season, episode = episodes_of("".join(config.words[2:]) or "S00E00" * (show.type == MOVIE))
+    if show.type == MOVIE and place != (0, 0):
+        raise ConfigError(f"{named(show.title, show.year)} is a movie: it has no episodes.")
     with tracker.transaction():
         if episode is not None and not tracker.episode(show.id, season, episode):
             if name == "unmark":
@@ -4404,8 +4425,8 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     for row in rows:
         day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
-        names = printable(f"{row['title'] or row['subject']} -> {ours}")
-        lines.append(cut(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}"))
+        names = f"{cut(row['title'] or row['subject'], max(20, 41 - len(ours)))} -> {ours}"
+        lines.append(cut(printable(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}")))
         row |= {"type": KINDS[row["type"]], "at": iso_time(row["at"])}
     return print_rows(config, rows, "\n".join(lines) if rows else "No mapping matches.")
 
@@ -4424,12 +4445,14 @@ def correct(tracker: Tracker, table: str, no: int, word: str) -> tuple[int, int]
         own = tracker.one("SELECT id FROM show WHERE id = ? AND title = ? AND NOT EXISTS (SELECT 1 FROM mapping WHERE "
                           "show_id = show.id AND id <> ?)", row["show_id"], row["title"], no) if is_mapping else None
         show_id = own[0] if own and row["by"] == "person" else tracker.add_show(Show(row["type"], row["title"])) \
-            if is_mapping else upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0])
+            if is_mapping else upsert_show(tracker, tracker.shows("id = ?", no, table=table)[0],
+                                           [show_id for show_id, _ in json.loads(row["candidates"])])
     if show_id and not is_mapping:                    # the person says that these episodes exist
         tracker.add_episodes(show_id, tracker.all("SELECT season, episode, title FROM webhook_log WHERE "
                                                   "conflict_id = ? AND season NOT NULL", no))
     moved = tracker.remap(no, show_id) if is_mapping else tracker.resolve(no, show_id)
     if word == "forget":                              # what it marked is judged anew
+        tracker.write("DELETE FROM play WHERE mapping_id = ?", no)
         tracker.remap(no, 0)
         tracker.write("DELETE FROM mapping WHERE id = ?", no)
     return show_id, moved
@@ -4502,7 +4525,7 @@ def tracker_conflicts(config: Config, tracker: Tracker) -> int:
             dict(zip(("show_id", "title", "year", "score"), each, strict=True)) for each in known]})
         rows[-1].pop("resolution")
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
-        lines += [f"{row['id']}: {cut(name, 45)} ({row['kind']}, {row['waiting']} waiting)",
+        lines += [cut(f"{row['id']}: {cut(name, 45)} ({printable(row['kind'])}, {row['waiting']} waiting)"),
                   *(cut(f"{command} {show_id}   # {score:.2f} {printable(named(title, year))}")
                     for show_id, title, year, score in known), f"{command} new", f"{command} ignore"]
     lines += ["Any other show's id may be given, too; `tracker shows WORDS` finds it."] * bool(lines)
@@ -4514,16 +4537,15 @@ TRACKER_COMMANDS = {"import": (tracker_import, "[FILE]"), "export": (tracker_exp
     "log": (tracker_log, ""), "mark": (tracker_mark, "ID [S01E02|S01]"), "unmark": (tracker_mark, "ID [S01E02|S01]"),
     "mappings": (tracker_mappings, "[WORDS...]"), "map": (tracker_correct, "MAPPING SHOW|new|ignore|forget"),
     "conflicts": (tracker_conflicts, ""), "resolve": (tracker_correct, "ID SHOW|new|ignore")}
-READ_ONLY = ("export", "backup", "shows", "show", "log", "mappings", "conflicts")
 
 def tracker_command(config: Config) -> int:
     """Run one of the commands of `tracker`; returns the exit status."""
-    name = config.words[0] if config.words else ""
+    name, *given = config.words or ("",)
     if name not in TRACKER_COMMANDS:
         raise ConfigError(f"tracker: say one of {', '.join(TRACKER_COMMANDS)}; see: streamerbrainz.py -h")
-    (command, words), may_write = TRACKER_COMMANDS[name], name not in READ_ONLY
-    most = 99 if "..." in words else len(words.split())
-    if not len(words.split()) - words.count("[") <= len(config.words) - 1 <= most:
+    (command, words), may_write = TRACKER_COMMANDS[name], name in ("import", "mark", "unmark", "map", "resolve")
+    most = len(words.split())
+    if not most - words.count("[") <= len(given) <= (99 if "..." in words else most):
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
         raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
@@ -4541,15 +4563,14 @@ def tracker_command(config: Config) -> int:
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
-ASK_FIRST = """document.addEventListener("submit", event => {
-  const word = event.submitter ? event.submitter.value : "";
+ASK_FIRST = """document.addEventListener("submit", event => { const word = (event.submitter || {}).value || "";
   if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault(); });"""
 Local = Callable[[str, float], str]           # as local_time()
 
 def row_html(path: str, name: str, more: str) -> str:
     """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
     link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
-    return f"<li class=row><span>{link}</span><span class=dim>{more}</span></li>"
+    return f"<li class=row><span>{link}</span> <span class=dim>{more}</span></li>"
 
 def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
     """A form of buttons, each with its value, word and title.  may: whether this person may change something."""
@@ -4602,7 +4623,7 @@ def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bo
     lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
     for row in rows:
         to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
-        said = html.escape(row["said"]) + (local(", %Y-%m-%d", row["at"]) if row["at"] is not None else "")
+        said = html.escape(row["said"]) + (local("<br>%Y-%m-%d", row["at"]) if row["at"] is not None else "")
         if not row["open"] and len(rows) > 1:
             lines.append(row_html(to, name, said))
             continue
@@ -4628,13 +4649,14 @@ def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
     return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
 
 # path -> what makes its HTML, and the query for the rows
-CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year,
-    NULL AS at, resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' ||
-    waiting || ' waiting', 'answered: ' || ifnull((SELECT title FROM show WHERE id = resolution), resolution)) AS said
+CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year, NULL AS at,
+    resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting ||
+    ' waiting', 'answered: ' || ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
     FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
 MAPPING_CARDS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
-    title) AS title, NULL AS year, at, 0 AS open, ifnull(show, 'ignored') || printf(', by %s %.2f, %d plays', by,
-    confidence, plays) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
+    title) AS title, NULL AS year, at, 0 AS open, iif(show_id, named(show, m.year), 'ignored') ||
+    printf(', by %s %.2f, %d play%s', by, confidence, plays, iif(plays = 1, '', 's')) AS said,
+    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
 VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
     "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
     "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
@@ -6278,12 +6300,11 @@ PATHS = ("plex_token_file", "plex_ca_file", "webhook_secret_file", "tmdb_token_f
 
 def help_text() -> str:
     """The help: the commands in main's docstring, the flags in Config's."""
-    first, commands, notes = map(textwrap.dedent, str(main.__doc__).split("\n\n"))
+    first, commands, notes = map(textwrap.dedent, str(main.__doc__).rstrip().split("\n\n"))
     flags = re.findall(r"^ *(-[a-z-]+(?: [A-Z]+)?)  +(.+)$", str(Config.__doc__), re.MULTILINE)
     flags += [("-h, -help", "this help"), ("-version", "the version")]
-    lines = [wrapped(words, f"  {flag:25} ") for flag, words in flags]
-    return "\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", "", first, "", commands, "",
-                      "flags:", *lines, "", notes.rstrip()])
+    listed = "\n".join(["flags:", *(wrapped(words, f"  {flag:25} ") for flag, words in flags)])
+    return "\n\n".join(["usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]", first, commands, listed, notes])
 
 def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """The values of the flags in some words, by Config's fields, and the other words; raises ConfigError."""
@@ -6374,11 +6395,15 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
       tracker ...          the watch tracker:
         import [FILE]        all shows and movies, and what is watched
         export               the same as JSON, as import FILE reads it
+        backup FILE          a copy of the database, also while the daemon runs
         shows [WORDS]        each show, with how much of it is watched
         show ID              its seasons as grids, # watched
         log                  what became of the last webhooks
         conflicts            what needs your decision
         resolve ID SHOW|new|ignore   your decision
+        mark|unmark ID [S01E02|S01]  it was watched, or it was not
+        mappings [WORDS]     which of your shows each of the server's is
+        map MAPPING SHOW|new|ignore|forget   no, it is another
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
@@ -6398,14 +6423,19 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
             sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
         config = parse_config(words)
         set_up_log(config)
-        return COMMANDS[config.command](config)
+        status = COMMANDS[config.command](config)
+        print(end="", flush=True)                     # what cannot be written is known now
+        return status
     except (ConfigError, TrackerError, PlexError) as error:
         print(f"{'<3>' if in_journal(os.environ) else 'streamerbrainz: '}{printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:                           # streamerbrainz.py players | head
+    except OSError as error:                          # streamerbrainz.py players | head, or > FILE on a full disk
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail to flush stdout at its end
+        sys.stderr.write("streamerbrainz: the output is cut: the disk is full.\n" * (error.errno == errno.ENOSPC))
         return 1
 
 if __name__ == "__main__":

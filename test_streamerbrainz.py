@@ -569,7 +569,7 @@ def database(tmp_path):
     path = tmp_path / "tracker.db"
     file = tmp_path / "shows.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
-    assert tracker(path, "import", file) == "The tracker now has 1 shows, 3 episodes and 1 movies.\n1 play in the file: 1 new, 0 known before.\n"
+    assert tracker(path, "import", file) == "The tracker now has 1 show, 3 episodes and 1 movie.\n1 play in the file: 1 new, 0 known before.\n"
     return path
 
 
@@ -4565,7 +4565,13 @@ TITLES = [
     ("Heat", None, None, [("Heat", 1986), ("Heat", 1995)], ASK),
     ("Amélie", 2002, None, [("Amelie", 2001)], 1),
     ("Kill Bill: Vol. 2", 2004, None, [("Kill Bill: Vol. 1", 2003)], ASK),
-    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK)]
+    ("Romeo + Juliet", 1996, None, [("Romeo and Juliet", 1968)], ASK),
+    # a word twice, or the same words in another order
+    ("Sing Sing", 2024, None, [("Sing", 2023)], ASK),
+    ("Knock", 2016, None, [("Knock Knock", 2015)], ASK),
+    ("Bang Bang Kiss", 2005, None, [("Kiss Kiss Bang Bang", 2005)], ASK),
+    ("Girl Lost", 2018, None, [("Lost Girl", 2018)], ASK),
+    ("Kiss Kiss, Bang Bang", 2005, None, [("Kiss Kiss Bang Bang", 2005)], 1)]
 
 
 def test_no_title_is_taken_where_a_careful_person_would_see_a_difference():
@@ -5230,6 +5236,43 @@ def test_another_guid_of_plexs_on_the_same_server_is_another_show(store):
     assert finish(store, metadata={**PILOT, "ratingKey": "2", "year": None}, Server={"uuid": "f" * 40})[1] == "marked_watched"
 
 
+def test_a_key_that_another_show_has_now_takes_no_mark_and_no_answer_of_the_first_along(store):
+    first, other = ({**PILOT, "grandparentTitle": title, "grandparentGuid": f"plex://show/{title}", "grandparentRatingKey": "7", "year": None}
+                    for title in ("Dawn", "Dusk"))
+    with store.transaction():
+        ids = [store.add_show(sb.Show("episode", title)) for title in ("Dawn of Days", "Dusk of Days")]
+    assert finish(store, metadata=first)[1] == "conflict_created"
+    with store.transaction():
+        store.resolve(1, ids[0])
+    sb.Worker(sb.Config(), store, None).drain()
+    assert finish(store, metadata={**other, "ratingKey": "2"})[1] == "conflict_created"       # the library was built anew
+    with store.transaction():
+        assert store.resolve(2, 0) == 0
+    sb.Worker(sb.Config(), store, None).drain()
+    assert [tuple(row) for row in store.all("SELECT show_id, count(*) FROM play WHERE entry_id NOT NULL GROUP BY show_id")] == [(ids[0], 1)]
+    again = {"grandparentRatingKey": "8"}                      # both answers are known by Plex's guid, whatever the key
+    assert finish(store, metadata={**other, "ratingKey": "3", **again})[1] == "auto_mark_disabled"
+    with store.transaction():                                  # and a third show has the key of the one that is ignored
+        store.map(sb.Entry(1.0, "", SERVER, type="episode", show_key="7", show_guid="plex://show/third"), sb.Match(ids[1], "import", 1.0))
+    assert finish(store, metadata={**other, "ratingKey": "4", **again})[1] == "auto_mark_disabled"
+    assert finish(store, metadata={**first, "ratingKey": "5", "index": 2, **again})[1] == "marked_watched"
+    aside = store.one("SELECT id FROM mapping WHERE guid = 'plex://show/Dusk'")[0]             # another mind: both are done anew
+    with store.transaction():
+        store.remap(aside, ids[1])
+    assert sb.Worker(sb.Config(), store, None).drain() == 3
+    assert store.one("SELECT count(*) FROM play WHERE mapping_id = ?", aside)[0] == 3
+
+
+def test_an_episode_is_looked_up_without_a_look_at_all_plays(store):
+    with store.transaction():
+        store.connection.executemany("INSERT INTO play VALUES (NULL, 2, 0, 0, ?, 'import', NULL, NULL)", [(at,) for at in range(5000)])
+    steps = []                                                 # of SQLite's machine, in thousands
+    store.connection.set_progress_handler(lambda: steps.append(1), 1000)
+    assert store.episode(1, 1, 1)["plays"] == 0 and store.episode(2, 0, 0)["plays"] == 5000
+    steps.clear()
+    assert (store.episode(1, 1, 1)["title"], store.episode(1, 1, 99), steps) == ("Pilot", None, [])
+
+
 def mappings(path, *words):
     """Each mapping: the server's title, our show's id, and by what."""
     return [(each["title"], each["show_id"], each["by"]) for each in json.loads(tracker(path, "mappings", *words, "-json"))]
@@ -5303,7 +5346,7 @@ def test_a_library_that_is_built_anew_asks_nothing_and_what_is_ignored_stays_so(
         for each in (*shows, *leaves):                                  # other keys, a film has one of the old
             each.update({key: str(int(each[key]) + 1) for key in ("ratingKey", "grandparentRatingKey") if key in each}, title="Other " + each["title"])
         library.answers["/identity"] = {"machineIdentifier": "f" * 40}
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert tracker(path, "conflicts") == "No conflicts: nothing is waiting for you.\n" and ("Show 1001", None, "person") in mappings(path)
 
 
@@ -5314,12 +5357,12 @@ def test_two_shows_with_one_id_at_tmdb_and_two_at_tvdb_are_a_question(tmp_path, 
         for n, each in enumerate(shows):
             each["Guid"] = [{"id": "tmdb://5"}, {"id": f"tvdb://{n + 1}"}]
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 1 shows, 3 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 1 show, 3 episodes and 1 movie.\n")
         conflict, = json.loads(tracker(path, "conflicts", "-json"))
         assert (conflict["title"], [each["title"] for each in conflict["candidates"]]) == ("Show 1001", ["Show 1000"])
         tracker(path, "resolve", 1, "new")
         for _ in range(2):
-            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movies.\n")
+            assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 6 episodes and 1 movie.\n")
         assert mappings(path)[1:] == [("Heat", 2, "import"), ("Show 1001", 3, "person")]
 
 
@@ -5378,9 +5421,9 @@ def test_accounts_are_known_to_the_history_by_their_ids(store, token_file, accou
         plex = sb.PlexServer(library.url, secret_file(token_file).first)
         worker = sb.Worker(config("-tracker-db", "x", "-accounts", accounts), store, plex)
         finish(store, Account={"id": 139, "title": "Me"})               # the owner's id at plex.tv, in a webhook
-        assert worker.accounts() == ids
+        assert worker.accounts(worker.plex) == ids
         del library.answers["/accounts"]
-        assert worker.accounts() == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
+        assert worker.accounts(worker.plex) == (ids if accounts in ("", "*") else {each.strip().lower() for each in accounts.split(",")})
 
 
 @pytest.mark.parametrize("answer", [404, 403, 500])
@@ -5685,6 +5728,109 @@ def test_what_a_clock_ahead_has_put_off_for_years_is_brought_back(store, token_f
     assert store.one("SELECT retry_at FROM webhook_log")[0] == 2e9 + 3600 and store.note("history") == 2 * 10 ** 9
 
 
+@pytest.mark.parametrize("day, action", [("2021-10-07", "conflict_created"), ("2019-04-15", "recovered"), ("", "recovered"), ("soon", "recovered"), (None, "recovered")])
+def test_the_day_of_an_episode_in_the_history_tells_its_year(database, token_file, day, action):
+    gone = {"type": "episode", "ratingKey": "77", "grandparentTitle": "Ghosts", "title": "Pilot", "parentIndex": 1, "index": 1, "accountID": 1,
+            "viewedAt": int(time.time()) - 90, "originallyAvailableAt": day}                     # its show was deleted there
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        with keeper.store.transaction():
+            keeper.store.add_episodes(keeper.store.add_show(sb.Show(sb.SHOW, "Ghosts", 2019)), [(1, 1, "Who Do You Think You Are?"), (1, 2, "Gorilla War")])
+            keeper.store.take_note("history", int(time.time()) - 3600)
+        library.pages("/status/sessions/history/all", [gone])
+        assert keeper.worker.recover()
+        keeper.worker.drain()
+    assert [row["action"] for row in rows(database)] == [action]
+
+
+def test_a_new_show_is_none_of_those_that_were_offered_though_it_has_the_same_title(database):
+    ghosts = {**PILOT, "grandparentTitle": "Ghosts", "year": None}
+    with Keeper(database) as keeper:
+        for no, key in enumerate(("21", "22"), 1):
+            keeper.send({**ghosts, "ratingKey": key, "grandparentRatingKey": key, "grandparentGuid": f"plex://show/{key}"})
+            assert [each["id"] for each in json.loads(tracker(database, "conflicts", "-json"))] == [no]
+            for _ in range(2):                                                                     # a second click
+                tracker(database, "resolve", no, "new")
+    assert [(row["action"], row["show_id"]) for row in rows(database)] == [("marked_watched", 3), ("marked_watched", 4)]
+    assert len(json.loads(tracker(database, "shows", "Ghosts", "-json"))) == 2
+
+
+A_YEAR_S = 365 * 86400
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_wrong_clock_at_a_start_makes_no_old_plays_new(database, token_file, monkeypatch, off_s, is_there):
+    real, path = time.time, database.with_name("new.db")             # of which one was there before the clock was wrong
+    with Library() as library:
+        library.pages("/status/sessions/history/all", [{**PILOT, "accountID": 1, "viewedAt": sb.BUILT - A_YEAR_S}])
+        library.pages("/library/sections", [{"key": "2", "type": "show", "title": "TV"}])
+        library.pages("/library/sections/2/all", [{**PILOT, "lastViewedAt": sb.BUILT - 2 * A_YEAR_S, "viewCount": 1}])
+        library.date, answers = lambda: sb.email.utils.formatdate(real(), usegmt=True), library.answers
+        for file in database, path:
+            library.answers = answers if is_there else {}
+            monkeypatch.setattr(time, "time", lambda: real() + off_s)
+            for _ in range(2):
+                with Keeper(file, *server_flags(library, token_file)) as keeper:
+                    keeper.store.plex = keeper.worker.plex
+                    keeper.worker.bound_times(keeper.store.now())
+                    keeper.worker.recover()
+                    keeper.worker.drain()
+                library.answers = answers
+                monkeypatch.setattr(time, "time", real)
+            assert rows(file) == []
+
+
+def test_the_history_waits_until_somebody_knows_the_time(database, token_file, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(database, *server_flags(library, token_file)) as keeper:
+        keeper.store.plex, library.date = keeper.worker.plex, lambda: "Thu, 01 Jan 1970 00:00:00 GMT"
+        before = keeper.store.note("history")
+        keeper.worker.bound_times(keeper.store.now())
+        assert not keeper.worker.recover() and keeper.store.note("history") == before > sb.BUILT
+
+
+@pytest.mark.parametrize("off_s", [-50 * A_YEAR_S, 10 * A_YEAR_S])
+def test_what_was_unmarked_by_a_wrong_clock_stays_so_until_it_is_played_anew(database, monkeypatch, off_s):
+    real = time.time
+    with Keeper(database) as keeper:
+        monkeypatch.setattr(time, "time", lambda: real() + off_s)
+        with keeper.store.transaction():
+            keeper.store.unmark(1, 1, 1)
+        keeper.worker.bound_times(keeper.store.now())
+        monkeypatch.setattr(time, "time", real)
+        keeper.worker.bound_times(keeper.store.now())
+        with keeper.store.transaction():
+            assert [keeper.store.add_plays(1, (1, 1, "", (int(real()) + later_s,)), sb.LIBRARY) for later_s in (-86400, 5)] == [0, 1]
+
+
+def test_an_empty_word_is_no_show_even_where_there_is_only_one(tmp_path):
+    path, file = tmp_path / "t.db", tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD]}))
+    tracker(path, "import", file)
+    for word in "", " ":
+        assert "there is no such show" in tracker(path, "unmark", word, status=2)
+    assert plays(path)[2] == 1
+
+
+def test_what_is_marked_while_nobody_knows_the_time_has_no_date(store, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with store.transaction():
+        store.mark(1, 0, 1)
+        store.mark(1, 0, 1, 1000)
+    assert [at for at, in store.all("SELECT at FROM play WHERE season = 0 AND show_id = 1 ORDER BY id")] == [None, 1000]
+
+
+def test_an_import_by_a_wrong_clock_keeps_the_dates(tmp_path, token_file, monkeypatch):
+    real, path, at = time.time, tmp_path / "t.db", sb.BUILT - A_YEAR_S
+    monkeypatch.setattr(time, "time", lambda: 1e6)
+    with Library() as library, Keeper(path, *server_flags(library, token_file)) as keeper:
+        library.date = lambda: sb.email.utils.formatdate(real(), usegmt=True)
+        library.pages("/library/sections", [{"key": "1", "type": "movie", "title": "Films"}])
+        library.pages("/library/sections/1/all", [{"type": "movie", "ratingKey": "5", "title": "Heat", "year": 1995, "lastViewedAt": at, "viewCount": 1}])
+        sb.import_library(keeper.store, keeper.worker.plex)
+        assert keeper.store.one("SELECT at FROM play")[0] == at
+
+
 def test_a_backup_in_the_place_of_the_database_is_opened_without_the_old_ones_log(database):
     backup = database.with_name("backup")
     shutil.copy(database, backup)
@@ -5881,6 +6027,19 @@ def test_without_a_tracker_sqlite_is_not_even_imported():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20).stdout == "False\n"
 
 
+def test_what_the_history_tells_after_its_row_was_pruned_is_one_play_and_no_new_row_has_the_id_of_an_old_one(store):
+    worker = sb.Worker(config("-tracker-db", store.path), store, None)
+    told = sb.entry_of(scrobble(event="history"), float(int(time.time()) - 100 * 86400))
+    for _ in range(3):                                         # each hour: read, prune, finish
+        with store.transaction():
+            store.add_entry(told, None)
+        worker.prune()
+        worker.drain()
+    worker.prune()
+    plays_of_it = [tuple(row) for row in store.all("SELECT at, entry_id FROM play WHERE source = 'history'")]
+    assert plays_of_it == [(told.received_at, 1)] and [row["id"] for row in store.all("SELECT id FROM webhook_log")] == [3]
+
+
 def test_finished_rows_are_pruned_and_what_failed_stays(database):
     with sqlite3.connect(database) as connection:
         old = time.time() - 91 * 86400
@@ -5931,7 +6090,7 @@ def test_an_import_brings_all_and_twice_is_as_once(tmp_path, token_file, xml):
         library_of(library)
         for _ in range(2):
             said = brought(path, library, token_file)
-            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movies.\n") and "Series: episodes: 30 of 30\n" in said
+            assert said.startswith("The tracker now has 3 shows, 30 episodes and 1 movie.\n") and "Series: episodes: 30 of 30\n" in said
             exported = json.loads(tracker(path, "export"))
             assert [(show["title"], show["year"], show["tmdb_id"]) for show in exported["shows"]] == [(f"Show {n}", 2000 + n, n) for n in (1000, 1001, 1002)]
             assert exported["shows"][0]["episodes"][0] == {"season": 1, "episode": 1, "title": "Episode 1", "watched": ["2020-09-13T12:26:41Z", None]}
@@ -5968,7 +6127,7 @@ def test_an_import_that_was_ended_goes_on_where_it_was(tmp_path, token_file):
         library.answers["/library/sections/1/all"] = failing
         assert "answers 500" in brought(path, library, token_file, status=1)
         assert len(json.loads(tracker(path, "export"))["shows"]) == 4
-        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 4 shows, 1600 episodes and 1 movie.\n")
         assert [start for kind, start in asked if kind == "4"] == [str(n) for n in (*range(0, 1001, 50), *range(1000, 1600, 50))]
         brought(path, library, token_file)
         assert [start for kind, start in asked if kind == "4"][33:] == [str(n) for n in range(0, 1600, 50)]
@@ -5980,7 +6139,7 @@ def test_a_library_without_a_total_is_read_until_a_short_page(tmp_path, token_fi
         library_of(library, 2, 5, 12)                               # 120 episodes: 3 pages
         section = library.answers["/library/sections/1/all"]
         library.answers["/library/sections/1/all"] = lambda query: {"Metadata": section(query)["Metadata"]}
-        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(tmp_path / "t.db", library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
 
 
 def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, token_file):
@@ -5995,7 +6154,7 @@ def test_a_library_that_changes_while_it_is_imported_is_begun_again(tmp_path, to
                 del leaves[:5]                                      # what was the 50th is on the first page now
             return section(query)
         library.answers["/library/sections/1/all"] = changing
-        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movies.\n")
+        assert brought(path, library, token_file).startswith("The tracker now has 2 shows, 120 episodes and 1 movie.\n")
         assert asked == ["0", "50", "0", "50", "100"]
 
         def always(query):
@@ -6122,6 +6281,9 @@ def test_a_form_that_cannot_be_carried_over_stays_as_it_was(tmp_path, monkeypatc
     assert "Show (2000)" in tracker(path, "shows")
 
 
+LATER = "-at: give it to `tracker mark` only, with a time that has passed."
+
+
 def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(database, tmp_path):
     file = tmp_path / "again.json"
     file.write_text(json.dumps({"shows": [BREAKING_BAD]}))
@@ -6138,10 +6300,69 @@ def test_a_mark_by_hand_can_be_taken_back_and_stays_so_until_it_is_watched_anew(
     assert "next:" not in tracker(database, "show", 1)
     assert tracker(database, "unmark", 1) == "4 plays taken back.\n" and "next: S01E01  Pilot\n" in tracker(database, "show", "breaking", "bad")
     assert tracker(database, "mark", 2) == "1 play marked as watched.\n" and tracker(database, "show", "heat").endswith(", 1 play\n")
-    for words, said in ((["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
+    assert tracker(database, "mark", 2) == "0 plays marked as watched.\n"
+    assert tracker(database, "mark", "heat", "-at", "2021-01-02T03:04:05Z") == "1 play marked as watched.\n" and tracker(database, "show", 2).endswith(", 2 plays\n")
+    for words, said in ((["mark", 2, "S01E01"], "Heat (1995) is a movie: it has no episodes."), (["unmark", 2, "S01"], "Heat (1995) is a movie: it has no episodes."),
+                        (["mark", ""], "there is no such show; `tracker shows` prints their ids."),
+                        (["mark", 1, "S1E2147483649"], "S1E2147483649 is no episode or season; write it as S01E02 or S01."),
+                        (["mark", 1, "S1E"], "S1E is no episode or season; write it as S01E02 or S01."), (["mark", "99"], "there is no such show; `tracker shows` prints their ids."),
                         (["unmark", 1, "S09E01"], "Breaking Bad (2008) has no such episode; see `tracker show 1`."),
+                        (["mark", 2, "S01E02"], "Heat (1995) is a movie: it has no episodes."),
+                        (["mark", 1, "S01E02", "-at", "2037-01-02T03:04:05Z"], LATER), (["mark", 1, "S01E02", "-at", "2096-01-02T03:04:05Z"], LATER),
+                        (["unmark", 1, "S01E02", "-at", "2021-01-02T03:04:05Z"], LATER),
                         (["mark", 1, "-at", "noon"], "-at: give a time such as 2026-11-21T20:15:00Z (see: streamerbrainz.py -h)")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
+
+
+def test_what_was_taken_back_stays_so_in_a_file_that_is_made_of_an_export(database, tmp_path):
+    tracker(database, "unmark", 1, "S01E02")
+    tracker(database, "unmark", 2)
+    (tmp_path / "all.json").write_text(tracker(database, "export"))
+    anew, file = tmp_path / "anew.db", tmp_path / "again.json"
+    file.write_text(json.dumps({"shows": [BREAKING_BAD], "movies": [HEAT]}))
+    for _ in range(2):                                              # a second time changes nothing
+        tracker(anew, "import", tmp_path / "all.json")
+        tracker(anew, "import", file)                               # which has a play of that episode
+        assert tracker(anew, "export") == (tmp_path / "all.json").read_text() and plays(anew) == [0, 0, 0]
+    assert len(json.loads((tmp_path / "all.json").read_text())["unmarked"]) == 2
+    tracker(anew, "mark", 1, "S01E02")
+    assert plays(anew) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({}, "unmarked[0].show is not in the file."), ({"show": 1}, "unmarked[0].show is not in the file."), ({"show": None}, "unmarked[0].show is not in the file."),
+    ({"show": 0}, "unmarked[0] needs a season and an episode from 0 to 2147483648."), ({"show": 0, "season": 1, "episode": 1}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z."),
+    ({"show": 0, "season": 1, "episode": 1, "at": "noon"}, "unmarked[0] has a time unlike 2026-11-21T20:15:00Z.")])
+def test_a_mark_taken_back_that_no_file_can_mean_is_refused_with_its_place(tmp_path, wrong, sentence):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}]}], "unmarked": [wrong]}))
+    assert tracker(tmp_path / "t.db", "import", file, status=2) == f"streamerbrainz: tracker import: {sentence}\n"
+
+
+def test_a_long_title_of_the_servers_leaves_room_for_ours(database):
+    with Keeper(database) as keeper:
+        keeper.send({**PILOT, "grandparentTitle": "A title of so many words that no terminal has room for both of them", "grandparentGuid": None})
+    tracker(database, "resolve", 1, 1)
+    line, = tracker(database, "mappings").splitlines()[1:]
+    assert len(line) <= 80 and line.endswith("\u2026 -> 1 Breaking Bad (2008)")
+
+
+def test_a_full_disk_is_one_sentence_about_what_is_being_written(database, tmp_path):
+    for words in (["export"], ["shows"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, PROGRAM, "tracker", *words, "-tracker-db", database], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (1, "streamerbrainz: the output is cut: the disk is full.\n")
+    store, full = sb.Tracker(str(database)), tmp_path / "full.db"
+
+    class Full(sqlite3.Connection):
+        def __init__(self, *words, **more):
+            super().__init__(*words, **more)
+            self.execute("PRAGMA max_page_count = 1")
+    with contextlib.closing(store), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "sqlite3", types.SimpleNamespace(**{**vars(sqlite3), "connect": functools.partial(sqlite3.connect, factory=Full)}))
+        with pytest.raises(sb.TrackerError, match=re.escape(f"{full} cannot be made (database or disk is full); check that its disk has space.")):
+            store.backup(str(full))
+    assert not list(tmp_path.glob("full*"))
 
 
 def test_what_a_wrong_mapping_marked_moves_along(database):
@@ -6167,6 +6388,32 @@ def test_what_a_wrong_mapping_marked_moves_along(database):
         assert brief(rows(database)[0]) == ("success", "marked_watched", 1, 1, 3) and "  title     " in tracker(database, "mappings")     # judged anew
     for words, said in ((["map", 9, "new"], "there is no such mapping; `tracker mappings` prints their ids."), (["map", "1"], "tracker map: call it as: tracker map MAPPING SHOW|new|ignore|forget")):
         assert tracker(database, *words, status=2) == f"streamerbrainz: {said}\n"
+
+
+def test_what_no_row_of_the_journal_can_bring_back_outlives_that_its_show_is_ignored(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="episode", show_key="7", show_title="Dawn")
+    with store.transaction():
+        store.map(entry, sb.Match(2, "title", 1.0))
+        mapping_id = store.mapping(entry)["id"]
+        store.add_plays(2, (1, 3, "Three", (1700000000, None)), "library", mapping_id)
+        store.add_plays(2, (1, 3, "Three", (1600000000,)), "history", mapping_id, 99)         # its row was pruned
+        assert store.remap(mapping_id, 0) == 3 and store.remap(mapping_id, 0) == 0
+        assert store.episode(2, 1, 3)["plays"] == 0
+        for show_id in (1, 2, 1):
+            assert store.remap(mapping_id, show_id) == 3
+            assert [row[3] for row in sb.plays_of(store, show_id) if row[:2] == (1, 3)] == [(1600000000, 1700000000, None)]
+        assert sb.correct(store, "mapping", mapping_id, "forget") == (0, 3)
+        assert store.one("SELECT count(*) FROM play WHERE mapping_id NOT NULL")[0] == 0
+
+
+def test_a_movie_that_an_answer_adds_can_be_marked(store):
+    entry = sb.Entry(1.0, "import", SERVER, type="movie", rating_key="7", title="Dawn")
+    with store.transaction():
+        no, _ = store.add_conflict(entry, entry.show, sb.Conflict("no_match"))
+        show_id, _ = sb.correct(store, "conflict", no, "new")
+        assert store.mark(show_id, 0, None) == 1
+        with pytest.raises(sb.ConfigError, match="no such show"):
+            sb.correct(store, "conflict", no, " ")
 
 
 def test_a_backup_is_whole_while_the_daemon_writes_and_can_be_restored(database, tmp_path):
@@ -6211,7 +6458,7 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"shows": [{"title": "A", "yaer": 2008}]}, "shows[0] has an unknown key; known are title, year, tmdb_id, tvdb_id, imdb_id, episodes."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1, "episode": 1}, {"season": 1, "episode": 2, "seen": 1}]}]},
      "shows[0].episodes[1] has an unknown key; known are season, episode, title, watched, watched_at, plays."),
-    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts."), ({"shows": [{}]}, "shows[0] has no title."),
+    ({"films": []}, "the file has an unknown key; known are shows, movies, mappings, conflicts, unmarked."), ({"shows": [{}]}, "shows[0] has no title."),
     ({"shows": [{"title": "A", "year": "2008"}]}, "shows[0].year has the wrong type."), ([], "{} has no watch history; give Trakt's zip or its watched-history.json, Yamtrack's CSV, or JSON of `tracker export`."),
     ({"shows": [{"title": "A", "tmdb_id": True}]}, "shows[0].tmdb_id has the wrong type."), ({"movies": [7]}, "movies[0] is not an object."),
     ({"shows": [{"title": "A", "episodes": [{"season": 1}]}]}, "shows[0].episodes[0] needs a season and an episode from 0 to 2147483648."),
@@ -6219,6 +6466,10 @@ def test_what_is_exported_can_be_imported_elsewhere_and_twice(database, tmp_path
     ({"movies": [{"title": "A", "watched_at": "yesterday"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "watched_at": "2026-11-21T20:15:00"}]}, "movies[0] has a time unlike 2026-11-21T20:15:00Z."),
     ({"movies": [{"title": "A", "imdb_id": "1"}]}, "movies[0].imdb_id is not an id such as tt0903747."),
+    ({"mappings": [{"server": "s", "key": "key:1"}]}, "mappings[0].type is neither show nor movie."),
+    ({"conflicts": [{"server": "s", "key": "key:1", "type": "track"}]}, "conflicts[0].type is neither show nor movie."),
+    ({"shows": [{"title": "A"}], "movies": [{"title": "B"}], "mappings": [{"type": "show", "show": 1}]}, "mappings[0].show is not a show in the file."),
+    ({"shows": [{"title": "A"}], "mappings": [{"type": "movie", "show": 0}]}, "mappings[0].show is not a movie in the file."),
     ({"shows": [{"title": "A", "tmdb_id": 10 ** 30}]}, "shows[0].tmdb_id is out of range.")])
 def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content, sentence):
     file = tmp_path / "f.json"
@@ -6247,13 +6498,14 @@ def test_a_wrong_call_of_the_tracker_is_one_sentence_and_status_2(words, sentenc
 
 def test_what_is_looked_at_fits_80_columns_and_holds_no_control_characters(tmp_path, database):
     evil = {"shows": [{"title": "\x1b[31m" + "long " * 40 + "\u202e", "year": 2001, "episodes": [{"season": s, "episode": e} for s in (0, 1, 20) for e in range(1, 120)]},
-                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}]}
+                      {"title": "進撃の巨人" * 12, "year": 2013, "episodes": [{"season": 1, "episode": 1}]}],
+            "mappings": [{"type": "show", "key": "key:1", "by": "\x1b[31m" * 9, "show": 0}], "conflicts": [{"type": "movie", "title": "\x1b", "kind": "\x1b[31m" * 9}]}
     (tmp_path / "evil.json").write_text(json.dumps(evil))
     tracker(database, "import", tmp_path / "evil.json")
     with Keeper(database) as keeper:
         keeper.send({**PILOT, "grandparentTitle": "\x1b[32m" + "wide " * 50, "title": "\n"})
         keeper.send({**PILOT, "grandparentTitle": "巨人" * 60, "ratingKey": "2"})
-    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",)):
+    for words in (("shows",), ("show", 3), ("show", 4), ("log",), ("conflicts",), ("mappings",)):
         said = tracker(database, *words)
         assert max(map(len, said.splitlines())) <= 80, said
         assert said.replace("\n", "").isprintable(), said
@@ -6401,7 +6653,7 @@ def test_a_question_is_answered_and_again_and_a_mapping_corrected(shelf):
     shelf.post("/questions/1", "word=1")                            # another mind
     assert not shelf.watched(3) and shelf.watched() == before | {(1, 1)}
     said = shelf.get("/mappings?q=braking")[1]
-    assert "Breaking Bad, by person 1.00" in said and 'value="forget"' in said
+    assert "Breaking Bad (2008), by person 1.00, 1 play<br>" in said and 'value="forget"' in said
     assert shelf.post("/mappings/1", "word=3")[:2] == (303, "/mappings") and shelf.watched(3) == {(1, 1)}
     shelf.post("/mappings/1", "word=ignore")
     assert not shelf.watched(3) and "ignored, by person" in shelf.get("/mappings/1")[1]
@@ -6416,6 +6668,7 @@ def test_the_log_says_what_became_of_each_webhook_by_status_and_paged(shelf, mon
     shelf.keeper.send({**SONG, "title": "<i>x"}, event="media.rate")
     said = shelf.get("/log")[1]
     assert "conflict_created" in said and "event_not_scrobble" in said and "Braking &lt;b&gt;Bad S01E01" in said and "<i>x" not in said and "&lt;i&gt;x" in said
+    assert "S01E01</a></span> <span" in said                       # the date does not stick to it
     assert "event_not_scrobble" not in shelf.get("/log?status=failed")[1] and "Nothing is here." in shelf.get("/log?status=duplicate")[1]
     monkeypatch.setattr(sb, "PAGE_ROWS", 1)
     assert [shelf.get(f"/log?page={page}")[1].count("class=row") for page in (1, 2, 3, 4)] == [1, 1, 1, 0]
@@ -6456,7 +6709,7 @@ def test_nobody_without_the_secret_changes_something_nor_does_a_get(shelf, datab
     assert shelf.post(f"/watched/2?token={SECRET}", "word=unmark+S00", cookie="")[0] == 303 and not shelf.watched(2)
     with Shelf(database, tmp_path, has_secret=False) as open_to_all:
         code, said = open_to_all.get("/watched/2")
-        assert code == 200 and "<fieldset disabled>" in said and "<code>streamerbrainz.py secret</code>" in said
+        assert code == 200 and "<fieldset disabled>" in said and "button:disabled {" in said and "<code>streamerbrainz.py secret</code>" in said
         found = open_to_all.post("/watched/2", "word=mark+S00")
         assert found[0] == 403 and "streamerbrainz.py secret" in found[2] and not open_to_all.watched(2)
         assert status(exchange(open_to_all, raw("GET /watched HTTP/1.1\nHost: evil.example\n"))) == 421
@@ -8106,6 +8359,7 @@ def test_no_command_line_raises_anything_but_a_config_error(seed, tmp_path):
 def test_the_help_fits_80_columns_and_names_each_flag():
     done = start("-h")
     assert done.status == 0 and max(map(len, done.out.splitlines())) <= 80
+    assert {word.split()[0] for word in re.findall(r"^    ([a-z|]+) ", done.out, re.M) for word in word.split("|")} >= sb.TRACKER_COMMANDS.keys()
     assert set(re.findall(r"^\| `(-[a-z-]+)", (HERE / "README.md").read_text(), re.M)) == set(re.findall(r"^  (-[a-z-]+)", done.out, re.M))
 
 
