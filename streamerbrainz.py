@@ -5692,8 +5692,8 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
         return 1
 
 if __name__ == "__main__":
-    if (3, 12) <= sys.version_info < (3, 12, 3) and "-c" not in sys.orig_argv:    # outlive_main cannot help these
-        again, at = "import runpy, sys; runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name='__main__')", \
-            sys.orig_argv.index(sys.argv[0])
+    at = sys.orig_argv.index(sys.argv[0]) if sys.argv[0] in sys.orig_argv else 0
+    if (3, 12) <= sys.version_info < (3, 12, 3) and at and "-c" not in sys.orig_argv:       # see outlive_main
+        again = "import runpy, sys; runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name='__main__')"
         os.execv(sys.executable, [*sys.orig_argv[:at], "-c", again, *sys.orig_argv[at:]])
     sys.exit(main(sys.argv[1:]))
