@@ -1152,9 +1152,8 @@ def missing_sentence(in_a_row: int) -> str:
     return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
             "Without Plex Pass this is normal, and nothing is lost.")
 
-AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {
-    Webhook: after_webhook, Notification: after_notification, Stream: after_stream, Look: after_look,
-    Outage: after_outage}
+AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {Webhook: after_webhook, Outage: after_outage,
+    Notification: after_notification, Stream: after_stream, Look: after_look}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what to report, in order."""
@@ -1885,8 +1884,7 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
 <h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
 <p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
-<h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>
-{watched}""", nonce, SCRIPT, "" if tracked else None)
+<h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>{watched}""", nonce, SCRIPT, "" if tracked else None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
@@ -3663,8 +3661,7 @@ class Tracker:
         return len(more)
 
     def episode(self, show_id: int, season: int | None, episode: int | None) -> Any:
-        """The row of a show's episode, with plays, how often it was watched; None: the show does not have it."""
-        # The view `watched` would count all plays there are (60 ms of 100,000), while webhooks wait.
+        """The row of a show's episode, with its plays, counted (the view counts all there are); None: it has none."""
         return self.one("""SELECT *, (SELECT count(*) FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
             e.episode)) AS plays FROM episode e WHERE (show_id, season, episode) = (?,?,?)""", show_id, season, episode)
 
@@ -4261,7 +4258,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
     plex = server_of(config)
     if len(config.words) > 1:
         whole, (read, left) = read_whole(config.words[1])     # all of it is checked before anything is written
-        ids, told, new = list[int](), sum(len(row[3]) for _, rows in read for row in rows), 0
+        ids, n, new = list[int](), sum(len(row[3]) for _, rows in read for row in rows), 0
         with tracker.transaction():
             for i, (show, episodes) in enumerate(read, 1):
                 ids.append(upsert_show(tracker, show))
@@ -4269,8 +4266,7 @@ def tracker_import(config: Config, tracker: Tracker) -> int:
                 if sys.stderr.isatty():
                     print(f"{i} of {len(read)} titles", file=sys.stderr, end="\r" if i < len(read) else "\n")
             restore(tracker, whole, ids)
-        print(*left, f"{plural(told, 'play')} in the file: {new} new, {told - new} known before.", sep="\n",
-              file=sys.stderr)
+        print(*left, f"{plural(n, 'play')} in the file: {new} new, {n - new} known before.", sep="\n", file=sys.stderr)
     elif plex is None:
         raise ConfigError("tracker import: give -plex-server-url and -plex-token-file, or a FILE.json.")
     else:
@@ -4984,11 +4980,11 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
 def outlive_main(work: Callable[[], None]) -> None:
     """Do the daemon's work in a thread that goes on after the main thread has ended: Python waits for it."""
     # For CPython keeps the syntax tree of a script, 10 MB of this one, until its main thread ends.
-    if (3, 12) <= sys.version_info < (3, 12, 3):      # they start no thread after the main thread's end
-        return work()
+    stays = (3, 12) <= sys.version_info < (3, 12, 3)          # they start no thread after the main thread's end
     def go_on() -> None:
         try:
-            threading.main_thread().join()
+            if not stays:
+                threading.main_thread().join()
             with contextlib.suppress(ImportError, OSError, AttributeError):      # another C library lacks it
                 import ctypes  # here: the other commands do without
                 ctypes.CDLL(None).malloc_trim(0)
@@ -4997,7 +4993,7 @@ def outlive_main(work: Callable[[], None]) -> None:
         except BaseException:                         # a bug of ours: systemd starts the daemon again
             sys.excepthook(*sys.exc_info())
             os._exit(1)
-    return threading.Thread(target=go_on, name="watcher").start()
+    return go_on() if stays else threading.Thread(target=go_on, name="watcher").start()
 
 # -- The port: free, ours already, or another program's
 def local_url(config: Config, path: str) -> str:
@@ -6439,4 +6435,8 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
         return 1
 
 if __name__ == "__main__":
+    at = sys.orig_argv.index(sys.argv[0]) if sys.argv[0] in sys.orig_argv else 0
+    if (3, 12) <= sys.version_info < (3, 12, 3) and at and "-c" not in sys.orig_argv:       # see outlive_main
+        again = "import runpy, sys; runpy.run_path(sys.argv.pop(0) and sys.argv[0], run_name='__main__')"
+        os.execv(sys.executable, [*sys.orig_argv[:at], "-c", again, *sys.orig_argv[at:]])
     sys.exit(main(sys.argv[1:]))
