@@ -4769,7 +4769,7 @@ NO_HISTORY = "f has no watch history; give Trakt's zip or its watched-history.js
     (zipped({"history.json": [watched()]})[:-9], "f is damaged (File is not a zip file); export it again."),
     (zipped({"history.json": [watched()]}, zipfile.ZIP_BZIP2), "f is damaged (an unusual compression); export it again."),
     (zipped({"history.json": [watched()]}).replace(b"history.json", b"history\n\33son", 1), "f is damaged (File name in directory 'history.json'"),
-    (b"[" * 10**5, "f is damaged (maximum recursion depth exceeded"),
+    (b"[" * 10**5, "f is damaged (maximum recursion depth exceeded" if sys.version_info < (3, 14) else "f is damaged (Stack overflow"),
     (YAMTRACK_CSV[:-2].encode(), "f is damaged (unexpected end of data); export it again."),
     (YAMTRACK_CSV.encode() + b'"a","b"\n', "f is damaged (a row has too many or too few columns); export it again."),
     (YAMTRACK_CSV.encode() + b",,,,,,,,,,,\n", "f is damaged (a row has too many or too few columns); export it again."),
