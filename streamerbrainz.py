@@ -221,7 +221,7 @@ MAX_VALUES = 100_000
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
     if isinstance(value, str):    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?"
-        return value[:most].encode("utf-8", "replace").decode()
+        return value[:most] if value.isascii() else value[:most].encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
 def number(value: object) -> int | None:
@@ -3088,7 +3088,7 @@ def play_of(key: object, show: Show, season: object, episode: object, title: obj
     word = text(watched_at)       # a day alone: noon in Greenwich is that day nearly everywhere
     try:
         at = unix_time(f"{word}T12:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", word, re.ASCII) else word)
-    except (ValueError, OverflowError):
+    except ValueError:
         return "a time that cannot be read"
     if not show.title or len(place) < 2:
         return "no title, or no season or number"
@@ -4203,7 +4203,7 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     told += [None] * (min(fields.get("plays") or 0, MAX_PLAYS) - len(told))       # below 0: none
     try:
         plays = tuple(None if each is None else unix_time(each) for each in (*(fields.get("watched") or ()), *told))
-    except (ValueError, OverflowError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
 
