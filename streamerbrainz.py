@@ -1944,10 +1944,10 @@ def html_answer(content: str, nonce: str) -> Answer:
 class Pages:
     """What each path shows.  Its methods run in request threads, and change nothing; forms are of other chapters."""
 
-    def __init__(self, board: Board, covers: Covers, glance: Callable[[], Glance] | None, has_secret: bool,
-                 own_url: Callable[[str], str]):
-        """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
-        self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
+    def __init__(self, board: Board, covers: Covers, has_secret: bool, own_url: Callable[[str], str]):
+        """own_url: our webhooks' URL, from a request's Host header."""
+        self.board, self.covers, self.has_secret, self.own_url = board, covers, has_secret, own_url
+        self.glance: Callable[[], Glance] | None = None       # reads the tracker; None: there is none
         self.started_at = time.time()
         # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
@@ -4299,17 +4299,17 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
     """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.  The database calls a show otherwise.
     known = {"show": (SHOW, range(shows := len(whole.get("shows") or ()))), "movie": (MOVIE, range(shows, len(ids)))}
-    for name, keys in MORE_KEYS.items():
+    for i, value in enumerate(whole.get("unmarked") or ()):
+        fields = checked(value, where := f"unmarked[{i}]", MORE_KEYS["unmarked"])
+        if (which := fields.get("show")) is None or which >= len(ids):
+            raise ConfigError(f"tracker import: {where}.show is not in the file.")
+        season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
+        tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
+                      *told, ids[which], season, episode)
+    for name in ("mappings", "conflicts"):
         for i, value in enumerate(whole.get(name) or ()):
-            fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
+            fields, now = checked(value, where := f"{name}[{i}]", MORE_KEYS[name]), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            if name == "unmarked":
-                if which is None or which >= len(ids):
-                    raise ConfigError(f"tracker import: {where}.show is not in the file.")
-                season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
-                tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
-                              *told, ids[which], season, episode)
-                continue
             if place[1] not in known:
                 raise ConfigError(f"tracker import: {where}.type is neither show nor movie.")
             if which is not None and which not in known[place[1]][1]:
@@ -4920,7 +4920,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, None, bool(gate.secret), own)
+    pages = Pages(board, covers, bool(gate.secret), own)
     if config.tracker_db:
         trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
         tracker.plex = plex
