@@ -225,7 +225,7 @@ MAX_VALUES = 100_000
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
     if isinstance(value, str):    # JSON can hold half of a surrogate pair, which no output can encode: it becomes "?"
-        return value[:most].encode("utf-8", "replace").decode()
+        return value[:most] if value.isascii() else value[:most].encode("utf-8", "replace").decode()
     return str(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else ""
 
 def number(value: object) -> int | None:
@@ -1974,10 +1974,10 @@ def html_answer(content: str, nonce: str) -> Answer:
 class Pages:
     """What each path shows.  Its methods run in request threads, and change nothing; forms are of other chapters."""
 
-    def __init__(self, board: Board, covers: Covers, glance: Callable[[], Glance] | None, has_secret: bool,
-                 own_url: Callable[[str], str]):
-        """glance: reads the tracker; None: there is none.  own_url: our webhooks' URL, from a request's Host header."""
-        self.board, self.covers, self.glance, self.has_secret, self.own_url = board, covers, glance, has_secret, own_url
+    def __init__(self, board: Board, covers: Covers, has_secret: bool, own_url: Callable[[str], str]):
+        """own_url: our webhooks' URL, from a request's Host header."""
+        self.board, self.covers, self.has_secret, self.own_url = board, covers, has_secret, own_url
+        self.glance: Callable[[], Glance] | None = None       # reads the tracker; None: there is none
         self.started_at = time.time()
         # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
@@ -3109,7 +3109,7 @@ def play_of(key: object, show: Show, season: object, episode: object, title: obj
     word = text(watched_at)       # a day alone: noon in Greenwich is that day nearly everywhere
     try:
         at = unix_time(f"{word}T12:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", word, re.ASCII) else word)
-    except (ValueError, OverflowError):
+    except ValueError:
         return "a time that cannot be read"
     if not show.title or len(place) < 2:
         return "no title, or no season or number"
@@ -4224,7 +4224,7 @@ def read_episode(fields: Mapping[str, Any], place: str) -> EpisodeRow:
     told += [None] * (min(fields.get("plays") or 0, MAX_PLAYS) - len(told))       # below 0: none
     try:
         plays = tuple(None if each is None else unix_time(each) for each in (*(fields.get("watched") or ()), *told))
-    except (ValueError, OverflowError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"tracker import: {place} has a time unlike 2026-11-21T20:15:00Z.") from error
     return season, episode, text(fields.get("title")), plays[:MAX_PLAYS]
 
@@ -4320,17 +4320,17 @@ def restore(tracker: Tracker, whole: Mapping[str, Any], ids: Sequence[int]) -> N
     """Bring all but shows, movies and plays of a file in the JSON form; raises ConfigError.  ids: of its shows."""
     # What is mapped or asked already stays as it is.  The database calls a show otherwise.
     known = {"show": (SHOW, range(shows := len(whole.get("shows") or ()))), "movie": (MOVIE, range(shows, len(ids)))}
-    for name, keys in MORE_KEYS.items():
+    for i, value in enumerate(whole.get("unmarked") or ()):
+        fields = checked(value, where := f"unmarked[{i}]", MORE_KEYS["unmarked"])
+        if (which := fields.get("show")) is None or which >= len(ids):
+            raise ConfigError(f"tracker import: {where}.show is not in the file.")
+        season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
+        tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
+                      *told, ids[which], season, episode)
+    for name in ("mappings", "conflicts"):
         for i, value in enumerate(whole.get(name) or ()):
-            fields, now = checked(value, where := f"{name}[{i}]", keys), int(time.time())
+            fields, now = checked(value, where := f"{name}[{i}]", MORE_KEYS[name]), int(time.time())
             which, place = fields.get("show"), [text(fields.get(key)) for key in SERVER_KEYS]
-            if name == "unmarked":
-                if which is None or which >= len(ids):
-                    raise ConfigError(f"tracker import: {where}.show is not in the file.")
-                season, episode, _, told = read_episode({**fields, "watched": [fields.get("at") or ""]}, where)
-                tracker.write(f"UPDATE episode SET unmarked_at = max(ifnull(unmarked_at, 0), ?) WHERE {SOME}",
-                              *told, ids[which], season, episode)
-                continue
             if place[1] not in known:
                 raise ConfigError(f"tracker import: {where}.type is neither show nor movie.")
             if which is not None and which not in known[place[1]][1]:
@@ -4942,7 +4942,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, None, bool(gate.secret), own)
+    pages = Pages(board, covers, bool(gate.secret), own)
     if config.tracker_db:
         trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
         tracker.plex = plex

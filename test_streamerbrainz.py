@@ -361,7 +361,7 @@ class Site:
         self.server = sb.Listener(host, 0)
         self.port = self.server.port
         own_url = functools.partial(sb.own_url, host, self.port, "")
-        self.pages = sb.Pages(self.board, self.covers, None, bool(self.gate.secret), own_url)
+        self.pages = sb.Pages(self.board, self.covers, bool(self.gate.secret), own_url)
         keep = functools.partial(sb.keep_webhook, self.inbox, journal, self.covers, machine_id)
         tell = functools.partial(sb.put_message, self.inbox)
         self.threads = [threading.Thread(target=self.server.serve, args=(self.gate, self.pages, keep, tell), daemon=True)]
