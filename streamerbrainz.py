@@ -656,7 +656,7 @@ def parse_container(body: bytes) -> tuple[Mapping[str, Any], list[Mapping[str, A
         return root.attrib, [each.attrib | {"Guid": [guid.attrib for guid in each.findall("Guid")]} for each in root]
     if not isinstance(container := json_object(json_value(body)).get("MediaContainer"), dict):
         raise PlexError("nonsense", f"The server's answer is neither JSON nor XML of Plex, or is cut short. {IS_PLEX}")
-    lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting"))
+    lists = (container.get(name) for name in ("Metadata", "Directory", "Video", "Account", "Setting", "Server"))
     found = next((each for each in lists if isinstance(each, list)), [])
     return container, [each for each in found if isinstance(each, dict)]
 
@@ -735,6 +735,7 @@ LIFE_S = 16.0
 # On repeat it is there again, too, if the track's length divides the wait: 10, 20 and 40 s divide 40; 41 is a prime.
 FROZEN_S, STILL_S = 41.0, 14.0
 PROOF_S, PROOF_MISSES = 10.0, 3   # between a change and its webhook; missing in a row for a warning, as one may be lost
+MAX_STRANGERS = 5             # other players that are named when ours is not seen
 MAX_EARLY, MAX_DELAYS = 20, 20        # webhooks that wait for a look to show their change; delays, for their median
 
 class Look(NamedTuple):
@@ -752,7 +753,10 @@ class Stream(NamedTuple):
     fault: str = ""               # as in PlexError; "": opened
     sentence: str = ""            # as in PlexError
 
-Observation = Webhook | Look | Outage | Notification | Stream
+class Tick(NamedTuple):
+    """Nothing but that time has passed."""
+
+Observation = Webhook | Look | Outage | Notification | Stream | Tick
 
 class Recovery(NamedTuple):
     """The server answers again."""
@@ -810,6 +814,7 @@ class Proof(NamedTuple):
     missed: int = 0
     in_a_row: int = 0             # missed since the last one that arrived
     heard_at: float = -math.inf   # when the last webhook of our player came, whatever it told
+    others: bool = False          # webhooks of other players have come since
     delays_s: tuple[float, ...] = ()      # of the last that arrived, from the change to its webhook; 0: it came first
 
 class PlayerState(NamedTuple):
@@ -844,6 +849,7 @@ class WebhooksMissing(NamedTuple):
     """Changes were seen, but the webhooks that Plex documents for them did not come; or they arrive again."""
     in_a_row: int
     over: bool = False            # they arrive again
+    others: bool = False          # those of other players arrive
 
 Report = Change | Outage | Recovery | WebhooksMissing
 Verdict = tuple[PlayerState, tuple[Report, ...]]      # the player after an observation, and what to report
@@ -1141,19 +1147,40 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     alone = [each for each in missed if each.at - PROOF_S > proof.heard_at]
     in_a_row = 0 if delays_s or ours else proof.in_a_row + len(alone)
     is_news = (in_a_row >= PROOF_MISSES) != (proof.in_a_row >= PROOF_MISSES)
-    news = (WebhooksMissing(in_a_row or proof.in_a_row, over=not in_a_row),) if is_news else ()
+    others = not ours and (proof.others or (isinstance(observation, Webhook) and bool(observation.player_uuid)))
+    news = (WebhooksMissing(in_a_row or proof.in_a_row, not in_a_row, others),) if is_news else ()
     proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
                   proof.arrived + len(delays_s), proof.missed + len(missed), in_a_row, at if ours else proof.heard_at,
-                  (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
+                  others, (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
     return player._replace(proof=proof), news
 
-def missing_sentence(in_a_row: int) -> str:
-    """What log and page say when webhooks do not arrive."""
+def proof_due(player: PlayerState) -> float:
+    """When the next change counts as one without its webhook; infinity: each has its own."""
+    return min((each.at + PROOF_S for each in player.proof.changes if each.documented), default=math.inf)
+
+def missing_sentence(in_a_row: int, others: bool) -> str:
+    """What log and page say when webhooks do not arrive.  others: those of other players do."""
+    if others:
+        return (f"webhooks of other players arrive, so the URL is right; but {in_a_row} changes of this player in a "
+                "row came without one. Nothing is lost.")
     return (f"webhooks do not arrive: {in_a_row} changes in a row came without one. "
             "Without Plex Pass this is normal, and nothing is lost.")
 
+def strangers(player: PlayerState, known: Mapping[str, str], sessions: Iterable[Session]) -> Mapping[str, str]:
+    """The titles of other players, by machine_identifier, that play while ours was never seen; none once it was."""
+    if player.item or any(each.machine_identifier == player.machine_identifier for each in sessions):
+        return {}
+    found = {each.machine_identifier: each.player_title for each in sessions if each.state == PLAYING}
+    return dict([*known.items(), *(each for each in found.items() if each[0] not in known)][:MAX_STRANGERS])
+
+def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> str:
+    """What log and page say when other players play, and ours was never seen."""
+    names = "; ".join(f"{title or 'a player'} is {key}" for key, title in others.items())
+    return (f"the player {machine_identifier} has not been seen yet, but others play: {names}. If you mean one of "
+            f"them, give its flag: -plex-machine-id {shlex.quote(next(iter(others)))}")
+
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {Webhook: after_webhook, Outage: after_outage,
-    Notification: after_notification, Stream: after_stream, Look: after_look}
+    Notification: after_notification, Stream: after_stream, Look: after_look, Tick: lambda player, *_: (player, ())}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what to report, in order."""
@@ -1183,6 +1210,8 @@ class Status(NamedTuple):
     looks: Mapping[str, int] = MappingProxyType({})                     # how many by result
     reported: Mapping[tuple[str, str], int] = MappingProxyType({})      # how many changes by (state, by)
     busy_since: float | None = None   # monotonic s; None: the main loop waits for something to do
+    has_pass: bool | None = None      # the server sends webhooks, for its owner has Plex Pass; None: it does not tell
+    strangers: Mapping[str, str] = MappingProxyType({})     # see strangers()
 
 def counted(counts: Mapping[Any, int], key: object) -> Mapping[Any, int]:
     """Counts with one more of a key."""
@@ -1366,6 +1395,7 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
 
 # -- Plex Media Server (PlexServer)
 MAX_LIBRARY_PAGE, PAGE_ITEMS = 2 * 2**20, 50      # bytes of a library's page, and its items: of 5 to 10 kB, seldom 40
+ABOUT_S = 2.0                 # for what only a line at the start needs, while the watcher waits
 MAX_ITEMS, MAX_LISTED = 2_000_000, 12_000         # of all pages; of a list in memory: a soap opera has 10,000 episodes
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
 # From a stream that broke to the next try: the first time, at most (it grows by half each time), and WITHOUT_STREAM.
@@ -1452,6 +1482,12 @@ class PlexServer:
         """The server's machineIdentifier; raises PlexError."""
         return text(self.container("/identity")[0].get("machineIdentifier"))
 
+    def about(self) -> tuple[str, bool | None]:
+        """The server's name and version, as in "nas 1.41.3", and whether it sends webhooks; raises PlexError."""
+        get = self.container("/", ABOUT_S)[0].get     # None: it does not tell
+        version, features = ".".join(text(get("version")).split(".")[:3]), text(get("ownerFeatures"), 10_000)
+        return f"{text(get('friendlyName'))} {version}".strip(), "webhooks" in features.split(",") if features else None
+
     def notifications(self) -> Iterator[Notification | None]:
         """None when the event stream is open, then each notification when it comes; raises PlexError when it breaks."""
         # For the stream's own thread.  It uses the token of the last look.
@@ -1498,7 +1534,8 @@ Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
 REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
                  "`streamerbrainz.py secret` prints",
-            404: "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex",
+            **dict.fromkeys((404, 405), "a Plex server sends webhooks to a wrong path; the URL in Plex must end in "
+                                        "/webhooks/plex"),
             429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
@@ -1537,6 +1574,7 @@ class Watcher:
                                                  poll_interval_s=config.poll_interval_s)} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
+        self.server, self.is_known = "", False       # its name and version, as said last; since it answers again
         self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
@@ -1558,8 +1596,11 @@ class Watcher:
                 if isinstance(message, BaseException):
                     raise message
                 self.handlers[type(message)](message)
-            if self.due() <= time.monotonic():
+            now = time.monotonic()
+            if any(player.look_at is not None and player.look_at <= now for player in self.players.values()):
                 self.look()
+            elif self.due() <= now:
+                self.judge(Tick())
             time.sleep(REST_S)
 
     def publish(self, busy_since: float | None) -> None:
@@ -1570,8 +1611,9 @@ class Watcher:
         self.tell(self.status, news)
 
     def due(self) -> float:
-        """When the next look is due; infinity: not before something is heard."""
-        return min((p.look_at for p in self.players.values() if p.look_at is not None), default=math.inf)
+        """When the next look or proof is due; infinity: not before something is heard."""
+        return min((when for player in self.players.values() for when in (player.look_at, proof_due(player))
+                    if when is not None), default=math.inf)
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1620,12 +1662,37 @@ class Watcher:
         """Ask the server, and let the answer be judged."""
         assert self.plex
         try:
-            observation: Observation = Look(self.plex.sessions())
+            observation: Observation = Look(sessions := self.plex.sessions())
+            self.meet_server(self.plex, sessions)
         except PlexError as error:
-            observation = Outage(error.fault, str(error))
+            observation, self.is_known = Outage(error.fault, str(error)), False
         self.judge(observation)
         self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
+
+    def meet_server(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
+        """After a look that succeeded: who answers, said once; and whether our player exists, as far as can be told."""
+        ours = self.config.plex_machine_id
+        if not self.is_known:
+            name, titles = "", dict[object, str]()
+            with contextlib.suppress(PlexError):
+                name, has_pass = plex.about()
+                self.status = self.status._replace(has_pass=has_pass)
+                if name != self.server:
+                    titles = {each.get("machineIdentifier"): text(each.get("name"))
+                              for each in plex.container("/clients", ABOUT_S)[1]}
+            self.is_known, said = True, self.server
+            self.server = name or said or origin(plex.url)
+            session = find_session([each for each in sessions if each.machine_identifier == ours])
+            who = (session and session.player_title) or titles.get(ours) or "the player"
+            doing = f"is {playing_sentence(session.state, session.item)}" if session else "plays nothing now"
+            if self.server != said:
+                without = " (without Plex Pass: it sends no webhooks)" * (self.status.has_pass is False)
+                say(logging.INFO, f"Plex answers: {self.server}{without}; {who} {doing}")
+        others = strangers(self.players[ours], self.status.strangers, sessions)
+        if others and others != self.status.strangers:
+            say(logging.WARNING, strangers_sentence(ours, others))
+        self.status = self.status._replace(strangers=others)
 
     def judge(self, observation: Observation) -> int:
         """Let each player's state advance, and report; -> how many reports there were."""
@@ -1651,15 +1718,17 @@ class Watcher:
             say(logging.INFO, f"Plex answers again after {report.after_s:.0f} s")
         elif report.over:
             say(logging.INFO, f"webhooks arrive again; {report.in_a_row} were missing")
-        else:
-            say(logging.WARNING, f"{missing_sentence(report.in_a_row)} Else the Plex server cannot reach the URL, "
-                "or it is missing in the account's webhooks. To find out: streamerbrainz.py doctor")
+        elif self.status.has_pass is not False:       # without Plex Pass none come, and nothing is wrong
+            reach = ("" if report.others else
+                     " Else the Plex server cannot reach the URL, or it is missing in the account's webhooks.")
+            say(logging.WARNING, f"{missing_sentence(report.in_a_row, report.others)}{reach} "
+                "To find out: streamerbrainz.py doctor")
 
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
 # Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
-# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms
+# Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms, strangers_sentence
 
 # -- Status -> words, JSON, metrics
 STALL_S, UNHEALTHY_S = 15.0, 300.0    # main loop busy (a look takes PLEX_S); outage, or webhook's wait for the tracker
@@ -1673,31 +1742,44 @@ class Glance(NamedTuple):
     broken: str = ""              # why it cannot be read; "": it can
     refused: bool = False         # the last webhook was answered 503, for it cannot be written
 
+def ago(seconds: float) -> str:
+    """How long ago something was, in words: 4 min ago."""
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
 def status_sentence(status: Status, at: float) -> str:
     """The daemon in one line, for `systemctl status`."""
     player = status.player
     where = f" on {player.player_title}" if player.player_title and player.item else ""
     doing = (player.outage.sentence.rstrip(".") if player.outage else
              playing_sentence(player.state, player.item) + where if player.machine_identifier else "no player yet")
-    heard = "no webhook yet" if status.webhook_at is None else f"last webhook {at - status.webhook_at:.0f} s ago"
+    heard = "no webhook yet" if status.webhook_at is None else f"last webhook {ago(at - status.webhook_at)}"
     return printable(f"{doing}; {heard}")
+
+def webhooks_missing(status: Status) -> bool:
+    """Whether webhooks should come, and do not.  Without Plex Pass none are sent, and nothing is wrong."""
+    return status.player.proof.in_a_row >= PROOF_MISSES and status.has_pass is not False
 
 def proof_sentence(status: Status, at: float) -> str:
     """Whether webhooks arrive, in words."""
     proof = status.player.proof
-    heard = "none so far" if status.webhook_at is None else f"the last one {at - status.webhook_at:.0f} s ago"
-    if proof.in_a_row >= PROOF_MISSES:
-        return f"{missing_sentence(proof.in_a_row)} Else: `streamerbrainz.py doctor` finds out why ({heard})."
+    heard = "none so far" if status.webhook_at is None else f"the last one {ago(at - status.webhook_at)}"
+    if webhooks_missing(status):
+        words = missing_sentence(proof.in_a_row, proof.others)
+        return f"{words} Else: `streamerbrainz.py doctor` finds out why ({heard})."
     if proof.delays_s:
         return f"Webhooks arrive ({proof.arrived} came with their change, {proof.missed} were missing; {heard})."
-    return f"Whether webhooks arrive is not known yet ({heard})."
+    return "not sent without Plex Pass" if status.has_pass is False else \
+        f"Whether webhooks arrive is not known yet ({heard})."
 
 def witnesses(status: Status, at: float) -> dict[str, dict[str, Any]]:
     """How each of the three witnesses is: up (True, False, or None: not known) and words."""
     outage, proof, has_server = status.player.outage, status.player.proof, status.player.has_server
     sessions = "no server is configured" if not has_server else \
         outage.sentence if outage else "the server answers" if status.looks else "not asked yet"
-    arrive = False if proof.in_a_row >= PROOF_MISSES else True if proof.delays_s else None
+    arrive = False if webhooks_missing(status) else True if proof.delays_s else None
     return {"webhooks": {"up": arrive, "words": proof_sentence(status, at)},
             "sessions": {"up": not outage if has_server else None, "words": sessions},
             "events": {"up": status.stream_open or (None if status.stream_missing or not has_server else False),
@@ -1719,9 +1801,9 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
             "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
                         for when, change in status.changes]}
 
-def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, object]]:
+def health(status: Status, tracked: Glance, at: float, is_open: bool = True) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
-    # Less than that is "degraded".  So are missing webhooks: without Plex Pass none come, and nothing is wrong.
+    # Less than that is "degraded".  is_open: everybody may read all our pages; else no name of a player is told here.
     player, reasons, degraded = status.player, ["-tracker-db: it cannot be read"] * bool(tracked.broken), list[str]()
     reasons += ["-tracker-db: it cannot be written, so webhooks are refused: is the disk full?"] * tracked.refused
     if status.busy_since is not None and at - status.busy_since > STALL_S:
@@ -1733,7 +1815,10 @@ def health(status: Status, tracked: Glance, at: float) -> tuple[int, dict[str, o
             f"looks at the server have failed for {lasts_s:.0f} s ({fault})")
     if tracked.waiting_s >= UNHEALTHY_S:
         reasons.append(f"a webhook has been waiting for the tracker for {tracked.waiting_s:.0f} s")
-    degraded += [proof_sentence(status, at)] * (player.proof.in_a_row >= PROOF_MISSES)
+    degraded += [proof_sentence(status, at)] * webhooks_missing(status)
+    if status.strangers:
+        degraded.append(strangers_sentence(player.machine_identifier, status.strangers) if is_open else
+                        "the player has not been seen yet, but others play: the log names them")
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
@@ -1774,117 +1859,188 @@ def metric_lines(families: Families) -> str:
 
 # -- Status -> HTML (layout, status_page)
 STYLE = """
-:root { color-scheme: light dark; --dim: #6b7280; --line: #8884; --accent: #d97706 }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem; overflow-wrap: anywhere }
+:root { color-scheme: light dark; --page: #fff; --text: #1f2937; --dim: #4b5563; --line: #8884; --accent: #b45309;
+  --on-accent: #fff; --warn: #fef3c7; --good: #15803d; --bad: #b91c1c }
+@media (prefers-color-scheme: dark) { :root { --page: #16181d; --text: #e5e7eb; --dim: #a8b0bd; --accent: #f59e0b;
+  --on-accent: #000; --warn: #422006; --good: #4ade80; --bad: #f87171 } }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 44rem; padding: 1rem; overflow-wrap: anywhere;
+  background: var(--page); color: var(--text) }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
 .now { display: flex; gap: 1rem; align-items: center; flex-wrap: wrap } .now div { flex: 1 1 14rem; min-width: 0 }
+.now :is(h1, p), #changes li { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
+  overflow: hidden }
 img { width: 10rem; height: 10rem; object-fit: cover; border-radius: .5rem; background: var(--line) }
+@media (max-width: 30rem) { img { width: 100%; height: auto; aspect-ratio: 1 } }
 p, li { margin: .2rem 0 } ul { padding: 0; margin: 0; list-style: none }
-.dim, time { color: var(--dim) } .bad { color: #dc2626 } .good { color: #16a34a } summary { margin: .3rem 0 }
-progress { width: 100%; height: .4rem; accent-color: var(--accent) } button { font: inherit; padding: .2rem .8rem }
+.dim, time { color: var(--dim) } .bad { color: var(--bad) } .good { color: var(--good) }
+summary { margin: 1.6rem 0 .4rem; font-weight: 700; cursor: pointer } li summary { font-weight: 400 }
+.banner { background: var(--warn); border-left: .3rem solid var(--accent); padding: .5rem .8rem; margin: 0 0 1rem }
+progress { appearance: none; width: 100%; height: .5rem; border: 0; border-radius: .25rem; overflow: hidden;
+  background: var(--line); color: var(--accent) }
+progress::-webkit-progress-bar { background: none } progress::-webkit-progress-value { background: var(--accent) }
+progress::-moz-progress-bar { background: var(--accent) } .paused progress, .lost progress { opacity: .5 }
 code { background: var(--line); padding: .1rem .3rem; border-radius: 3px } footer { margin: 2rem 0; font-size: .85rem }
 a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em } form { margin: .5rem 0 }
 a[aria-current] { font-weight: 700 } nav { display: flex; flex-wrap: wrap; gap: .2rem .8rem; margin-bottom: 1.2rem }
-input { font: inherit; flex: 1; min-width: 8rem } button:enabled { cursor: pointer }
+input { font: inherit; flex: 1; min-width: 8rem } button { font: inherit; padding: .2rem .8rem }
 fieldset { border: 0; margin: 0; padding: 0; min-width: 0; display: flex; flex-wrap: wrap; gap: .3rem }
 .row { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0; border-top: 1px solid var(--line) }
 .row > :last-child { flex: none; max-width: 50%; text-align: right } .log > .row { display: block }
 fieldset button { border: 1px solid var(--line); border-radius: .3rem; background: none; color: inherit }
-fieldset [value^=unmark] { background: var(--accent); color: #000 } button:disabled { opacity: .5 }
+fieldset [value^=unmark] { background: var(--accent); color: var(--on-accent) } button:enabled { cursor: pointer }
+button:disabled { border-style: dashed }
+.big { max-width: none; min-height: 100vh; box-sizing: border-box; display: grid; align-content: center;
+  font-size: 5vmin; background: #000; color: #fff; --dim: #c4cad4; --accent: #f59e0b; --line: #888c }
+.big .now { gap: 5vmin; justify-content: center } .big .now div { flex: 1 1 40vmax } .big h1 { font-size: 9vmin }
+.big img { width: auto; height: min(80vh, 42vw); aspect-ratio: 1 } .big progress { height: 2vmin; border-radius: 1vmin }
+@media (orientation: portrait) { .big img { width: 88vw; height: auto } }
 """
 
 # The secret is never in the page: the script takes it from its URL.  navigator.clipboard would work over https only.
+# A daemon that is gone closes the stream of events, or (without power, or Wi-Fi) does not answer within 5 s.
 SCRIPT = """
 const by = id => document.getElementById(id), all = rule => document.querySelectorAll(rule);
 const query = location.search, secret = (query.match(/[?&](?:token|secret)=([^&]*)/) || [])[1];
 const full = url => url.dataset.plain + (secret ? "?token=" + secret : "");
-let since = performance.now(), shown = false;
+let since = performance.now(), shown = false, folded = null;
 const dress = () => {
   for (const b of all("button")) b.hidden = b.id === "show" && !secret;
   for (const i of all("img[data-src]")) i.src = i.dataset.src + (secret ? "&token=" + secret : "");
   if (shown) by("url").textContent = full(by("url"));
+  if (folded !== null && by("paste")) by("paste").open = !folded;
 };
+const lose = lost => { by("lost").hidden = !lost; document.body.classList.toggle("lost", lost); };
 const refresh = async () => {
-  const answer = await fetch(location.href), parser = new DOMParser(); if (!answer.ok) return;
-  all("main")[0].replaceWith(parser.parseFromString(await answer.text(), "text/html").querySelector("main"));
-  since = performance.now(); dress();
+  const limit = new AbortController(), timer = setTimeout(() => limit.abort(), 5000);
+  try {
+    const answer = await fetch(location.href, { signal: limit.signal });
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    all("main")[0].replaceWith(page.querySelector("main"));
+    document.title = page.title; since = performance.now(); dress(); lose(false);
+  } catch { lose(true); }
+  clearTimeout(timer);
 };
 document.addEventListener("click", event => {
+  if (event.target.tagName === "SUMMARY") folded = by("paste").open;
   if (event.target.id === "show") { shown = true; dress(); }
   if (event.target.id !== "copy") return;
   const url = by("url"), before = url.textContent, selection = getSelection();
   url.textContent = full(url); selection.selectAllChildren(url); document.execCommand("copy");
   selection.removeAllRanges(); url.textContent = before; event.target.textContent = "Copied";
 });
-setInterval(() => all("progress[data-playing='1']").forEach(p => {
+setInterval(() => by("lost").hidden && all("progress[data-playing='1']").forEach(p => {
   const at = Math.min(p.max, +p.dataset.position + performance.now() - since), s = Math.floor(at / 1000);
-  p.value = at; by("position").textContent = Math.floor(s / 60) + ":" + String(s % 60).padStart(2, "0");
+  const two = n => String(n).padStart(2, "0"), h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60;
+  p.value = at; by("position").textContent = (h ? h + ":" + two(m) : m) + ":" + two(s % 60);
 }), 1000);
 const listen = again => {
   const stream = new EventSource("events" + query); stream.addEventListener("change", refresh);
   stream.onopen = () => { if (again) refresh(); again = true; };
-  stream.onerror = () => { if (stream.readyState === 2) setTimeout(listen, 5000, true); };
+  stream.onerror = () => { refresh(); if (stream.readyState === 2) setTimeout(listen, 5000, true); };
 };
-listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 30000);
+listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 10000);
 """
 
-def layout(main: str, nonce: str, script: str, here: str | None) -> str:
+def layout(main: str, nonce: str, script: str, here: str | None, title: str = "StreamerBrainz",
+           big: bool = False) -> str:
     """A whole page of ours.  nonce: allows our style and script only.  here: which of the links; None: no tracker."""
     links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>' for path, name in (
         ("", "Now"), ("watched", "Watched"), ("questions", "Questions"), ("mappings", "Mappings"), ("log", "Log")))
+    footer = f"<footer class=dim>StreamerBrainz {VERSION}</footer>" * (not big)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>StreamerBrainz</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
-<body>{f"<nav>{links}</nav>" * (here is not None)}<main>{main}</main><footer class=dim>StreamerBrainz {VERSION}</footer>
+<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
+<body{" class=big" * big}>{f"<nav>{links}</nav>" * (here is not None and not big)}
+<p id=lost class=banner hidden>Connection lost: what you see is old.</p><main>{main}</main>{footer}
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
+def isolated(words: str) -> str:
+    """Foreign words as HTML, which a reading direction in them does not leave."""
+    return f"<bdi>{html.escape(words)}</bdi>" if words else ""
+
 def clock(ms: int) -> str:
-    """A position or duration as people read it: 4:24."""
-    return f"{ms // 60000}:{ms // 1000 % 60:02}"
+    """A position or duration as people read it: 4:24, 1:01:42."""
+    hours, minutes, seconds = ms // 3_600_000, ms // 60_000 % 60, ms // 1000 % 60
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 def item_words(item: Item) -> tuple[str, str]:
     """What stands below an item's title: the artist and the album, or the show and its episode."""
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
     return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
+SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}
+
+def page_title(player: PlayerState) -> str:
+    """What the tab of the page is called: what plays."""
+    if player.item is None or player.state == STOPPED:
+        return "StreamerBrainz"
+    return " \u2013 ".join(filter(None, (f"{SIGNS[player.state]} {player.item.title}", item_words(player.item)[0])))
+
 def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool) -> str:
     """What plays, with its picture and its position."""
     if player.item is None:
-        return "<h1>Nothing has played yet</h1>"
-    escape, item, position = html.escape, player.item, position_ms(player, at)
+        return "<section class=now><h1>Nothing has played yet</h1></section>"
+    item, position = player.item, position_ms(player, at)
     whose, of = item_words(item)
     bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
            f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim><span id=position>'
            f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
     source = "data-src" if has_secret else "src"      # the script adds the secret
     cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
-    where = f" on {player.player_title}" if player.player_title else ""
-    return (f"{cover}<div><p class=dim>{escape(player.state)}{escape(where)}</p><h1>{escape(item.title)}</h1>"
-            f"<p>{escape(whose)}</p><p class=dim>{escape(of)}</p>{bar}</div>")
+    where = f" on {isolated(player.player_title)}" if player.player_title else ""
+    return (f'<section class="now {player.state}">{cover}<div><p class=dim>{SIGNS[player.state]} {player.state}{where}'
+            f"</p><h1>{isolated(item.title)}</h1><p>{isolated(whose)}</p><p class=dim>{isolated(of)}</p>{bar}</div>"
+            "</section>")
+
+def banners(status: Status, tracked: Glance) -> list[str]:
+    """What needs a person, in sentences."""
+    outage, found = status.player.outage, list[str]()
+    if outage and outage.fault in ("refused", "forbidden"):
+        found.append(f"{outage.sentence} `streamerbrainz.py login` makes a token.")
+    if status.strangers:
+        found.append(strangers_sentence(status.player.machine_identifier, status.strangers))
+    return found + [f"The watch tracker cannot be used: {tracked.broken}"] * bool(tracked.broken)
 
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
-                tracked: Glance | None, local: Callable[[str, float], str]) -> str:
+                tracked: Glance | None, local: Callable[[str, float], str], big: bool = False) -> str:
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
-    # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().
-    escape, seen = html.escape, tracked or Glance()
+    # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().  big: only what plays.
+    seen, title = tracked or Glance(), page_title(status.player)
+    now = player_html(status.player, at, has_secret, has_picture)
+    if big:
+        return layout(now, nonce, SCRIPT, None, title, big)
     signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
-    told = "".join(f"<li><span class={signs[each['up']]}</span> <b>{name}</b>: {escape(each['words'])}</li>"
+    names = {"webhooks": "Webhooks", "sessions": "Sessions", "events": "Event stream"}
+    told = "".join(f"<li{' class=dim' * (each['up'] is None)}><span class={signs[each['up']]}</span> "
+                   f"<b>{names[name]}</b>: {html.escape(each['words'])}</li>"
                    for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {escape(change.state)} "
-                      f"<b>{escape(change.item.title)}</b> {escape(item_words(change.item)[0])} "
-                      f"<span class=dim>({escape(change.by)})</span></li>" for when, change in status.changes)
-    marked = "".join(f"<li><time>{local('%m-%d %H:%M', when)}</time> {escape(name)}</li>" for when, name in seen.marked)
-    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{escape(name)}</a> ({escape(kind)})</li>'
+    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {change.state} <b>{isolated(change.item.title)}</b> "
+                      f"{isolated(item_words(change.item)[0])} <span class=dim>({html.escape(change.by)})</span></li>"
+                      for when, change in status.changes)
+    marked = "".join(f"<li><time>{local('%m-%d %H:%M', at)}</time> {isolated(name)}</li>" for at, name in seen.marked)
+    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{isolated(name)}</a> ({html.escape(kind)})</li>'
                       for conflict_id, name, kind in seen.conflicts)
-    which = f"<h2>Which show is it?</h2><ul>{waiting}</ul>" if waiting else ""
-    watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>{which}" if tracked else ""
+    first = "".join(f"<p class=banner>{html.escape(words)}</p>" for words in banners(status, seen)) + (
+        f"<div class=banner><b>Which show is it?</b><ul>{waiting}</ul></div>" if waiting else "")
+    watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" if tracked else ""
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
-    return layout(f"""<section class=now>{player_html(status.player, at, has_secret, has_picture)}</section>
-<h2>Witnesses</h2><ul>{told}</ul><h2>The URL to paste into Plex</h2>
-<p><code id=url data-plain="{escape(url)}">{escape(url)}{dots}</code></p>
-<p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p>
-<h2>Changes</h2><ul>{changes or '<li class=dim>none yet</li>'}</ul>{watched}""", nonce, SCRIPT, "" if tracked else None)
+    is_needed = status.webhook_at is None and status.has_pass is not False
+    here = "" if tracked else None
+    return layout(f"""{first}{now}<details id=paste{" open" * is_needed}><summary>The URL to paste into Plex</summary>
+<p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
+<p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p></details>
+<h2>How it knows</h2><ul>{told}</ul>
+<h2>Changes</h2><ul id=changes>{changes or '<li class=dim>none yet</li>'}</ul>{watched}""",
+                  nonce, SCRIPT, here, title)
+
+def locked_page(nonce: str) -> str:
+    """What a browser shows that does not bring the secret."""
+    return layout("""<h1>The secret is missing</h1><p>This page is shown to those who know the webhook secret. Enter it,
+or add it to the address once: <code>?token=SECRET</code></p><form><fieldset><input type=password name=token
+placeholder=Secret aria-label=Secret autofocus><button>Open</button></fieldset></form><p class=dim>It is in the file
+of -webhook-secret-file, usually <code>~/.config/streamerbrainz/webhook-secret</code> on our machine.</p>""",
+                  nonce, "", None)
 
 # --- the world
 # -- Board: what the watcher tells the request threads
@@ -1990,8 +2146,9 @@ class Pages:
         status, nonce = self.board.status, secrets.token_urlsafe(16)
         item, known = status.player.item, self.covers.webhook[0]
         has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
+        big = "big" in re.split("[&=]", query)
         return html_answer(status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce,
-                                       has_picture, self.glance and self.glance(), local_time), nonce)
+                                       has_picture, self.glance and self.glance(), local_time, big), nonce)
 
     def now(self, query: str, host: str) -> Answer:
         """What plays, as JSON."""
@@ -2008,7 +2165,8 @@ class Pages:
 
     def healthz(self, query: str, host: str) -> Answer:
         """Whether all is well, as JSON; 503 with the reasons if it is not."""
-        code, fields = health(self.board.status, self.glance() if self.glance else Glance(), time.monotonic())
+        tracked = self.glance() if self.glance else Glance()
+        code, fields = health(self.board.status, tracked, time.monotonic(), not self.has_secret)
         return Answer(code, f"{json_line(fields)}\n".encode("utf-8", "replace"), "application/json")
 
     def metrics(self, query: str, host: str) -> Answer:
@@ -2024,7 +2182,7 @@ class Pages:
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
 # Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
-# Needs of Page: Answer, Pages
+# Needs of Page: Answer, Pages, html_answer, locked_page
 
 # -- Who may send, and how often
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
@@ -2264,7 +2422,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise WebhookError(404, f"Nothing is here. Plex sends its webhooks to {WEBHOOK_PATH}.")
         allowed = "POST" if key == WEBHOOK_PATH else "GET, HEAD" + ", POST" * (key in pages.forms)
         if self.command not in allowed.split(", "):
-            raise WebhookError(405, f"Only {allowed} is answered here.", {"Allow": allowed})
+            hint = f" Plex sends its webhooks to {WEBHOOK_PATH}." * (self.target == "/")
+            raise WebhookError(405, f"Only {allowed} is answered here.{hint}", {"Allow": allowed})
         if key in pages.paths and self.command == "POST":
             self.check_change(body)
             return self.send(pages.forms[key](f"{self.query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
@@ -2294,11 +2453,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what is wrong, and tell of it."""
         # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
         self.close_connection |= error.status not in (404, 405)
-        self.send(Answer(error.status, f"{error}\n".encode(), headers=error.headers))
+        answer, nonce = Answer(error.status, f"{error}\n".encode(), headers=error.headers), secrets.token_urlsafe(16)
+        if error.status == 401 and "text/html" in self.headers.get("Accept", ""):
+            page = html_answer(locked_page(nonce), nonce)
+            answer = page._replace(status=401, headers={**page.headers, **error.headers})
+        self.send(answer)
         agent, path = self.headers.get("User-Agent", ""), self.server.gate.plain(self.target, self.server.pages.paths)
-        is_webhook = agent.startswith("PlexMediaServer/") if error.status == 404 else self.target == WEBHOOK_PATH
-        is_webhook = is_webhook and agent != USER_AGENT       # doctor's tests are nobody's fault
-        self.server.tell(Refused(error.status, str(error), path, self.client_address[0], is_webhook))
+        is_webhook = self.target == WEBHOOK_PATH and agent != USER_AGENT      # doctor's tests are nobody's fault
+        if error.status in (404, 405):                # to a wrong path
+            is_webhook = self.command == "POST" and agent.startswith("PlexMediaServer/")
+        address = self.client_address[0].removeprefix("::ffff:")
+        self.server.tell(Refused(error.status, str(error), path, address, is_webhook))
 
     # -- the body
     def length(self) -> int | None:
