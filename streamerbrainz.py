@@ -70,6 +70,7 @@ import email.utils
 import errno
 import functools
 import getpass
+import glob
 import hmac
 import html
 import http.client
@@ -346,6 +347,11 @@ def iso_time(at: float | None) -> str | None:
     """A Unix time as it stands in JSON: 2026-11-21T20:15:00Z; None for None."""
     return None if at is None else f"{datetime.datetime.fromtimestamp(time_of(at), datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
+def bare_token(pasted: str) -> str:
+    """The Plex token in what a person copied: alone, in quotes, as X-Plex-Token=... or in a whole URL."""
+    found = re.search(r"X-Plex-Token[\"']?\s*[=:]\s*[\"']?([\w.~-]+)", pasted, re.I | re.ASCII)
+    return found[1] if found else pasted.strip(" \t\r\n\"'\u2018\u2019\u201c\u201d\ufeff")
+
 # --- the world
 log = logging.getLogger("streamerbrainz")
 
@@ -372,7 +378,11 @@ def shown_path(path: str) -> str:
     part = path
     while part.strip("/.") and not os.path.lexists(part):
         part = os.path.dirname(part)
-    return path if part.strip("/.") else "the file that it names"       # "/" and "." are always there
+    home = os.path.expanduser("~")                    # our unit has an empty one: a mount
+    hidden = "INVOCATION_ID" in os.environ and f"{path}".startswith(f"{home}/") and os.path.ismount(home)
+    note = (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, to write, "
+            "~/.local/share/streamerbrainz only)") * (hidden and not os.path.exists(path))
+    return f"{path}{note}" if part.strip("/.") else "the file that it names"      # "/" and "." are always there
 
 # -- Our files: their usual places, and how they are written
 SYSTEM_FLAGS = "/etc/streamerbrainz/flags"            # of a system unit
@@ -428,6 +438,9 @@ def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...]
                           f"put the {name} there, readable by you only (chmod 600).") from error
     if not (content := content.strip()):
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
+    if flag == "-plex-token-file" and (token := bare_token(content.decode("utf-8", "replace")).encode()) != content:
+        say(logging.WARNING, f"{flag}: more than the token stands in {path}; put nothing but that there. It was found.")
+        content = token
     words = [line.strip() for line in content.split(b"\n")]
     plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
     if len(content) > MAX_TOKEN_FILE or len(words) > most or not all(re.fullmatch(plain, word) for word in words):
@@ -5213,7 +5226,8 @@ def run(config: Config) -> int:
     if listener := open_listener(config):
         outlive_main(serve(config, listener, Gate(secret, config.webhooks_a_minute), plex, hooks, queue.SimpleQueue()))
     else:
-        say(logging.INFO, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
+        level = logging.INFO if sys.stderr and sys.stderr.isatty() else logging.DEBUG      # cron asks each minute
+        say(level, "StreamerBrainz already listens there: nothing to do", port=config.webhooks_port)
     return 0
 
 def players(config: Config) -> int:
@@ -5225,7 +5239,7 @@ def players(config: Config) -> int:
         raise ConfigError("players: give the token in a file, with -plex-token-file.")
     with contextlib.suppress(EOFError):               # without echo; and on a command line, ps would show it
         token = (read_secrets("-plex-token-file", config.plex_token_file)[0][0] if config.plex_token_file else
-                 getpass.getpass("Plex token (it is not shown): ").strip())
+                 bare_token(getpass.getpass("Plex token (it is not shown): ")))
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
     sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
@@ -5366,6 +5380,13 @@ def server_url(word: str) -> str:
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("the URL carries more than an address; the token goes into a -plex-token-file")
     return word.rstrip("/?#")
+
+def named_server(words: str) -> str:
+    """The base URL of a server that a person names by HOST, HOST:PORT or a URL; raises ValueError, as server_url()."""
+    if "//" in words:
+        return server_url(words)
+    url = server_url(f"http://{words}")
+    return url if urllib.parse.urlsplit(url).port or "/" in words else f"{url}:32400"
 
 def without_secrets(url: str) -> str:
     """A URL without what may be a secret in it: user, password, query, and a path of other words than ours."""
@@ -6036,7 +6057,7 @@ def webhook_command(config: Config) -> int:
 # Needs of Tracker: Tracker, SCHEMA_VERSION
 # Needs of Daemon: check_complete, local_url, port_holder
 # Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, parse_webhooks, send_to,
-#   without_secrets, wrapped
+#   read_text, without_secrets, wrapped
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
@@ -6066,6 +6087,7 @@ def compare_clocks(date: str, now: float) -> Finding:
     return Finding(FAIL, f"it is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's",
                    "sudo timedatectl set-ntp true   # here and on the server")
 
+OFF = ("0", "false")          # of a setting; "0" is XML's
 # A check -> which values are right, what is said of them and of others, the remedy, how likely it is.  Plex sends
 # webhooks only for an owner with Plex Pass, from a server signed in to plex.tv, which keeps the URLs, if they are on.
 TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
@@ -6074,8 +6096,8 @@ TOLD: Mapping[str, tuple[Callable[[str], bool], str, str, str, int]] = {
                   "https://plex.tv/plex-pass, or do without: the event stream reports each change, too", 9),
     "signed in": (lambda state: state == "ok", "the server is signed in to plex.tv",
                   "the server is not signed in to plex.tv ({})", "Plex Web: Settings > General > Sign in", 6),
-    "webhooks switch": (lambda value: value not in ("0", "false"), "on", "webhooks are off in the server's settings",
-                        "Plex Web: Settings > Network > Webhooks: on", 8)}          # "0" is XML's false
+    "webhooks switch": (lambda value: value not in OFF, "on", "webhooks are off in the server's settings",
+                        "Plex Web: Settings > Network > Webhooks: on", 8)}
 
 def verdict(check: str, value: str) -> Finding:
     """What a value of the server means for a check in TOLD.  "": it did not tell; older servers tell less."""
@@ -6083,6 +6105,15 @@ def verdict(check: str, value: str) -> Finding:
         return Finding(SKIP, "the server does not tell it")
     is_right, good, bad, remedy, likely = TOLD[check]
     return Finding(OK, good) if is_right(value) else Finding(FAIL, bad.format(value), remedy, likely)
+
+def unit_shows(unit: str, home: str, path: str, write: bool) -> bool:
+    """Whether a unit (its text, and that of its drop-ins) lets the daemon read, or write, a path."""
+    lines = re.findall(r"^(TemporaryFileSystem|Bind(?:ReadOnly)?Paths)=(.*)$", unit, re.MULTILINE)
+    empty = [value for name, value in lines if name == "TemporaryFileSystem"][-1:]
+    shown = [word.lstrip("-").rpartition(":")[2].replace("%h", home) for name, value in lines for word in value.split()
+             if name == "BindPaths" or (name == "BindReadOnlyPaths" and not write)]
+    is_hidden = path.startswith(f"{home}/") and empty and empty[0].startswith("%h")
+    return not is_hidden or any(f"{path}/".startswith(f"{folder}/") for folder in shown)
 
 def find_player(sessions: Sequence[Session], ours: str, title: object) -> Finding:
     """Does the configured player exist?  Only a player that plays now can be seen."""
@@ -6097,7 +6128,7 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
     known = "; ".join(f"{each.player_title or 'a player'} is {each.machine_identifier}" for each in sessions[:5])
     return Finding(FAIL, f"{best.player_title} has another identifier now: {best.machine_identifier}, not {ours}"
                    if same else f"{ours} has no session, but others have: {known}",
-                   f"-plex-machine-id {shlex.quote(best.machine_identifier)}   # if that is the one", 3)
+                   f"streamerbrainz.py setup -plex-machine-id {shlex.quote(best.machine_identifier)}   # if it is that", 3)
 
 # --- the world
 class Doctor:
@@ -6109,18 +6140,21 @@ class Doctor:
         self.secrets = self.hidden = tuple[str, ...]()        # of webhooks; and all: no finding may show them
         self.now = self.root = json_object(None)      # the daemon's /now; the server's "/", which only its owner gets
         self.date = self.query = ""                   # of the server's answer; the end of our URLs, with a secret
+        self.is_silent = False                        # no webhook has come, or none with the last changes
         self.url = ""                                 # the closest match in the account; and what it should be:
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
 
     def checks(self) -> Iterator[tuple[str, str, Callable[[], Finding], str]]:
         """The checks in their order: name, need ("": none), function, and the remedy for an error that ends it."""
         config = self.config      # each is run before the next is asked for, so that one can depend on another
-        yield "flags", "", self.flags, "streamerbrainz.py doctor -plex-token-file FILE @FILE   # as for the daemon"
+        yield "flags", "", self.flags, "streamerbrainz.py setup   # or give doctor the daemon's flags"
         for flag in SECRETS:
             if path := getattr(config, flag[1:].replace("-", "_")):       # Config.plex_token_file, and so on
                 yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
+        yield "unit", "", self.unit, ("move it there; or run `systemctl --user edit streamerbrainz`, and enter "
+                                      "[Service] and BindReadOnlyPaths=FOLDER (for a database BindPaths=)")
         yield "daemon", "", self.daemon, ""
         yield "webhooks so far", DAEMON, self.arrivals, ""
         yield "each change with its webhook", DAEMON, self.each_change, ""
@@ -6173,6 +6207,21 @@ class Doctor:
         return Finding(OK, ("they are complete" if self.config.plex_server_url else
                             "no server is configured: webhooks are the only source") + read)
 
+    def unit(self) -> Finding:
+        """Does the unit show the daemon what the flags name?  It hides most of the home."""
+        file, home = os.path.join(os.path.dirname(usual("flags")), "../systemd/user/streamerbrainz.service"), \
+            os.path.expanduser("~")
+        texts = [read_text(each) for each in (file, *sorted(glob.glob(f"{glob.escape(file)}.d/*.conf")))]
+        command = hook_command(self.config.on_event)[:1] if self.config.on_event else []
+        files = [(each, False) for each in (*command, self.config.plex_ca_file, self.config.tmdb_token_file) if each]
+        files += [(os.path.dirname(self.config.tracker_db), True)] if self.config.tracker_db else []
+        hidden = [path for path, write in files for real in (os.path.abspath(path), os.path.realpath(path))
+                  if not unit_shows("\n".join(texts), home, real, write)]
+        if hidden:
+            raise ConfigError(f"it hides {' and '.join(dict.fromkeys(hidden))} from the daemon")
+        return Finding(OK, "it shows the daemon all that the flags name") if texts[0] else \
+            Finding(SKIP, "there is no user unit")
+
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
         self.hidden += (words := read_secrets(flag, path)[0])
@@ -6217,7 +6266,8 @@ class Doctor:
         last_s, missed = seen.get("last_s"), number(seen.get("in_a_row_missed")) or 0
         heard = "none has come since the daemon started" if last_s is None else f"the last came {last_s} s ago"
         refused = ", ".join(f"{count} with {status}" for status, count in json_object(seen.get("refused")).items())
-        found = FAIL if refused and (missed >= PROOF_MISSES or last_s is None) else SKIP if last_s is None else OK
+        self.is_silent = last_s is None or missed >= PROOF_MISSES
+        found = FAIL if refused and self.is_silent else SKIP if last_s is None else OK
         return Finding(found, heard + (f"; refused: {refused}" if refused else ""), "compare the URL in Plex with "
                        f"{self.right_url} (401: the secret, 404: the path, 413: too large)", 7)
 
@@ -6246,29 +6296,33 @@ class Doctor:
 
     def switch(self) -> Finding:
         """Are webhooks on in the server's settings?  Servers write webHooksEnabled or WebHooksEnabled."""
-        return verdict("webhooks switch", next((str(each.get("value")).lower() for each in self.plex.container(
-            "/:/prefs")[1] if text(each.get("id")).lower() == "webhooksenabled"), ""))
+        values = {text(each.get("id")).lower(): str(each.get("value")).lower()
+                  for each in self.plex.container("/:/prefs")[1]}
+        found = verdict("webhooks switch", values.get("webhooksenabled", ""))
+        push = "; push notifications are off, without which no library.new comes (nothing here needs that one)"
+        return found._replace(evidence=found.evidence + push * (values.get("pushnotificationsenabled") in OFF))
 
     # -- The way of a webhook: the URL in the account, the delivery, the tracker's journal
     def webhook(self) -> Finding:
         """Has the owner's account at plex.tv a webhook that leads here?"""
         if not (urls := parse_webhooks(ask_plextv("doctor", self.plex.current_token, WEBHOOKS))):
             return Finding(FAIL, "the account has no webhook at all",
-                           f"Plex Web: Settings > Account > Webhooks > Add Webhook: {self.right_url}", 9)
+                           f"streamerbrainz.py webhook add   # or Plex Web: Settings > Webhooks: {self.right_url}", 9)
         closest, wrong = min(((url, differences(url, self.config, self.secrets)) for url in urls),
                              key=lambda pair: len(pair[1]))
         self.url = closest if wrong != [NO_URL] and WEBHOOK_PATH in closest else ""     # never send to other programs
         if not wrong or (self.url and any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
-                       f"replace it by {self.right_url}", 9)
+                       f"streamerbrainz.py webhook add   # that replaces it by {self.right_url}", 9)
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
         tried = {url: send_to(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
         said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
         if set(tried.values()) == {ARRIVES}:
-            return Finding(OK, said)
+            hint = "; if Plex's do not come, restart the server: some take a new URL only then"
+            return Finding(OK, said + hint * bool(self.url and self.is_silent))
         return Finding(FAIL, said, "give doctor the daemon's -webhook-secret-file" if "with 401" in said else
                        f"curl -i {self.right_url}   # from the server's machine; {SERVER_LOG}", 6)
 
@@ -6300,6 +6354,8 @@ def doctor(config: Config) -> int:
     elif causes:
         print("\nWhy webhooks may not arrive, the likeliest first:",
               *(wrapped(f"{each.check}: {each.evidence}", f"{i}. ") for i, each in enumerate(causes, 1)), sep="\n")
+    elif not any(each.status == FAIL for each in findings):
+        print("\nNo fault found.")
     return int(any(each.status == FAIL for each in findings))
 
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
@@ -6421,13 +6477,10 @@ def demo(config: Config) -> int:
 # Needs of Hooks: hook
 # Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Setup: guided, server_url, webhook_command, wrapped
+# Needs of Setup: guided, named_server, server_url, webhook_command, wrapped
 # Needs of Doctor: doctor
 # Needs of Demo: demo
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
-    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": guided, "login": guided,
-    "webhook": webhook_command, "uninstall": guided}
 MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
 def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
@@ -6495,6 +6548,15 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     return found, others
 
 # --- the world
+def show(config: Config) -> int:
+    """Print the help, or the version."""
+    print(help_text() if config.command == "help" else f"streamerbrainz {VERSION}")
+    return 0
+
+COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
+    "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": guided, "login": guided,
+    "webhook": webhook_command, "uninstall": guided, "help": show, "version": show}
+
 def read_flags(path: str) -> list[str]:
     """The words in an @FILE, each line quoted as in a shell; raises ConfigError."""
     # In it, a word that begins with @ is a value: no file names another one, or itself.  Notepad begins it with a mark.
@@ -6519,25 +6581,26 @@ def read_flags(path: str) -> list[str]:
 
 def parse_config(words: Sequence[str]) -> Config:
     """The Config in the words of a command line; raises ConfigError."""
+    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*words}:
+        return Config(command="help" if asked - {"-version", "--version"} else "version")
     if "\0" in "".join(words):
         raise ConfigError("a word has a NUL character in it; type it again.")
     typed, files = [word for word in words if word[:1] != "@"], [word[1:] for word in words if word[:1] == "@"]
-    if asked := {"-h", "-help", "--help", "-version", "--version"} & {*typed}:
-        print(help_text() if asked - {"-version", "--version"} else f"streamerbrainz {VERSION}")
-        sys.exit(0)
-    command = typed.pop(0) if typed and not typed[0].startswith("-") else "run"
+    given, rest = parse_words(typed)
+    command = rest.pop(0) if rest else "run"
     if command not in COMMANDS:
         raise ConfigError(f"there is no such command; the commands are {', '.join(COMMANDS)}.")
     # Not for the demo: it must neither write into your tracker nor switch your amplifier.
-    places = (usual("flags"), SYSTEM_FLAGS) if not files and command != "demo" else ()
+    places = (usual("flags"), SYSTEM_FLAGS) if not files and command not in ("demo", "help", "version") else ()
     files = [*map(os.path.expanduser, files), *list(filter(os.path.exists, places))[:1]]
-    flags, rest = parse_words([*(word for file in files for word in read_flags(file)), *typed])     # the last one wins
+    read, more = parse_words(word for file in files for word in read_flags(file))
+    flags, rest = read | given, [*more, *rest]
     if len(rest) > {"players": 1, "tracker": 99, "hook": 1, "webhook": 2}.get(command, 0):
-        raise ConfigError("there is a word too many. (The command comes first, each value after its flag. No token "
-                          "goes on the command line, where ps shows it: see -plex-token-file.)")
-    if command == "players":                          # its word is HOST:PORT or a URL
+        raise ConfigError("there is a word too many. (Each value stands after its flag. No token goes on the command "
+                          "line, where ps shows it: see -plex-token-file.)")
+    if command == "players":                          # its word is HOST, HOST:PORT or a URL
         try:
-            rest = [server_url(word if "//" in word else f"http://{word}") for word in rest]
+            rest = [named_server(word) for word in rest]
         except ValueError as error:
             raise ConfigError(f"players: {error}.") from error
     flags |= {field: os.path.expanduser(flags[field]) for field in PATHS if field in flags}
@@ -6551,6 +6614,12 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
 
     commands:
       run                  the daemon (this is what happens without a command)
+      setup                from this one file to a daemon that was seen to work
+      login                signs in at plex.tv by a code, and writes the token file
+      webhook list         the webhooks of your Plex account
+      webhook add [URL]    puts ours into it; URL: where the server reaches it
+      webhook remove       takes ours out of it
+      uninstall            takes back what setup did
       players [HOST:PORT]  every player in the sessions, with its machine identifier
       doctor               why do webhooks not arrive?
       tracker ...          the watch tracker:
@@ -6568,12 +6637,7 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
       secret               makes a webhook secret, and prints the URL to paste
       hook EVENT           runs the -on-event command once, by hand
       demo                 an evening of a player, without any Plex
-      setup                from this one file to a daemon that was seen to work
-      login                signs in at plex.tv by a code, and writes the token file
-      webhook list         the webhooks of your Plex account
-      webhook add [URL]    puts ours into it; URL: where the server reaches it
-      webhook remove       takes ours out of it
-      uninstall            takes back what setup did
+      help                 this help
 
     @FILE reads flags from a file, one a line, with # comments.
     Two dashes do as well as one.
