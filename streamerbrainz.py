@@ -94,6 +94,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import sys
 import tempfile
 import textwrap
@@ -104,6 +105,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -6128,7 +6130,7 @@ def find_player(sessions: Sequence[Session], ours: str, title: object) -> Findin
     known = "; ".join(f"{each.player_title or 'a player'} is {each.machine_identifier}" for each in sessions[:5])
     return Finding(FAIL, f"{best.player_title} has another identifier now: {best.machine_identifier}, not {ours}"
                    if same else f"{ours} has no session, but others have: {known}",
-                   f"streamerbrainz.py setup -plex-machine-id {shlex.quote(best.machine_identifier)}   # if it is that", 3)
+                   f"streamerbrainz.py setup -plex-machine-id {shlex.quote(best.machine_identifier)}", 3)
 
 # --- the world
 class Doctor:
@@ -6360,53 +6362,103 @@ def doctor(config: Config) -> int:
 
 # === Demo: an evening of a player, without any Plex (StandIn, demo) ===
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
-# Way: EVENING -> StandIn (its sessions, its webhooks) -> the real listener and the real daemon -> log lines
+# Way: EVENING -> StandIn (its sessions, events and webhooks) -> the real listener and the real daemon -> log lines
 # Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
 # Needs of Player: PlexServer, encode_webhook, exchange, Inbox
-# Needs of Listener: Gate, Listener, WEBHOOK_PATH
+# Needs of Listener: Gate, Listener, WEBHOOK_PATH, configured_url
 # Needs of Hooks: Hooks, hook_command
-# Needs of Daemon: block_signals, serve, start
+# Needs of Tracker: tracker_command
+# Needs of Daemon: block_signals, local_url, open_listener, serve, start
 
-_KARMA_POLICE = {"type": "track", "ratingKey": "101", "title": "Karma Police", "grandparentTitle": "Radiohead",
-                 "parentTitle": "OK Computer", "duration": "264000"}      # what plays, as Plex's attributes of it
-_NO_SURPRISES = _KARMA_POLICE | {"ratingKey": "102", "title": "No Surprises", "duration": "229000"}
-_TEARDROP = _KARMA_POLICE | {"ratingKey": "103", "title": "Teardrop", "grandparentTitle": "Massive Attack",
-                             "parentTitle": "Mezzanine", "duration": "331000"}
-_PILOT = {"type": "episode", "ratingKey": "201", "title": "Pilot", "grandparentTitle": "Twin Peaks",
-          "parentTitle": "Season 1", "parentIndex": "1", "index": "1", "duration": "5640000"}
+def _attributes(kind: str, key: str, title: str, of: str, parent: str, duration: str, **more: str) -> dict[str, str]:
+    """An item as Plex's attributes of it."""
+    return {"type": kind, "ratingKey": key, "title": title, "grandparentTitle": of, "parentTitle": parent,
+            "duration": duration, "thumb": f"/library/metadata/{key}/thumb/1", **more}
+
+_KARMA_POLICE = _attributes("track", "101", "Karma Police", "Radiohead", "OK Computer", "264000")
+_NO_SURPRISES = _attributes("track", "102", "No Surprises", "Radiohead", "OK Computer", "229000")
+_TEARDROP = _attributes("track", "103", "Teardrop", "Massive Attack", "Mezzanine", "331000")
+_PILOT = _attributes("episode", "201", "Pilot", "Twin Peaks", "Season 1", "5640000", parentIndex="1", index="1")
+_TRAINING = _attributes("episode", "301", "Training", "The Office", "Season 1", "1740000", parentIndex="1", index="4")
+# What the demo's watch tracker knows before, as `tracker import FILE` reads it.  Which Office it is, a person must say.
+DEMO_LIBRARY = {"shows": [{"title": "Twin Peaks", "year": 1990, "episodes": [{"season": 1, "episode": 1}]},
+                          {"title": "The Office", "year": 2001}, {"title": "The Office", "year": 2005}]}
+CRASHED = "crashed"               # its session stays, and stands still
 # (second, what the viewer reads, state, item, the webhook that Plex sends, how often it sends it)
 EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (0, "You press play in Plexamp.", PLAYING, _KARMA_POLICE, "media.play", 1),
-    (15, "The telephone rings: you press pause.", PAUSED, _KARMA_POLICE, "media.pause", 1),
+    (12, "The telephone rings: you press pause.", PAUSED, _KARMA_POLICE, "media.pause", 1),
     (25, "You press play again. Plex sends the webhook three times.", PLAYING, _KARMA_POLICE, "media.resume", 3),
-    (40, "The next track begins.", PLAYING, _NO_SURPRISES, "media.play", 1),
-    (55, "You skip to another track: Plex sends no webhook, the next poll notices.", PLAYING, _TEARDROP, "", 0),
-    (75, "You press stop: the session ends.", STOPPED, _TEARDROP, "media.stop", 1),
-    (85, "You watch something instead.", PLAYING, _PILOT, "media.play", 1),
-    (105, "You have seen enough.", STOPPED, _PILOT, "media.stop", 1),
-    (115, "That was the evening.", STOPPED, _PILOT, "", 0))
+    (36, "The next track begins.", PLAYING, _NO_SURPRISES, "media.play", 1),
+    (46, "You skip to another track: Plex sends no webhook, the event stream tells it.", PLAYING, _TEARDROP, "", 0),
+    (58, "You press stop: the session ends.", STOPPED, _TEARDROP, "media.stop", 1),
+    (66, "You watch something instead.", PLAYING, _PILOT, "media.play", 1),
+    (78, "You have seen it: the tracker marks it as watched.", PLAYING, _PILOT, "media.scrobble", 1),
+    (80, "You press stop.", STOPPED, _PILOT, "media.stop", 1),
+    (84, "You finish another one. Which Office? The tracker asks.", STOPPED, _TRAINING, "media.scrobble", 1),
+    (90, "Some music again.", PLAYING, _TEARDROP, "media.play", 1),
+    (100, "Plexamp crashes. Plex shows it as playing for up to 30 minutes; we find out in 41 seconds (of real time).",
+     CRASHED, _TEARDROP, "", 0),
+    (145, "That was the evening.", "", {}, "", 0))
+PICTURE_SIZE = 96                 # pixels
+
+def picture(key: str) -> bytes:
+    """A cover of our own for a ratingKey: a PNG of rings, each item's in its colour."""
+    colours, middle = [bytes(((int(key) * by) % 160 + shade) for by in (37, 71, 113)) for shade in (95, 40)], 30
+    rows = b"".join(b"\0" + b"".join(colours[((x - middle) ** 2 + (y - middle) ** 2) // 500 % 2]
+                                     for x in range(PICTURE_SIZE)) for y in range(PICTURE_SIZE))
+    header = struct.pack(">IIBBBBB", PICTURE_SIZE, PICTURE_SIZE, 8, 2, 0, 0, 0)       # 8 bits each of red, green, blue
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
 
 # --- the world
 class _StandInHandler(http.server.BaseHTTPRequestHandler):
-    """GET /status/sessions, with the token in its header.  Like an old server, it knows no other path."""
+    """GET of the sessions, with the token in its header.  Unless it has events, it knows no other path, as old ones."""
     server: StandIn
 
     def do_GET(self) -> None:
-        """Answer with the sessions, or with a page of HTML: so does Plex where it refuses."""
-        known = self.headers.get("X-Plex-Token") == self.server.token
-        status = 401 if not known else 200 if self.path == "/status/sessions" else 404
-        body = self.server.sessions() if status == 200 else b"<html><body><h1>%d</h1></body></html>" % status
-        self.send_response_only(status)               # which logs nothing: the log is the daemon's
+        """Answer as Plex; where that refuses, with a page of HTML."""
+        known, modern = self.headers.get("X-Plex-Token") == self.server.token, self.server.streams is not None
+        if not known:
+            self.answer(401)
+        elif self.path == "/status/sessions":
+            self.answer(200, self.server.sessions())
+        elif modern and self.path == "/":
+            self.answer(200, b'<MediaContainer friendlyName="stand-in" version="1.41.3.9314-a0bfb8370"/>')
+        elif modern and (found := re.fullmatch(r"/library/metadata/(\d+)/thumb/1", self.path)):
+            self.answer(200, picture(found[1]))
+        elif modern and self.path.startswith("/:/eventsource/"):
+            self.stream()
+        else:
+            self.answer(404)
+
+    def answer(self, status: int, body: bytes = b"") -> None:
+        """Send a whole answer, and log nothing: the log is the daemon's."""
+        body = body or b"<html><body><h1>%d</h1></body></html>" % status
+        self.send_response_only(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def stream(self) -> None:
+        """The event stream, until the daemon ends."""
+        events: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.send_response_only(200)
+        self.end_headers()
+        self.server.streams.append(events)  # type: ignore[union-attr]
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"event: playing\ndata: %b\n\n" % events.get())
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""
     daemon_threads = True
 
-    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player", speed: float = 1.0):
+    def __init__(self, token: str = "stand-in-token", machine_identifier: str = "demo-player", speed: float = 1.0,
+                 has_events: bool = False):
         self.token, self.machine_identifier, self.speed = token, machine_identifier, speed      # times faster
+        self.streams: list[queue.SimpleQueue[bytes]] | None = [] if has_events else None
         # The state, the item's attributes, its view_offset in ms, and since when (monotonic s).
         self.now: tuple[str, dict[str, str], float, float] = (STOPPED, {}, 0.0, 0.0)
         super().__init__(("127.0.0.1", 0), _StandInHandler)
@@ -6415,12 +6467,19 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def view_offset(self) -> float:
         """Where the player is, ms."""
         state, _, offset, since = self.now
-        return offset + (time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
+        return offset + max(0.0, time.monotonic() - since) * 1000 * self.speed if state == PLAYING else offset
 
     def turn(self, state: str, attributes: dict[str, str]) -> None:
-        """The player plays, pauses or stops an item; another item starts at its beginning."""
+        """The player plays, pauses or stops an item; another item starts at its beginning.  Or it crashes."""
         offset = self.view_offset() if self.now[1] == attributes else 0.0
+        if state == CRASHED:
+            self.now = PLAYING, attributes, offset, math.inf
+            return
         self.now = (STOPPED, {}, 0.0, 0.0) if state == STOPPED else (state, attributes, offset, time.monotonic())
+        for stream in self.streams or ():
+            stream.put(json.dumps({"PlaySessionStateNotification": {
+                "sessionKey": "7", "clientIdentifier": self.machine_identifier, "ratingKey": attributes["ratingKey"],
+                "viewOffset": int(offset), "state": state}}).encode())
 
     def sessions(self) -> bytes:
         """The body of /status/sessions."""
@@ -6442,16 +6501,20 @@ class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
         kind, body = encode_webhook(json.dumps(payload).encode(), thumb)
         return exchange(url, {"Content-Type": kind, "User-Agent": "PlexMediaServer/1.41.3.9314-a0bfb8370"}, body).status
 
-def play_evening(plex: StandIn, port: int, inbox: Inbox) -> None:
-    """Play the script against the listener on a port, then put SIGTERM into the inbox."""
+def play_evening(plex: StandIn, url: str, inbox: Inbox) -> None:
+    """Play the script against the listener at a URL.  On a terminal the page stays there, else SIGTERM follows."""
     start = time.monotonic() + 0.5                    # when the first events come, the daemon listens
     for second, words, state, item, event, count in EVENING:
         time.sleep(max(0.0, start + second / plex.speed - time.monotonic()))
-        print(f"\n# {words}", flush=True)
-        plex.turn(state, item)
+        print(f"\n{wrapped(words, '# ')}", flush=True)
+        if item and (state, item) != plex.now[:2] and (state != STOPPED or plex.now[1]):
+            plex.turn(state, item)
         for _ in range(count):
-            plex.send_webhook(f"http://127.0.0.1:{port}{WEBHOOK_PATH}", event, item)
-    inbox.put(signal.SIGTERM)
+            plex.send_webhook(url, event, item)
+    if sys.stdout.isatty():
+        print("# The page stays open; Ctrl-C ends it.", flush=True)
+    else:
+        inbox.put(signal.SIGTERM)
 
 def demo(config: Config) -> int:
     """Play an evening: the stand-in sends real webhooks to the real daemon, which looks at the stand-in's sessions."""
@@ -6459,13 +6522,18 @@ def demo(config: Config) -> int:
     hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
     inbox: Inbox = queue.SimpleQueue()
     block_signals()                                   # before the first thread: else one of them would get Ctrl-C
-    with StandIn(speed=config.speed) as plex, Listener("127.0.0.1", 0) as listener:
-        config = config._replace(webhooks_host="127.0.0.1", plex_machine_id=plex.machine_identifier,
-                                 poll_interval_s=10 / config.speed)
+    with (StandIn(speed=config.speed, has_events=True) as plex, tempfile.TemporaryDirectory() as folder,
+          open_listener(config) or Listener(config.webhooks_host, 0) as listener):      # your daemon may have the port
+        database, library = os.path.join(folder, "tracker.db"), os.path.join(folder, "library.json")
+        config = config._replace(plex_machine_id=plex.machine_identifier, poll_interval_s=10 / config.speed,
+                                 tracker_db=database, words=("import", library), webhooks_port=listener.port)
+        write_private(library, json.dumps(DEMO_LIBRARY), "demo")
+        page = urllib.parse.urljoin(configured_url(config, listener.port), "/")
         print(f"A stand-in for Plex plays an evening of {EVENING[-1][0] / plex.speed:.0f} seconds; Ctrl-C ends it.\n"
-              f"Look at it: http://127.0.0.1:{listener.port}/ (also /now, /events, /healthz, /metrics)", flush=True)
+              f"Look at it: {page} (also /now, /events, /healthz, /metrics, /?big)", flush=True)
+        tracker_command(config)
         start("stand-in", inbox, plex.serve_forever, 0.05)
-        start("evening", inbox, play_evening, plex, listener.port, inbox)
+        start("evening", inbox, play_evening, plex, local_url(config, WEBHOOK_PATH), inbox)
         serve(config, listener, Gate(), PlexServer(plex.url, lambda: plex.token), hooks, inbox)()
         plex.shutdown()
     return 0
