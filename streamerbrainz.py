@@ -1992,21 +1992,22 @@ def page_title(player: PlayerState) -> str:
         return "StreamerBrainz"
     return " \u2013 ".join(filter(None, (f"{SIGNS[player.state]} {player.item.title}", item_words(player.item)[0])))
 
-def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool) -> str:
-    """What plays, with its picture and its position."""
+def player_html(player: PlayerState, at: float, has_secret: bool, has_picture: bool, big: bool) -> str:
+    """What plays, with its picture and its position.  big: nothing else, for a screen on the wall."""
     if player.item is None:
         return "<section class=now><h1>Nothing has played yet</h1></section>"
-    item, position = player.item, position_ms(player, at)
+    item, position, sign = player.item, position_ms(player, at), SIGNS[player.state]
     whose, of = item_words(item)
     bar = (f'<progress max="{item.duration}" value="{position}" data-position="{position}" '
-           f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim><span id=position>'
-           f"{clock(position)}</span> of {clock(item.duration)}</p>") if item.duration else ""
+           f'data-playing="{1 if player.state == PLAYING else ""}"></progress><p class=dim>{sign * big} '
+           f"<span id=position>{clock(position)}</span> of {clock(item.duration)}</p>"
+           ) if item.duration else f"<p>{sign * big}</p>"
     source = "data-src" if has_secret else "src"      # the script adds the secret
     cover = f'<img alt="" {source}="cover?key={urllib.parse.quote(item.identity, "")}">' if has_picture else ""
     where = f" on {isolated(player.player_title)}" if player.player_title else ""
-    return (f'<section class="now {player.state}">{cover}<div><p class=dim>{SIGNS[player.state]} {player.state}{where}'
-            f"</p><h1>{isolated(item.title)}</h1><p>{isolated(whose)}</p><p class=dim>{isolated(of)}</p>{bar}</div>"
-            "</section>")
+    above, below = f"<p class=dim>{sign} {player.state}{where}</p>", f"<p class=dim>{isolated(of)}</p>"
+    return (f'<section class="now {player.state}">{cover}<div>{above * (not big)}<h1>{isolated(item.title)}</h1>'
+            f"<p>{isolated(whose)}</p>{below * (not big)}{bar}</div></section>")
 
 def banners(status: Status, tracked: Glance) -> list[str]:
     """What needs a person, in sentences."""
@@ -2022,7 +2023,7 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
     # nonce: as in layout().  local: a Unix time in a form of strftime(), as local_time().  big: only what plays.
     seen, title = tracked or Glance(), page_title(status.player)
-    now = player_html(status.player, at, has_secret, has_picture)
+    now = player_html(status.player, at, has_secret, has_picture, big)
     if big:
         return layout(now, nonce, SCRIPT, None, title, big)
     signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
@@ -6058,7 +6059,7 @@ def webhook_command(config: Config) -> int:
 # Needs of Hooks: hook_command
 # Needs of Tracker: Tracker, SCHEMA_VERSION
 # Needs of Daemon: check_complete, local_url, port_holder
-# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, parse_webhooks, send_to,
+# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, has_secret, parse_webhooks, send_to,
 #   read_text, without_secrets, wrapped
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
@@ -6313,10 +6314,13 @@ class Doctor:
         closest, wrong = min(((url, differences(url, self.config, self.secrets)) for url in urls),
                              key=lambda pair: len(pair[1]))
         self.url = closest if wrong != [NO_URL] and WEBHOOK_PATH in closest else ""     # never send to other programs
-        if not wrong or (self.url and any(each.endswith(NOT_HERE) for each in wrong) and send_to(closest) == ARRIVES):
+        # A tunnel or a proxy may lead here.
+        foreign = closest.startswith("https:") or any(each.endswith(NOT_HERE) for each in wrong)
+        if not wrong or (self.url and foreign and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
-                       f"streamerbrainz.py webhook add   # that replaces it by {self.right_url}", 9)
+                       "start the tunnel or proxy there; or, without one: " * (foreign and has_secret(
+                           closest, self.secrets)) + f"streamerbrainz.py webhook add   # it enters {self.right_url}", 9)
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import heapq
+import html
 import http.client
 import http.server
 import io
@@ -1732,6 +1733,51 @@ def evening(judge, hooks=(), noted=True):
 EVENTS = ("media.play", "media.pause", "media.resume", "media.stop")
 
 
+def test_a_change_without_its_webhook_is_missed_when_its_time_is_up_though_nothing_else_happens():
+    judge = Judge(poll_interval_s=0.0)
+    judge.show()
+    judge.wait(20)
+    assert judge.player.look_at is None and sb.proof_due(judge.player) == math.inf
+    judge.show(session_xml())
+    judge.note()
+    judge.wait()
+    changed_at = judge.player.changed_at
+    judge.wait(9)                                          # the looks after the change are over
+    assert judge.player.proof.missed == 0 and sb.proof_due(judge.player) == changed_at + sb.PROOF_S
+    judge.at = sb.proof_due(judge.player)
+    judge.observe(sb.Tick())
+    assert judge.player.proof.missed == 1 and sb.proof_due(judge.player) == math.inf
+
+
+def test_where_webhooks_of_other_players_arrive_the_warning_says_that():
+    judge = Judge()
+    judge.wait(1)
+    judge.hear(uuid="tv")
+    evening(judge)
+    judge.wait(30)
+    assert [r for r in judge.reports if isinstance(r, sb.WebhooksMissing)] == [sb.WebhooksMissing(3, others=True)]
+    assert sb.missing_sentence(3, True) == ("webhooks of other players arrive, so the URL is right; but 3 changes of this player in a row came "
+                                            "without one. Nothing is lost.")
+    judge.hear()                                           # ours: those of others say nothing any more
+    assert not judge.player.proof.others
+
+
+OTHERS = (session_xml(player="tv", key="8"), session_xml(PAUSED, player="phone", key="9"))
+
+
+@pytest.mark.parametrize("known, shown, expected", [
+    ({}, (), {}),
+    ({}, OTHERS, {"tv": "Living Room"}),                                        # who has paused is not named
+    ({"web": "Den"}, OTHERS, {"web": "Den", "tv": "Living Room"}),
+    ({"tv": "Den"}, (), {"tv": "Den"}),
+    ({"tv": "Den"}, (session_xml(PAUSED), *OTHERS), {}),                        # ours is there
+    ({}, [session_xml(player=f"p{i}", key=str(i)) for i in range(9)], {f"p{i}": "Living Room" for i in range(5)}),
+])
+def test_players_are_named_that_play_while_ours_was_never_seen(known, shown, expected):
+    assert sb.strangers(sb.PlayerState("m1", True), known, sessions(*shown)) == expected
+    assert sb.strangers(known_player(), known, sessions(*shown)) == {}          # it was seen before
+
+
 def test_three_misses_in_a_row_are_one_warning_and_the_next_arrival_is_one_line():
     judge = Judge()
     judge.wait(1)
@@ -2961,6 +3007,103 @@ def test_missing_webhooks_are_a_warning_that_names_leg_and_causes_in_order(lines
                      "<6>webhooks arrive again; 7 were missing"]
 
 
+class Server(RawServer):
+    """A server of today, whose answers a test changes; and a Watcher for it."""
+
+    def __init__(self, machine_id="m1", **root):
+        super().__init__(self.reply)
+        self.root, self.shown = {"friendlyName": "nas", "version": "1.41.3.9314-a0bfb8370", "ownerFeatures": "pass,webhooks", **root}, ()
+        self.others = {"/clients": {"MediaContainer": {"Server": [{"name": "Kitchen", "machineIdentifier": "m2"}]}}}
+        self.watcher = sb.Watcher(sb.Config(plex_machine_id=machine_id), queue.SimpleQueue(), sb.PlexServer(self.url, lambda: TOKEN), lambda *_: None)
+
+    def reply(self, connection):
+        path = self.requests[-1].split(b" ")[1].decode()
+        fields = {"/": {"MediaContainer": self.root}, **self.others}.get(path)
+        body = sessions_xml(*self.shown) if path == "/status/sessions" else json.dumps(fields).encode()
+        http_answer(body, "200 OK" if path == "/status/sessions" or fields else "404 Not Found", "Connection: close\r\n")(connection)
+
+
+@pytest.mark.parametrize("machine_id, root, shown, line", [
+    ("m1", {}, (), "Plex answers: nas 1.41.3; the player plays nothing now"),
+    ("m2", {}, (), "Plex answers: nas 1.41.3; Kitchen plays nothing now"),
+    ("m1", {}, (session_xml(),), 'Plex answers: nas 1.41.3; Living Room is playing "Karma Police" by Radiohead'),
+    ("m1", {"ownerFeatures": "sync"}, (session_xml(PAUSED),),
+     'Plex answers: nas 1.41.3 (without Plex Pass: it sends no webhooks); Living Room is paused "Karma Police" by Radiohead'),
+    ("m1", {"friendlyName": ["x"], "version": 7, "ownerFeatures": {}}, (), "Plex answers: 7; the player plays nothing now"),
+])
+def test_at_the_start_it_is_said_once_who_answers_and_what_the_player_does(machine_id, root, shown, line, lines):
+    with Server(machine_id, **root) as server:
+        server.shown = shown
+        server.watcher.look()
+        server.watcher.look()
+        assert [each for each in lines if "Plex answers" in each] == [f"<6>{line}"]
+        assert lines[0] == f"<6>{line}"                                         # before the change
+        asked = sum(b"GET / " in each for each in server.requests)
+        server.watcher.judge(Outage("unreachable", "No."))
+        server.watcher.is_known = False                                         # as after an outage: asked again, said if it is another
+        server.watcher.look()
+        assert sum(b"GET / " in each for each in server.requests) == asked + 1
+        server.root = {"friendlyName": "nas", "version": "1.42.0.1"}
+        server.watcher.is_known = False
+        server.watcher.look()
+        assert sum("Plex answers: " in each for each in lines) == 2
+
+
+def test_an_old_server_that_tells_nothing_of_itself_is_named_by_its_address(plex, lines):
+    watcher = sb.Watcher(sb.Config(plex_machine_id="m1"), queue.SimpleQueue(), sb.PlexServer(plex.url, lambda: TOKEN), lambda *_: None)
+    watcher.look()
+    watcher.look()
+    assert lines == [f"<6>Plex answers: {plex.url}; the player plays nothing now"] and watcher.status.has_pass is None
+
+
+def test_a_machine_id_that_was_never_seen_is_a_warning_that_names_those_that_play(lines):
+    with Server("typo") as server:
+        look = server.watcher.look
+        look()
+        assert not any(each.startswith("<4>") for each in lines)
+        server.shown = (session_xml(player="m2"),)
+        look()
+        look()
+        assert [each for each in lines if each.startswith("<4>")] == [
+            "<4>the player typo has not been seen yet, but others play: Living Room is m2. If you mean one of them, give its flag: -plex-machine-id m2"]
+        server.shown = (session_xml(player="a b", key="9"),)
+        look()
+        assert sum(each.startswith("<4>") for each in lines) == 2 and "Living Room is m2; Living Room is a b." in lines[-1]
+        status = server.watcher.status
+        for is_open, word in ((True, "-plex-machine-id m2"), (False, "the log names them")):
+            code, fields = sb.health(status, sb.Glance(), 1.0, is_open)
+            assert (code, fields["status"], len(fields["degraded"])) == (200, "degraded", 1) and word in fields["degraded"][0]
+        assert sb.banners(status, sb.Glance()) == [lines[-1][3:]]
+        server.shown = (session_xml(player="typo"),)
+        look()
+        assert server.watcher.status.strangers == {} and sb.health(server.watcher.status, sb.Glance(), 1.0)[1]["status"] == "ok"
+
+
+def test_without_plex_pass_nothing_is_missing(lines):
+    with Server(ownerFeatures="sync,home") as server:
+        server.watcher.look()
+        lines.clear()
+        missed = server.watcher.players["m1"].proof._replace(in_a_row=3, missed=3)
+        server.watcher.players["m1"] = server.watcher.players["m1"]._replace(proof=missed)
+        server.watcher.report(sb.WebhooksMissing(3))
+        server.watcher.publish(None)
+        status = server.watcher.status
+        assert lines == [] and sb.health(status, sb.Glance(), 1.0)[1]["degraded"] == []
+        assert sb.witnesses(status, 1.0)["webhooks"] == {"up": None, "words": "not sent without Plex Pass"}
+        page = sb.status_page(status, 1.0, "http://x", False, "N", False, None, lambda form, at: "20:15")
+        assert "<li class=dim><span class=dim>\u2013</span> <b>Webhooks</b>: not sent without Plex Pass</li>" in page
+        assert "<details id=paste>" in page                                     # nobody has to paste it
+
+
+def test_the_proof_is_counted_by_the_clock(monkeypatch, plex, token_file):
+    monkeypatch.setattr(sb, "PROOF_S", 0.3)
+    with Running(plex, token_file, poll=0) as daemon:
+        eventually(lambda: daemon.board.status.looks)
+        plex.turn(PLAYING, TRACK)
+        daemon.inbox.put(sb.Stream("opened"))                                   # a look; no webhook, and nothing after it
+        eventually(lambda: daemon.board.status.player.proof.missed == 1)
+
+
 def test_the_main_loop_itself_pings_the_watchdog(plex, token_file, lines, tmp_path):
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -3180,6 +3323,90 @@ def test_metrics_are_what_prometheus_reads():
     assert "plex_up" not in sb.metric_lines(sb.metric_families(sb.Status(), {}, {}, 1.0))
 
 
+@pytest.mark.parametrize("seconds, words", [(0, "0 s ago"), (59.6, "60 s ago"), (119, "119 s ago"), (240, "4 min ago"), (7199, "120 min ago"),
+                                            (7200, "2 h ago"), (172_000, "48 h ago"), (172_800, "2 days ago"), (8.64e6, "100 days ago")])
+def test_how_long_ago_is_said_as_people_say_it(seconds, words):
+    assert sb.ago(seconds) == words
+
+
+@pytest.mark.parametrize("ms, words", [(0, "0:00"), (59_999, "0:59"), (264_000, "4:24"), (3_599_999, "59:59"), (3_702_000, "1:01:42"), (36_000_000, "10:00:00")])
+def test_positions_have_hours_where_there_are_any(ms, words):
+    assert sb.clock(ms) == words
+
+
+@pytest.mark.parametrize("player, title", [
+    (sb.PlayerState("m1", True), "StreamerBrainz"), (known_player(STOPPED), "StreamerBrainz"),
+    (known_player(), "\u25b6\ufe0e Karma Police \u2013 Radiohead"), (known_player(PAUSED), "\u23f8\ufe0e Karma Police \u2013 Radiohead"),
+    (known_player(item={"type": "movie", "title": "</title><b>"}), "\u25b6\ufe0e </title><b>")])
+def test_the_tab_is_called_what_plays(player, title):
+    assert sb.page_title(player) == title
+    assert f"<title>{html.escape(title)}</title>" in page_of(status_of(player))
+
+
+def page_of(status, tracked=None, url="http://pi:3001/webhooks/plex", has_secret=False, big=False):
+    return sb.status_page(status, 1.0, url, has_secret, "N", True, tracked, lambda form, at: "20:15", big)
+
+
+def test_what_needs_a_person_comes_first():
+    player = known_player()._replace(outage=Outage("refused", "nas refuses the token (401)."), machine_identifier="m1")
+    seen = sb.Glance(conflicts=((4, "The Office", "multiple_matches"),), broken="it is gone")
+    said = page_of(status_of(player, strangers={"m2": "Den"}), seen)
+    places = [said.index(word) for word in ("refuses the token (401). `streamerbrainz.py login`", "The watch tracker cannot be used: it is gone",
+                                            "Which show is it?", '<a href="/questions/4">', "<section class", "How it knows")]
+    assert places == sorted(places) and "-plex-machine-id m2" in said[:places[-2]]
+    assert "class=banner>" not in page_of(status_of(known_player())).replace("<p id=lost class=banner hidden>", "")
+    passing = known_player()._replace(outage=Outage("unreachable", "nas is off."))
+    assert "<p class=banner>" not in page_of(status_of(passing))                 # nobody has to come for that
+
+
+def test_the_url_folds_away_once_webhooks_arrive():
+    assert "<details id=paste open>" in page_of(sb.Status()) and "<details id=paste>" in page_of(sb.Status(webhook_at=0.5))
+
+
+def test_foreign_words_do_not_turn_the_page_around():
+    item = {**SONG, "title": "\u202eKarma", "grandparentTitle": "\u05d0\u05d1", "parentTitle": "\u2067x"}
+    change_ = sb.Change(PLAYING, STOPPED, sb.parse_item(item), 0, "x", "m1", "events")
+    said = page_of(status_of(known_player(item=item), changes=((1.0, change_),)), sb.Glance(((1.0, "\u202ex"),), ((1, "\u202ey", "k"),)))
+    body = said[said.index("<body"):]
+    assert all(re.search(rf"<bdi>[^<]*{each}[^<]*</bdi>", body) for each in "\u202e\u05d0\u2067")
+    assert not re.search("[\u202e\u2067\u05d0]", re.sub("<bdi>[^<]*</bdi>", "", body))
+
+
+def test_a_screen_on_the_wall_shows_what_plays_and_nothing_else(listener):
+    publish(listener, changes=1)
+    code, said = get(listener, "/?big")
+    assert code == 200 and "<body class=big>" in said and "Karma Police" in said and "Radiohead" in said and 'id=position>' in said
+    assert not any(word in said[said.index("<body"):] for word in ("OK Computer", "Living Room", "How it knows", "<footer", "<nav", "id=url"))
+    assert all("<body class=big>" not in get(listener, path)[1] for path in ("/", "/?x=bigger", "/?token=a"))
+
+
+def luminance(colour):
+    parts = [int(colour[i] * 2 if len(colour) == 4 else colour[2 * i - 1:2 * i + 1], 16) / 255 for i in (1, 2, 3)]
+    return sum(weight * (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4) for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def test_every_colour_of_words_has_a_contrast_of_four_and_a_half():
+    light, dark = (dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{3,6})\b", block)) for block in re.findall(r":root \{(.*?)\}", sb.STYLE, re.DOTALL))
+    big = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{3,6})\b", re.search(r"\.big \{(.*?)\}", sb.STYLE, re.DOTALL)[1]))
+    pairs = [(theme[word], theme[below]) for theme in (light, {**light, **dark}) for word, below in (
+        ("text", "page"), ("dim", "page"), ("good", "page"), ("bad", "page"), ("accent", "page"), ("text", "warn"), ("dim", "warn"), ("on-accent", "accent"))]
+    for colours in [*pairs, (big["dim"], "#000"), (big["accent"], "#000")]:
+        low, high = sorted(map(luminance, colours))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, colours
+    assert set(re.findall(r"(?<![-\w])color: ([^;} ]+)", sb.STYLE)) == {f"var(--{name})" for name in ("text", "dim", "good", "bad", "on-accent", "accent")} | {
+        "inherit", "#fff"}
+
+
+def test_a_browser_without_the_secret_gets_a_small_page_that_says_what_is_missing(listener, tmp_path):
+    listener.gate.secret, listener.pages.has_secret = webhook_secret(tmp_path), True
+    publish(listener)
+    answer = exchange(listener, raw("GET / HTTP/1.1\nHost: x\nAccept: text/html,*/*\n"))
+    assert status(answer) == 401 and b"<h1>The secret is missing</h1>" in answer and b"name=token" in answer and b"Karma" not in answer
+    assert b"\r\nContent-Security-Policy: default-src 'none'; " in answer and SECRET.encode() not in answer
+    for request_ in (raw("GET / HTTP/1.1\nHost: x\n"), post(head="Accept: */*\r\n")):                 # curl, Plex
+        assert exchange(listener, request_).endswith(b"\r\n\r\nThe secret is missing or wrong: the URL must end in ?token= and the secret.\n")
+
+
 def test_every_foreign_string_of_the_page_is_escaped():
     change = sb.Change(PLAYING, STOPPED, sb.parse_item(EVIL), 0, "<b>", "m1", "<i>")
     seen = sb.Glance(((1.0, "<u>x"),), ((1, "<s>y", "no_match"),))
@@ -3389,6 +3616,39 @@ def test_a_change_is_on_the_page_without_a_reload_in_a_real_browser(plex, token_
     assert '<button id="copy">' in dom                     # the script ran: it is no longer hidden
 
 
+def test_a_page_whose_daemon_is_gone_says_so_and_its_clock_stops(listener):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    shown, gone, show_page = threading.Event(), threading.Event(), listener.pages.paths["/"]
+
+    def page(*words):
+        if gone.is_set():
+            raise ConnectionResetError                     # as if nobody were there
+        return show_page(*words)
+
+    def late(*_):
+        """No picture, and that late: until it comes the page is not complete."""
+        shown.wait(20)
+        raise sb.WebhookError(404, "No.")
+    listener.pages.paths |= {"/": page, "/cover": late}
+    listener.covers.webhook = ("101", THUMB)
+    listener.board.publish(status_of(known_player()._replace(view_offset=0, moved_at=time.monotonic())), [])
+    browser = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--timeout=20000", "--dump-dom",
+                                f"http://127.0.0.1:{listener.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        eventually(lambda: listener.board.streams, 30)
+        gone.set()
+        listener.board.streams[0].put(None)                # the stream of events ends
+        time.sleep(4)
+        shown.set()
+        dom = browser.communicate(timeout=40)[0]
+    finally:
+        browser.kill()
+    assert '<p id="lost" class="banner">Connection lost' in dom and '<body class="lost">' in dom
+    assert re.search(r'id="position">0:0[0-2]<', dom)      # of some six seconds
+
+
 # === Listener ===
 
 def test_tokens_come_back_evenly_and_never_more_than_a_minutes_worth():
@@ -3537,6 +3797,28 @@ def test_a_large_body_is_read_whole(listener):
         listener.covers.webhook = ("", b"")
         assert status(exchange(listener, request_)) == 200
         assert eventually(lambda: listener.covers.webhook[1]) == thumb
+
+
+def test_a_webhook_to_a_wrong_path_is_told_the_right_one_and_warned_of_once_a_minute(lines, listener):
+    watcher = watcher_alone()
+    for path, code in (("/", 405), ("/webhooks/plex/", 404), ("/webhook", 404), ("/now", 405)):
+        answer = exchange(listener, post(path=path, head="User-Agent: PlexMediaServer/1.41.3\r\n"))
+        assert status(answer) == code and (path == "/now" or b"Plex sends its webhooks to /webhooks/plex.\n" in answer)
+        refused = listener.inbox.get(timeout=5)
+        assert refused.is_webhook
+        watcher.refuse(refused)
+    assert [each for each in lines if each.startswith("<4>")] == [
+        f"<4>a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex path={path} address=127.0.0.1"
+        for path in ("/", "/webhooks/plex/")]                                   # one for each status
+    exchange(listener, raw("GET /webhooks/plex HTTP/1.1\nHost: x\n"))          # a person looks what is there
+    assert not listener.inbox.get(timeout=5).is_webhook
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_an_address_of_ipv4_is_written_as_such_on_a_socket_for_both():
+    with Site("::") as site:
+        exchange(site, post(path="/wrong"))
+        assert site.inbox.get(timeout=5).address == "127.0.0.1"
 
 
 def test_what_is_refused_is_told_of_without_its_query(listener):
