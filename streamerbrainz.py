@@ -4603,7 +4603,7 @@ def season_html(rows: Sequence[Any], may: bool) -> str:
             f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
             f"{whole}<ul>{''.join(lines)}</ul></details>")
 
-def show_html(rows: Sequence[Any], words: str, may: bool) -> str:
+def show_html(rows: Sequence[Any], may: bool) -> str:
     """A show, with what to watch next and its seasons; or a movie."""
     show, episodes = rows[0], [row for row in rows if row["season"] is not None]
     ids = html.escape(", ".join(f"{column[:4]} {show[column]}" for column in CONFIDENCE if show[column]))
@@ -4612,34 +4612,33 @@ def show_html(rows: Sequence[Any], words: str, may: bool) -> str:
     return (f"<h1>{html.escape(named(show['title'], show['year']))}</h1><p class=dim>{ids}</p>{following}" + "".join(
         season_html(list(group), may) for _, group in itertools.groupby(episodes, lambda row: row["season"])))
 
-# path -> what makes its HTML, and the query for the rows.  Those of a list have a path, a name, what is said, the day,
-# and whether a person must answer (NULL: there is nothing to answer).
+# path -> the head of its list ("": it shows a show), and the query for the rows.  Those of a list have a path, a name,
+# what is said, a day ("": none), and whether a person must answer (NULL: there is nothing to answer).
 LOG_LINKS = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
-CARDS = functools.partial(list_html, "<h1>Which show is it?</h1><ul>"), f"""SELECT 'questions/' || id AS path, type,
-    named(title, year) AS name, '' AS day, resolution IS NULL AS open, candidates,
-    iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting || ' waiting',
-    'answered: ' || ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
-    FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
-MAPPING_CARDS = functools.partial(list_html, "<h1>Mappings</h1>{}<ul>"), f"""SELECT 'mappings/' || id AS path, type,
-    iif(title = '', subject, title) AS name, local_time('%Y-%m-%d', at) AS day, 0 AS open,
-    iif(show_id, named(show, m.year), 'ignored') || printf(', by %s %.2f, %d play%s', by, confidence, plays,
-    iif(plays = 1, '', 's')) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
-VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool], str], str]] = {
-    "/watched": (functools.partial(list_html, "<h1>Watched</h1>{}<ul>"), f"""SELECT 'watched/' || id AS path,
-        named(title, year) AS name, local_time('%Y-%m-%d', last_watched_at) AS day, NULL AS open, iif(type = 'episode',
-        watched || ' of ' || episodes, iif(watched, 'movie', 'movie, not yet')) AS said FROM ({SHOWS})"""),
-    "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(iif(at IS NULL,
-        'some day', local_time('%Y-%m-%d %H:%M', at)) || ' (' || source || ')', char(10)) FROM (SELECT at, source FROM
-        play WHERE (show_id, season, episode) = (e.show_id, e.season, e.episode) ORDER BY at LIMIT 20)) AS plays
-        FROM show LEFT JOIN episode e ON e.show_id = show.id
-        WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/log": (functools.partial(list_html, f"<h1>What became of each webhook</h1><p>{LOG_LINKS}</p><ul class=log>"),
-        f"""SELECT coalesce('watched/' || show_id, 'questions/' || conflict_id, '') AS path, NULL AS open, '' AS day,
-        coalesce(nullif(iif(type = 'movie', '', show), ''), nullif(title, ''), event) ||
-        iif(type = 'episode' AND season + episode NOT NULL, printf(' S%02dE%02d', season, episode), '') AS name,
-        local_time('%Y-%m-%d %H:%M ', received_at) || status || ifnull(' ' || action, '') || ifnull(' ' || reason, '')
-        AS said FROM ({ENTRIES})"""),
-    "/questions": CARDS, "/questions/ID": CARDS, "/mappings": MAPPING_CARDS, "/mappings/ID": MAPPING_CARDS}
+VIEWS = {
+    "/watched": ("<h1>Watched</h1>{}<ul>", f"""SELECT 'watched/' || id AS path, named(title, year) AS name,
+        local_time('%Y-%m-%d', last_watched_at) AS day, NULL AS open, iif(type = 'episode', watched || ' of ' ||
+        episodes, iif(watched, 'movie', 'movie, not yet')) AS said FROM ({SHOWS})"""),
+    "/watched/ID": ("", """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(iif(at IS NULL,
+        'some day', local_time('%Y-%m-%d %H:%M', at)) || ' (' || source || ')', char(10)) FROM (SELECT at, source
+        FROM play WHERE (show_id, season, episode) = (e.show_id, e.season, e.episode) ORDER BY at LIMIT 20)) AS plays
+        FROM show LEFT JOIN episode e ON show_id = id WHERE id = :id ORDER BY season, episode
+        LIMIT :most OFFSET :skip"""),
+    "/log": (f"<h1>What became of each webhook</h1><p>{LOG_LINKS}</p><ul class=log>", f"""SELECT NULL AS open,
+        coalesce('watched/' || show_id, 'questions/' || conflict_id, '') AS path, '' AS day,
+        coalesce(nullif(iif(type = 'movie', '', show), ''), nullif(title, ''), event) || iif(type = 'episode' AND
+        season + episode NOT NULL, printf(' S%02dE%02d', season, episode), '') AS name,
+        local_time('%Y-%m-%d %H:%M ', received_at) || status || ifnull(' ' || action, '') ||
+        ifnull(' ' || reason, '') AS said FROM ({ENTRIES})"""),
+    **dict.fromkeys(("/questions", "/questions/ID"), ("<h1>Which show is it?</h1><ul>", f"""SELECT type, candidates,
+        'questions/' || id AS path, named(title, year) AS name, '' AS day, resolution IS NULL AS open,
+        iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' ||
+        ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
+        FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip""")),
+    **dict.fromkeys(("/mappings", "/mappings/ID"), ("<h1>Mappings</h1>{}<ul>", f"""SELECT type, 0 AS open,
+        'mappings/' || id AS path, iif(title = '', subject, title) AS name, local_time('%Y-%m-%d', at) AS day,
+        iif(show_id, named(show, m.year), 'ignored') || printf(', by %s %.2f, %d play%s', by, confidence, plays,
+        iif(plays = 1, '', 's')) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""))}
 
 # --- the world
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
@@ -4656,7 +4655,7 @@ def tracker_answer(work: Callable[..., Answer], tracker: Tracker, *asked: object
 
 def tracker_page(tracker: Tracker, may: bool, path: str, query: str, host: str, no: int | None = None) -> Answer:
     """A page.  may: whether this person may change something.  no: the number in its path; None: it has none."""
-    asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
+    asked, nonce, (head, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
     page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
     words, status = text(asked.get("q")), text(asked.get("status"))
     with tracker.turn():
@@ -4669,8 +4668,9 @@ def tracker_page(tracker: Tracker, may: bool, path: str, query: str, host: str, 
     links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
     tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
                           "secret</code> makes one.")
-    end = f"<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
-    return html_answer(layout(make(rows[:size], words, may) + end, nonce, ASK_FIRST, path.split("/")[1]), nonce)
+    main = list_html(head, rows[:size], words, may) if head else show_html(rows[:size], may)
+    main += f"<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+    return html_answer(layout(main, nonce, ASK_FIRST, path.split("/")[1]), nonce)
 
 def tracker_change(tracker: Tracker, written: threading.Event, path: str, form: str, no: int = 0) -> Answer:
     """Do what a form says, and show a page again.  A button of a show says "mark S01E02", "unmark S01"."""
