@@ -370,9 +370,9 @@ def print_rows(config: Config, rows: Sequence[Mapping[str, Any]], lines: str) ->
     print(json.dumps(rows, indent=2) if config.json else lines)
     return 0
 
-def local_time(form: str, at: float) -> str:
-    """A Unix time in this machine's time zone, in a form of strftime()."""
-    return time.strftime(form, time.localtime(time_of(at)))
+def local_time(form: str, at: float | None) -> str:
+    """A Unix time in this machine's time zone, in a form of strftime(); "" for None."""
+    return "" if at is None else time.strftime(form, time.localtime(time_of(at)))
 
 def shown_path(path: str) -> str:
     """A path for a message, if a part of it is there; a token that was given in a path's place is not shown."""
@@ -3167,29 +3167,23 @@ def entry_of(webhook: Webhook, at: float) -> Entry:
                  item.guid, item.title, item.grandparent_title, season, episode, scrobble.year, scrobble.show_key,
                  scrobble.show_guid, " ".join(scrobble.guids))
 
-def history_entry(fields: Mapping[str, Any], server: str, accounts: set[str] | None) -> Entry | None:
-    """The Entry of a play in the server's history; None if it is not tracked.  accounts: ids; None: all count."""
-    # It is made as that of a webhook; but the history has the show's key only in a path, /library/metadata/1000.
-    key = text(fields.get("grandparentRatingKey")) or text(fields.get("grandparentKey")).rpartition("/")[2]
-    play = Webhook(HISTORY, item=parse_item(fields), server=server, account_id=text(fields.get("accountID")),
-                   scrobble=parse_scrobble(fields)._replace(show_key=key))
-    entry = entry_of(play, float(time_of(fields.get("viewedAt"))))
-    wrong = entry.type not in (EPISODE, MOVIE) or not entry.rating_key or missing_word(entry)
-    return None if wrong or (accounts is not None and entry.account_id not in accounts) else entry
-
 def disagree(told: Show, known: Show) -> bool:
     """Whether ids or years speak against it that these are one show."""
     later = told.year - known.year if told.year and known.year else 0         # a season's year may be much later
     return told.ids.contradicts(known.ids) or later < -1 or (told.own_year and later > 1)
 
-def mark_entry(fields: Mapping[str, Any], server: str) -> Entry:
-    """The Entry of an item that its library says was watched last at lastViewedAt."""
-    scrobble = parse_scrobble(fields)
-    return entry_of(Webhook(LIBRARY, item=parse_item(fields), server=server, scrobble=scrobble), scrobble.viewed_at)
+def play_entry(fields: Mapping[str, Any], server: str, event: str = HISTORY) -> Entry:
+    """The Entry of a play that the server's history tells of, or a library (event LIBRARY): as that of a webhook."""
+    # The history has the show's key only in a path, /library/metadata/1000.
+    scrobble, at = parse_scrobble(fields), fields.get("viewedAt" if event == HISTORY else "lastViewedAt")
+    key = scrobble.show_key or text(fields.get("grandparentKey")).rpartition("/")[2]
+    return entry_of(Webhook(event, item=parse_item(fields), server=server, account_id=text(fields.get("accountID")),
+                            scrobble=scrobble._replace(show_key=key)), float(time_of(at)))
 
 def missing_word(entry: Entry) -> str:
     """What an entry needs but does not have; "": nothing."""
-    numbers = {"title": 0 if entry.name else None, "season": entry.season, "episode number": entry.episode}
+    numbers = {"type": 0 if entry.type in (EPISODE, MOVIE) else None, "title": 0 if entry.name else None,
+               "season": entry.season, "episode number": entry.episode}
     return next((word for word, value in numbers.items() if value is None or value > MAX_NUMBER), "")
 
 def split_accounts(accounts: str) -> set[str]:
@@ -3482,7 +3476,7 @@ class Tracker:
         # patient: a damaged, locked or full file is no error now; each use tries to open it.
         import sqlite3  # here: the daemon without -tracker-db does not pay for it
         self.path, self.may_write, self.patient = os.path.realpath(path), write, patient
-        self.lock, self.sqlite3, self.starts = threading.RLock(), sqlite3, True
+        self.lock, self.sqlite3 = threading.RLock(), sqlite3
         self.connection: Any = None
         self.files: tuple[int, ...] = ()              # inodes of the file, -wal and -shm; (): it was never open
         self.sizes = [0, 0, 0]                        # their bytes, at most; SQLite may have mapped the -shm
@@ -3499,7 +3493,6 @@ class Tracker:
             raise ConfigError(f"-tracker-db: {path} is not a regular file; name one.")
         with contextlib.suppress(*(TrackerError,) if patient else ()), self.faults():
             self.open()
-        self.starts = False
 
     def inodes(self) -> tuple[int, ...]:
         """The inodes of the database, its log (-wal) and the log's index (-shm); 0: it is missing, or was cut short."""
@@ -3524,7 +3517,7 @@ class Tracker:
         connection.create_function("has_words", 2, lambda title, words: all(      # words: as of normal()
             word in text(title).casefold() for word in words.split()))
         connection.create_function("normal_title", 1, lambda title: parse_title(text(title)).normal)
-        for function in (similarity, named):
+        for function in (similarity, named, local_time):
             connection.create_function(function.__name__, 2, function)
         connection.execute("PRAGMA cache_size = -1000")
         connection.execute("BEGIN IMMEDIATE" if self.may_write else "BEGIN")
@@ -3607,7 +3600,7 @@ class Tracker:
             yield
         except (self.sqlite3.Error, *DAMAGE) as error:
             name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
-            if self.starts and name == "SQLITE_NOTADB" and not (self.was_ours() or self.inodes()[1]):
+            if name == "SQLITE_NOTADB" and not (self.files or self.fault or self.was_ours() or self.inodes()[1]):
                 raise ConfigError(f"-tracker-db: {self.path} is not a database; name another file.") from error
             damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
             advice = " is damaged ({}): stop StreamerBrainz, move a backup there, delete -wal and -shm." if damaged \
@@ -3725,12 +3718,6 @@ class Tracker:
         return self.one(f"SELECT 1 FROM webhook_log WHERE {' AND '.join(f'{name} IS :{name}' for name in same)} AND "
                         "received_at BETWEEN :received_at - :within_s AND :received_at + :within_s AND "
                         "status = 'success' AND id <> :id", **entry._asdict(), within_s=DUPLICATE_S) is not None
-
-    def knows_play(self, play: Entry) -> bool:
-        """Whether a play in the server's history is in the journal already."""
-        return self.one("SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN "
-                        "(?, '') AND event IN (?, ?, ?) AND action IS NOT 'other_account'", play.rating_key,
-                        play.received_at, SAME_PLAY_S, play.server, SCROBBLE, HISTORY, LIBRARY) is not None
 
     # -- shows
     def shows(self, condition: str, *values: object, table: str = "show") -> list[Show]:
@@ -4208,12 +4195,14 @@ class Worker:
                 return False
             since = since if since >= BUILT else until        # the file was made by a clock that was wrong
             for page in self.plex.pages(f"/status/sessions/history/all?sort=viewedAt:asc&viewedAt%3E={since}"):
-                read = [time_of(fields.get("viewedAt")) for fields in page.items]
+                plays = [play_entry(fields, server) for fields in page.items]
                 with self.tracker.transaction(lasting=False):         # with its entries, how far the history was read
-                    for play in filter(None, (history_entry(fields, server, accounts) for fields in page.items)):
-                        if since <= play.received_at <= until and not self.tracker.knows_play(play):
+                    for play, fields in zip(plays, page.items, strict=True):
+                        counts = play.rating_key and (accounts is None or play.account_id in accounts)
+                        if counts and since <= play.received_at <= until and self.is_new(play, fields):
                             self.tracker.add_entry(play, None)
-                    self.tracker.take_note("history", max([since, *(at for at in read if at <= until)]))
+                    times = [int(play.received_at) for play in plays if play.received_at <= until]
+                    self.tracker.take_note("history", max([since, *times]))
             if accounts is None or "1" in accounts:   # a library tells only what its owner watched
                 self.read_marks(self.plex, server, until)
         except PlexError as error:
@@ -4231,7 +4220,7 @@ class Worker:
                 since, newest, last = self.tracker.note(note), 1, LAST_TIME
                 for page in plex.pages(f"/library/sections/{urllib.parse.quote(key, '')}/all?type={kind}&unwatched=0&"
                                        "sort=lastViewedAt:desc&includeGuids=1"):
-                    marks = [mark_entry(fields, server) for fields in page.items]
+                    marks = [play_entry(fields, server, LIBRARY) for fields in page.items]
                     times = [last, *(int(each.received_at) for each in marks)]
                     newest, last = max([newest, *(at for at in times[1:] if at <= until)]), times[-1]
                     if times != sorted(times, reverse=True):      # an unknown sort is ignored in silence
@@ -4239,20 +4228,24 @@ class Worker:
                         break
                     with self.tracker.transaction(lasting=False):
                         for mark, fields in zip(marks, page.items, strict=True):
-                            if since and since < mark.received_at <= until and self.is_new_mark(mark, fields):
+                            if since and since < mark.received_at <= until and self.is_new(mark, fields):
                                 self.tracker.add_entry(mark, None)
                     if not since or last <= since:
                         break
                 with self.tracker.transaction(lasting=False):
                     self.tracker.take_note(note, max(since, newest))
 
-    def is_new_mark(self, mark: Entry, fields: Mapping[str, Any]) -> bool:
-        """Whether a library tells of a play that nobody else told of."""
-        # What was begun again has a new lastViewedAt, too, but no more plays (viewCount) than before.
-        count, row = number(fields.get("viewCount")) or 0, self.tracker.mapping(mark)
-        known = row and self.tracker.episode(row["show_id"], mark.season, mark.episode)
-        return mark.type in (EPISODE, MOVIE) and not missing_word(mark) and not number(fields.get("viewOffset")) and \
-            count > (known["plays"] if known else 0) and not self.tracker.knows_play(mark)
+    def is_new(self, play: Entry, fields: Mapping[str, Any]) -> bool:
+        """Whether a play, of which these fields tell, can be marked, and is not in the journal already."""
+        if play.event == LIBRARY:     # what was begun again has a new lastViewedAt, too, but no more plays than before
+            row, count = self.tracker.mapping(play), number(fields.get("viewCount")) or 0
+            known = row and self.tracker.episode(row["show_id"], play.season, play.episode)
+            if number(fields.get("viewOffset")) or count <= (known["plays"] if known else 0):
+                return False
+        return not missing_word(play) and self.tracker.one(
+            "SELECT 1 FROM webhook_log WHERE rating_key = ? AND abs(received_at - ?) <= ? AND server IN (?, '') "
+            "AND event IN (?, ?, ?) AND action IS NOT 'other_account'", play.rating_key, play.received_at, SAME_PLAY_S,
+            play.server, SCROBBLE, HISTORY, LIBRARY) is None
 
     def accounts(self, plex: PlexServer) -> set[str] | None:
         """The ids of -accounts in the server's history; None: all count.  Raises PlexError."""
@@ -4553,7 +4546,7 @@ def tracker_shows(config: Config, tracker: Tracker) -> int:
     for row in rows:
         movie = f"movie: {'yes' if row['watched'] else 'no'}"
         watched = movie if row["type"] == MOVIE else f"{row['watched']} of {row['episodes']}"
-        day = local_time("%Y-%m-%d", row["last_watched_at"]) if row["last_watched_at"] is not None else ""
+        day = local_time("%Y-%m-%d", row["last_watched_at"])
         lines.append(cut(f"{row['id']:5}  {watched:10}  {day:10}  {printable(named(row['title'], row['year']))}"))
         row |= {"type": KINDS[row["type"]], "last_watched_at": iso_time(row["last_watched_at"])}
     empty = "The tracker is empty. `tracker import` reads your Plex library into it."
@@ -4600,7 +4593,7 @@ def tracker_mappings(config: Config, tracker: Tracker) -> int:
     rows = [dict(row) for row in tracker.all(MAPPINGS, id=None, words=words, most=-1, skip=0)][::-1]
     lines = ["   ID  BY        CONF  DAY         THE SERVER'S -> OURS"]
     for row in rows:
-        day = local_time("%Y-%m-%d", row["at"]) if row["at"] is not None else ""
+        day = local_time("%Y-%m-%d", row["at"])
         ours = f"{row['show_id']} {named(row['show'] or '?', row['year'])}" if row["show_id"] else "ignored"
         names = f"{cut(row['title'] or row['subject'], max(20, 41 - len(ours)))} -> {ours}"
         lines.append(cut(printable(f"{row['id']:5}  {row['by']:8}  {row['confidence']:.2f}  {day:10}  {names}")))
@@ -4656,7 +4649,7 @@ def tracker_backup(config: Config, tracker: Tracker) -> int:
 
 def days(watched: Mapping[str, Any]) -> str:
     """The days on which an episode or movie in the JSON form was watched; "?": not known when."""
-    return " ".join(local_time("%Y-%m-%d", unix_time(each)) if each else "?" for each in watched["watched"])
+    return " ".join(local_time("%Y-%m-%d", each and unix_time(each)) or "?" for each in watched["watched"])
 
 def tracker_show(config: Config, tracker: Tracker) -> int:
     """Print a show's seasons, each as a grid of what was watched, and its episodes; or when a movie was watched."""
@@ -4696,11 +4689,11 @@ def tracker_log(config: Config, tracker: Tracker) -> int:
 def tracker_conflicts(config: Config, tracker: Tracker) -> int:
     """Print the open conflicts, each with the commands that resolve it."""
     rows, lines = [], []
-    for row in tracker.all(f"SELECT * FROM ({QUESTIONS}) WHERE resolution IS NULL ORDER BY id", words=""):
+    columns = "id, created_at, kind, type, title, year, waiting, candidates"
+    for row in tracker.all(f"SELECT {columns} FROM ({QUESTIONS}) WHERE resolution IS NULL ORDER BY id", words=""):
         known = json.loads(row["candidates"])
         rows.append({**row, "created_at": iso_time(row["created_at"]), "type": KINDS[row["type"]], "candidates": [
             dict(zip(("show_id", "title", "year", "score"), each, strict=True)) for each in known]})
-        rows[-1].pop("resolution")
         name, command = printable(named(row["title"], row["year"])), f"    tracker resolve {row['id']}"
         lines += [cut(f"{row['id']}: {cut(name, 45)} ({printable(row['kind'])}, {row['waiting']} waiting)"),
                   *(cut(f"{command} {show_id}   # {score:.2f} {printable(named(title, year))}")
@@ -4729,7 +4722,7 @@ def tracker_command(config: Config) -> int:
     with contextlib.closing(Tracker(config.tracker_db, name == "import", may_write)) as tracker, tracker.guarded():
         return command(config, tracker)
 
-# === Browse: the tracker in a browser (shows_html, show_html, cards_html, log_html, TrackerPages) ===
+# === Browse: the tracker in a browser (list_html, show_html, add_pages) ===
 # What for: to see what was watched and what became of each webhook, and to correct it by a click.
 # Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
 # Threads: request threads read, and write what a person corrects.  None has the tracker while it makes HTML.
@@ -4742,7 +4735,6 @@ PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
 # A mark that is taken back loses its date.
 ASK_FIRST = """document.addEventListener("submit", event => { const word = (event.submitter || {}).value || "";
   if (word.startsWith("unmark") && !confirm("Take back " + word.slice(7) + "?")) event.preventDefault(); });"""
-Local = Callable[[str, float], str]           # as local_time()
 
 def row_html(path: str, name: str, more: str) -> str:
     """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
@@ -4760,148 +4752,132 @@ def search_html(words: str, action: str = "") -> str:
     return (f'<form{action}><fieldset><input type=search name=q value="{html.escape(words)}" '
             'placeholder="Words of a title" aria-label="Words of a title"><button>Search</button></fieldset></form>')
 
-def shows_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
-    """Shows and movies, each with how much of it was watched, and when last."""
-    lines = []
+def list_html(head: str, rows: Sequence[Any], words: str, may: bool) -> str:
+    """A list.  A question that is open, or alone, has a button for each answer, and a search for others."""
+    lines, is_asked = [], False
     for row in rows:
-        movie, last_at = "movie" if row["watched"] else "movie, not yet", row["last_watched_at"]
-        seen = movie if row["type"] == MOVIE else f"{row['watched']} of {row['episodes']}"
-        day = "" if last_at is None else f"<br><time>{local('%Y-%m-%d', last_at)}</time>"
-        lines.append(row_html(f"watched/{row['id']}", named(row["title"], row["year"]), seen + day))
-    return f"<h1>Watched</h1>{search_html(words)}<ul>{''.join(lines)}</ul>"
+        said = html.escape(row["said"]) + (f"<br><time>{row['day']}</time>" if row["day"] else "")
+        if row["open"] is None or not (row["open"] or len(rows) == 1):
+            lines.append(row_html(row["path"], row["name"], said))
+            continue
+        to, is_asked = f' action="/{row["path"]}"', True
+        buttons = [(str(show_id), named(title, year) + (f" ({score:.2f})" if score else ""), "")
+                   for show_id, title, year, score in json.loads(row["candidates"])]
+        buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
+        buttons += [("forget", "Forget it", "")] * row["path"].startswith("mappings")
+        lines.append(f"<h2>{html.escape(row['name'])}</h2><p class=dim>{said}</p>{form_html(buttons, may, to)}"
+                     f"{search_html(words, to)}")
+    return f"{head.format('' if is_asked else search_html(words))}{''.join(lines)}</ul>"
 
-def season_html(rows: Sequence[Any], may: bool, local: Local) -> str:
+def season_html(rows: Sequence[Any], may: bool) -> str:
     """A season as a grid: a click marks an episode, or takes its marks back; below it, when each was watched."""
     cells, lines, season, code = [], [], rows[0]["season"], f"S{rows[0]['season']:02}"
     for row in rows:
-        plays = [f"{local('%Y-%m-%d %H:%M', int(at)) if at else 'some day'} ({html.escape(by)})" for at, _, by in
-                 (play.partition(" ") for play in (row["plays"] or "").split(",") if play)]
+        plays = html.escape(row["plays"] or "").replace("\n", "<br>")
         cells.append((f"{'un' * bool(plays)}mark {code}E{row['episode']:02}", str(row["episode"]), row["name"]))
-        lines.append(row_html("", f"{row['episode']} {row['name']}", "<br>".join(plays)))
+        lines.append(row_html("", f"{row['episode']} {row['name']}", plays))
     left = sum(value.startswith("mark") for value, *_ in cells)
     whole = form_html([(f"mark {code}", "Mark as watched", "") if left else (f"unmark {code}", "Take back", "")], may)
     if rows[0]["type"] == MOVIE:
-        return f"{whole}<p>{'<br>'.join(plays)}</p>"
+        return f"{whole}<p>{plays}</p>"
     return (f"<h2 id={code}>{f'Season {season}' if season else 'Specials'} <span class=dim>{len(cells) - left} of "
             f"{len(cells)}</span></h2>{form_html(cells, may)}<details><summary class=dim>Titles and dates</summary>"
             f"{whole}<ul>{''.join(lines)}</ul></details>")
 
-def show_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
+def show_html(rows: Sequence[Any], may: bool) -> str:
     """A show, with what to watch next and its seasons; or a movie."""
     show, episodes = rows[0], [row for row in rows if row["season"] is not None]
     ids = html.escape(", ".join(f"{column[:4]} {show[column]}" for column in CONFIDENCE if show[column]))
     following = next((f"<p>Next: S{row['season']:02}E{row['episode']:02} <b>{html.escape(row['name'])}</b></p>"
                       for row in episodes if row["season"] and not row["plays"]), "")
     return (f"<h1>{html.escape(named(show['title'], show['year']))}</h1><p class=dim>{ids}</p>{following}" + "".join(
-        season_html(list(group), may, local) for _, group in itertools.groupby(episodes, lambda row: row["season"])))
+        season_html(list(group), may) for _, group in itertools.groupby(episodes, lambda row: row["season"])))
 
-def cards_html(heading: str, path: str, rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
-    """Questions or mappings.  One that is open, or alone, has a button for each answer, and a search for others."""
-    lines = [search_html(words)] if path == "mappings" and len(rows) != 1 else []
-    for row in rows:
-        to, name = f"{path}/{row['id']}", named(row["title"], row["year"])
-        said = html.escape(row["said"]) + (local("<br>%Y-%m-%d", row["at"]) if row["at"] is not None else "")
-        if not row["open"] and len(rows) > 1:
-            lines.append(row_html(to, name, said))
-            continue
-        buttons = [(str(show_id), named(title, year) + (f" ({score:.2f})" if score else ""), "")
-                   for show_id, title, year, score in json.loads(row["candidates"])]
-        buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
-        buttons += [("forget", "Forget it", "")] * (path == "mappings")
-        lines.append(f"<h2>{html.escape(name)}</h2><p class=dim>{said}</p>" + form_html(
-            buttons, may, f' action="/{to}"') + search_html(words, f' action="/{to}"'))
-    return f"<h1>{heading}</h1>{''.join(lines)}"
-
-def log_html(rows: Sequence[Any], words: str, may: bool, local: Local) -> str:
-    """What became of each webhook, and why."""
-    lines = []
-    for row in rows:
-        to = f"watched/{row['show_id']}" if row["show_id"] else f"questions/{row['conflict_id']}"
-        is_episode = row["type"] == EPISODE and None not in (row["season"], row["episode"])
-        code = f" S{row['season']:02}E{row['episode']:02}" if is_episode else ""
-        name = ((row["type"] != MOVIE and row["show"]) or row["title"] or row["event"]) + code
-        said = [local("%Y-%m-%d %H:%M", row["received_at"]), row["status"], row["action"] or "", row["reason"] or ""]
-        lines.append(row_html(to if row["show_id"] or row["conflict_id"] else "", name, html.escape(" ".join(said))))
-    links = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
-    return f"<h1>What became of each webhook</h1><p>{links}</p><ul class=log>{''.join(lines)}</ul>"
-
-# path -> what makes its HTML, and the query for the rows
-CARDS = functools.partial(cards_html, "Which show is it?", "questions"), f"""SELECT id, type, title, year, NULL AS at,
-    resolution IS NULL AS open, candidates, iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting ||
-    ' waiting', 'answered: ' || ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
-    FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip"""
-MAPPING_CARDS = functools.partial(cards_html, "Mappings", "mappings"), f"""SELECT id, type, iif(title = '', subject,
-    title) AS title, NULL AS year, at, 0 AS open, iif(show_id, named(show, m.year), 'ignored') ||
-    printf(', by %s %.2f, %d play%s', by, confidence, plays, iif(plays = 1, '', 's')) AS said,
-    {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""
-VIEWS: dict[str, tuple[Callable[[Sequence[Any], str, bool, Local], str], str]] = {
-    "/watched": (shows_html, SHOWS), "/log": (log_html, ENTRIES),
-    "/watched/ID": (show_html, """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(ifnull(at, '')
-        || ' ' || source) FROM (SELECT at, source FROM play WHERE (show_id, season, episode) = (e.show_id, e.season,
-        e.episode) ORDER BY at LIMIT 20)) AS plays FROM show LEFT JOIN episode e ON e.show_id = show.id
-        WHERE show.id = :id ORDER BY season, episode LIMIT :most OFFSET :skip"""),
-    "/questions": CARDS, "/questions/ID": CARDS, "/mappings": MAPPING_CARDS, "/mappings/ID": MAPPING_CARDS}
+# path -> the head of its list ("": it shows a show), and the query for the rows.  Those of a list have a path, a name,
+# what is said, a day ("": none), and whether a person must answer (NULL: there is nothing to answer).
+LOG_LINKS = " ".join(f'<a href="/log?status={each}">{each or "all"}</a>' for each in ("", *ENTRY_STATUSES, "waiting"))
+VIEWS = {
+    "/watched": ("<h1>Watched</h1>{}<ul>", f"""SELECT 'watched/' || id AS path, named(title, year) AS name,
+        local_time('%Y-%m-%d', last_watched_at) AS day, NULL AS open, iif(type = 'episode', watched || ' of ' ||
+        episodes, iif(watched, 'movie', 'movie, not yet')) AS said FROM ({SHOWS})"""),
+    "/watched/ID": ("", """SELECT show.*, season, episode, e.title AS name, (SELECT group_concat(iif(at IS NULL,
+        'some day', local_time('%Y-%m-%d %H:%M', at)) || ' (' || source || ')', char(10)) FROM (SELECT at, source
+        FROM play WHERE (show_id, season, episode) = (e.show_id, e.season, e.episode) ORDER BY at LIMIT 20)) AS plays
+        FROM show LEFT JOIN episode e ON show_id = id WHERE id = :id ORDER BY season, episode
+        LIMIT :most OFFSET :skip"""),
+    "/log": (f"<h1>What became of each webhook</h1><p>{LOG_LINKS}</p><ul class=log>", f"""SELECT NULL AS open,
+        coalesce('watched/' || show_id, 'questions/' || conflict_id, '') AS path, '' AS day,
+        coalesce(nullif(iif(type = 'movie', '', show), ''), nullif(title, ''), event) || iif(type = 'episode' AND
+        season + episode NOT NULL, printf(' S%02dE%02d', season, episode), '') AS name,
+        local_time('%Y-%m-%d %H:%M ', received_at) || status || ifnull(' ' || action, '') ||
+        ifnull(' ' || reason, '') AS said FROM ({ENTRIES})"""),
+    **dict.fromkeys(("/questions", "/questions/ID"), ("<h1>Which show is it?</h1><ul>", f"""SELECT type, candidates,
+        'questions/' || id AS path, named(title, year) AS name, '' AS day, resolution IS NULL AS open,
+        iif(resolution IS NULL, replace(kind, '_', ' ') || ', ' || waiting || ' waiting', 'answered: ' ||
+        ifnull((SELECT named(title, year) FROM show WHERE id = resolution), resolution)) AS said
+        FROM ({QUESTIONS}) WHERE ifnull(:id, id) = id ORDER BY open DESC, id DESC LIMIT :most OFFSET :skip""")),
+    **dict.fromkeys(("/mappings", "/mappings/ID"), ("<h1>Mappings</h1>{}<ul>", f"""SELECT type, 0 AS open,
+        'mappings/' || id AS path, iif(title = '', subject, title) AS name, local_time('%Y-%m-%d', at) AS day,
+        iif(show_id, named(show, m.year), 'ignored') || printf(', by %s %.2f, %d play%s', by, confidence, plays,
+        iif(plays = 1, '', 's')) AS said, {CHOICES.format("'[]'", "m")} AS candidates FROM ({MAPPINGS}) m"""))}
 
 # --- the world
 FORMS = {"/watched/ID": "show", "/questions/ID": "conflict", "/mappings/ID": "mapping"}       # ID: of this table
 
-class TrackerPages:
-    """The pages of the tracker, and their forms.  Its methods run in request threads."""
+def tracker_answer(work: Callable[..., Answer], tracker: Tracker, *asked: object) -> Answer:
+    """What tracker_page() or tracker_change() answers; 400 for what is asked wrongly, 503 if the disk fails."""
+    try:
+        with tracker.faults():
+            return work(tracker, *asked)
+    except ConfigError as error:
+        raise WebhookError(400, f"{str(error)[0].upper()}{str(error)[1:]}") from error
+    except TrackerError as error:
+        raise WebhookError(503, "The watch tracker cannot be used now; try again later.") from error
 
-    def __init__(self, pages: Pages, tracker: Tracker, written: threading.Event):
-        """Adds them to the others.  written: tells the worker that there is more to do."""
-        self.pages, self.tracker, self.written = pages, tracker, written
-        pages.paths |= {path: functools.partial(self.answer, self.show, path) for path in VIEWS}
-        pages.forms |= {path: functools.partial(self.answer, self.change, path) for path in FORMS}
+def tracker_page(tracker: Tracker, may: bool, path: str, query: str, host: str, no: int | None = None) -> Answer:
+    """A page.  may: whether this person may change something.  no: the number in its path; None: it has none."""
+    asked, nonce, (head, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
+    page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
+    words, status = text(asked.get("q")), text(asked.get("status"))
+    with tracker.turn():
+        rows = tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
+                           most=size + 1, skip=(page - 1) * size)
+    if path.endswith("/ID") and not rows:
+        raise WebhookError(404, "There is no such thing here.")
+    ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
+        ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
+    links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
+    tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
+                          "secret</code> makes one.")
+    main = list_html(head, rows[:size], words, may) if head else show_html(rows[:size], may)
+    main += f"<p>{links}</p><p class=dim>{'' if rows else 'Nothing is here. '}{tip}</p>"
+    return html_answer(layout(main, nonce, ASK_FIRST, path.split("/")[1]), nonce)
 
-    def answer(self, work: Callable[..., Answer], *asked: object) -> Answer:
-        """What show() or change() answers.  What is asked for wrongly is 400, and what the disk cannot do now 503."""
-        try:
-            with self.tracker.faults():
-                return work(*asked)
-        except ConfigError as error:
-            raise WebhookError(400, f"{str(error)[0].upper()}{str(error)[1:]}") from error
-        except TrackerError as error:
-            raise WebhookError(503, "The watch tracker cannot be used now; try again later.") from error
-
-    def show(self, path: str, query: str, host: str, no: int | None = None) -> Answer:
-        """A page.  no: the number in its path; None: it has none."""
-        asked, nonce, (make, sql) = dict(urllib.parse.parse_qsl(query)), secrets.token_urlsafe(16), VIEWS[path]
-        page, size = min(number(asked.get("page")) or 1, MAX_PAGE), PAGE_EPISODES if no else PAGE_ROWS
-        words, status, may = text(asked.get("q")), text(asked.get("status")), self.pages.has_secret
-        with self.tracker.turn():
-            rows = self.tracker.all(sql, id=no, words=normal(words), status=status, show="", show_id=None,
-                                    most=size + 1, skip=(page - 1) * size)
-        if path.endswith("/ID") and not rows:
+def tracker_change(tracker: Tracker, written: threading.Event, path: str, form: str, no: int = 0) -> Answer:
+    """Do what a form says, and show a page again.  A button of a show says "mark S01E02", "unmark S01"."""
+    fields, table, place = dict(urllib.parse.parse_qsl(form)), FORMS[path], path.removesuffix("/ID")
+    word = text(fields.get("word"))
+    with tracker.turn(), tracker.transaction():
+        if not tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
             raise WebhookError(404, "There is no such thing here.")
-        ways = [(word, urllib.parse.urlencode({"q": words, "status": status, "page": to})) for word, to, there in (
-            ("Back", page - 1, page > 1), ("More", page + 1, len(rows) > size)) if there]
-        links = " ".join(f'<a href="?{html.escape(way)}">{word}</a>' for word, way in ways)
-        tip = "" if may else ("To change something here, give the daemon a webhook secret: <code>streamerbrainz.py "
-                              "secret</code> makes one.")
-        content = (f"{make(rows[:size], words, may, local_time)}<p>{links}</p><p class=dim>"
-                   f"{'' if rows else 'Nothing is here. '}{tip}</p>")
-        return html_answer(layout(content, nonce, ASK_FIRST, path.split("/")[1]), nonce)
+        if table == "show":
+            name, _, code = word.partition(" ")
+            season, episode = episodes_of(code)
+            if name not in ("mark", "unmark") or season is None or not tracker.one(
+                    f"SELECT 1 FROM episode WHERE {SOME}", no, season, episode):
+                raise ConfigError("there is no such episode.")
+            (tracker.mark if name == "mark" else tracker.unmark)(no, season, episode)
+            place = f"/watched/{no}?page={number(fields.get('page')) or 1}#{code.partition('E')[0]}"
+        else:
+            correct(tracker, table, no, word)
+    written.set()
+    return Answer(303, headers={"Location": place, "Cache-Control": "no-store"})
 
-    def change(self, path: str, form: str, no: int = 0) -> Answer:
-        """Do what a form says, and show a page again.  A button of a show says "mark S01E02", "unmark S01"."""
-        fields, table, place = dict(urllib.parse.parse_qsl(form)), FORMS[path], path.removesuffix("/ID")
-        word = text(fields.get("word"))
-        with self.tracker.turn(), self.tracker.transaction():
-            if not self.tracker.one(f"SELECT 1 FROM {table} WHERE id = ?", no):
-                raise WebhookError(404, "There is no such thing here.")
-            if table == "show":
-                name, _, code = word.partition(" ")
-                season, episode = episodes_of(code)
-                if name not in ("mark", "unmark") or season is None or not self.tracker.one(
-                        f"SELECT 1 FROM episode WHERE {SOME}", no, season, episode):
-                    raise ConfigError("there is no such episode.")
-                (self.tracker.mark if name == "mark" else self.tracker.unmark)(no, season, episode)
-                place = f"/watched/{no}?page={number(fields.get('page')) or 1}#{code.partition('E')[0]}"
-            else:
-                correct(self.tracker, table, no, word)
-        self.written.set()
-        return Answer(303, headers={"Location": place, "Cache-Control": "no-store"})
+def add_pages(pages: Pages, tracker: Tracker, written: threading.Event) -> None:
+    """Add the tracker's pages and forms to the others.  written: tells the worker that there is more to do."""
+    by = functools.partial
+    pages.paths |= {path: by(tracker_answer, tracker_page, tracker, pages.has_secret, path) for path in VIEWS}
+    pages.forms |= {path: by(tracker_answer, tracker_change, tracker, written, path) for path in FORMS}
 
 # === Daemon: all of it together (run, players) ===
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
@@ -4913,7 +4889,7 @@ class TrackerPages:
 # Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
 # Needs of Hooks: Hooks, hook_command, plain_environment
 # Needs of Tracker: Entry, Journal, Tracker, Worker, glance
-# Needs of Browse: TrackerPages
+# Needs of Browse: add_pages
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -5132,7 +5108,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
             worker.tell = lambda entry: hooks.inbox.put(watched_environment(entry))
         start("worker", inbox, worker.run, journal.written)
         pages.glance = functools.partial(glance, tracker, journal)
-        TrackerPages(pages, tracker, journal.written)
+        add_pages(pages, tracker, journal.written)
     keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")

@@ -718,7 +718,7 @@ def test_a_time_of_any_shape_can_be_shown_on_32_bits_too(at, monkeypatch):
     monkeypatch.setattr(time, "localtime", narrow)
     assert 0 <= sb.time_of(at) <= sb.LAST_TIME and sb.local_time("%Y", at) in map(str, range(1969, 2039))
     assert re.fullmatch(r"(19|20)\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", sb.iso_time(at))
-    entry = sb.history_entry({**PILOT, "viewedAt": at}, SERVER, None)
+    entry = sb.play_entry({**PILOT, "viewedAt": at}, SERVER)
     assert 0 <= entry.received_at <= sb.LAST_TIME
     play, = sb.episode_row({**PILOT, "viewCount": 1, "lastViewedAt": at}, 2.0 ** 40)[3]
     assert play is None or 0 <= play <= sb.LAST_TIME
@@ -6835,7 +6835,7 @@ class Shelf(Site):
         super().__init__(gate=sb.Gate(webhook_secret(folder) if has_secret else None))
         self.keeper = Keeper(database)
         self.pages.glance = functools.partial(sb.glance, self.keeper.store)
-        sb.TrackerPages(self.pages, self.keeper.store, self.keeper.journal.written)
+        sb.add_pages(self.pages, self.keeper.store, self.keeper.journal.written)
         self.threads.append(threading.Thread(target=self.work, daemon=True))
         self.ended = False
 
