@@ -4726,7 +4726,7 @@ def tracker_command(config: Config) -> int:
 # What for: to see what was watched and what became of each webhook, and to correct it by a click.
 # Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
 # Threads: request threads read, and write what a person corrects.  None has the tracker while it makes HTML.
-# Needs of Page: Answer, Pages, html_answer, layout
+# Needs of Page: Answer, Pages, html_answer, isolated, layout
 # Needs of Tracker: CHOICES, CONFIDENCE, ENTRIES, ENTRY_STATUSES, KINDS, MAPPINGS, QUESTIONS, SHOWS, SOME, Tracker,
 #   correct, episodes_of, named, normal
 
@@ -4738,7 +4738,7 @@ ASK_FIRST = """document.addEventListener("submit", event => { const word = (even
 
 def row_html(path: str, name: str, more: str) -> str:
     """A row of a list: a link (path "": none) by a name, and what else there is to say: HTML."""
-    link = f'<a href="/{path}">{html.escape(name)}</a>' if path else html.escape(name)
+    link = f'<a href="/{path}">{isolated(name)}</a>' if path else isolated(name)
     return f"<li class=row><span>{link}</span> <span class=dim>{more}</span></li>"
 
 def form_html(buttons: Iterable[tuple[str, str, str]], may: bool, action: str = "") -> str:
@@ -4765,7 +4765,7 @@ def list_html(head: str, rows: Sequence[Any], words: str, may: bool) -> str:
                    for show_id, title, year, score in json.loads(row["candidates"])]
         buttons += [("new", f"A new {KINDS[row['type']]}", ""), ("ignore", "Ignore it", "")]
         buttons += [("forget", "Forget it", "")] * row["path"].startswith("mappings")
-        lines.append(f"<h2>{html.escape(row['name'])}</h2><p class=dim>{said}</p>{form_html(buttons, may, to)}"
+        lines.append(f"<h2>{isolated(row['name'])}</h2><p class=dim>{said}</p>{form_html(buttons, may, to)}"
                      f"{search_html(words, to)}")
     return f"{head.format('' if is_asked else search_html(words))}{''.join(lines)}</ul>"
 
@@ -4788,9 +4788,9 @@ def show_html(rows: Sequence[Any], may: bool) -> str:
     """A show, with what to watch next and its seasons; or a movie."""
     show, episodes = rows[0], [row for row in rows if row["season"] is not None]
     ids = html.escape(", ".join(f"{column[:4]} {show[column]}" for column in CONFIDENCE if show[column]))
-    following = next((f"<p>Next: S{row['season']:02}E{row['episode']:02} <b>{html.escape(row['name'])}</b></p>"
+    following = next((f"<p>Next: S{row['season']:02}E{row['episode']:02} <b>{isolated(row['name'])}</b></p>"
                       for row in episodes if row["season"] and not row["plays"]), "")
-    return (f"<h1>{html.escape(named(show['title'], show['year']))}</h1><p class=dim>{ids}</p>{following}" + "".join(
+    return (f"<h1>{isolated(named(show['title'], show['year']))}</h1><p class=dim>{ids}</p>{following}" + "".join(
         season_html(list(group), may) for _, group in itertools.groupby(episodes, lambda row: row["season"])))
 
 # path -> the head of its list ("": it shows a show), and the query for the rows.  Those of a list have a path, a name,
@@ -6033,7 +6033,7 @@ def webhook_command(config: Config) -> int:
 # Needs of Player: PlexServer, Session, server_of, exchange, parse_container, PROOF_MISSES, origin
 # Needs of Listener: WEBHOOK_PATH, configured_url
 # Needs of Hooks: hook_command
-# Needs of Tracker: Tracker, SCHEMA_VERSION
+# Needs of Tracker: Tracker, SCHEMA_VERSION, plural
 # Needs of Daemon: check_complete, local_url, port_holder
 # Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, has_secret, parse_webhooks, send_to,
 #   read_text, without_secrets, wrapped
@@ -6194,8 +6194,8 @@ class Doctor:
         command = hook_command(self.config.on_event)[:1] if self.config.on_event else []
         files = [(each, False) for each in (*command, self.config.plex_ca_file, self.config.tmdb_token_file) if each]
         files += [(os.path.dirname(self.config.tracker_db), True)] if self.config.tracker_db else []
-        hidden = [path for path, write in files for real in (os.path.abspath(path), os.path.realpath(path))
-                  if not unit_shows("\n".join(texts), home, real, write)]
+        hidden = [each for path, write in files for each in (os.path.abspath(path), os.path.realpath(path))
+                  if not unit_shows("\n".join(texts), home, each, write)]
         if hidden:
             raise ConfigError(f"it hides {' and '.join(dict.fromkeys(hidden))} from the daemon")
         return Finding(OK, "it shows the daemon all that the flags name") if texts[0] else \
@@ -6318,7 +6318,7 @@ class Doctor:
             return Finding(FAIL, f"the file is damaged: {intact}",
                            "`tracker export` what can be read, and `tracker import` it into a new file", 4)
         return Finding(OK, f"intact, form {SCHEMA_VERSION}; last webhook: {iso_time(last) or 'none yet'}; "
-                       f"{conflicts} open conflicts, {failed} failed entries")
+                       f"{plural(conflicts, 'open conflict')}, {plural(failed, 'failed webhook')}")
 
 def doctor(config: Config) -> int:
     """Print each finding, then the likely causes, likeliest first; -> 1 if a check failed."""

@@ -750,6 +750,25 @@ def test_a_rotated_token_is_read_again_and_a_broken_file_changes_nothing(token_f
         "put the Plex token there, readable by you only (chmod 600)."]
 
 
+@pytest.mark.parametrize("pasted", ["x5-Ab_9", " x5-Ab_9\r\n", '"x5-Ab_9"', "'x5-Ab_9'", "\u201cx5-Ab_9\u201d", "\ufeffx5-Ab_9", "X-Plex-Token=x5-Ab_9",
+    "x-plex-token: x5-Ab_9", '"X-Plex-Token": "x5-Ab_9"', "&X-Plex-Token=x5-Ab_9&a=b", "export X-Plex-Token='x5-Ab_9'",
+    "https://192-168-1-5.0ab.plex.direct:32400/library/metadata/7?checkFiles=1&X-Plex-Token=x5-Ab_9",
+    "http://plex:32400/x?X-Plex-Token=x5-Ab_9#top"])
+def test_a_token_is_found_in_what_people_paste(pasted, tmp_path, lines):
+    assert sb.bare_token(pasted) == "x5-Ab_9"
+    file = tmp_path / "token"
+    file.write_text(pasted, encoding="utf-8")
+    file.chmod(0o600)
+    assert sb.read_secrets("-plex-token-file", str(file))[0] == ("x5-Ab_9",)
+    assert lines == ([] if pasted.strip() == "x5-Ab_9" else [
+        f"<4>-plex-token-file: more than the token stands in {file}; put nothing but that there. It was found."])
+
+
+@pytest.mark.parametrize("pasted", ["", "a b", "http://plex:32400/", "X-Plex-Token=", "token=x"])
+def test_what_holds_no_token_stays_what_it_is(pasted):
+    assert sb.bare_token(pasted) == pasted
+
+
 @pytest.mark.parametrize("content, sentence", [
     (b"", "is empty, or not a regular file; put the Plex token there."), (b" \n", "is empty, or not a regular file; put the Plex token there."),
     (b"a b", "holds more than a Plex token; put one word of plain characters there."),
@@ -8406,12 +8425,72 @@ def test_clocks_are_compared(off_s, status):
 def test_a_tracker_is_examined_too(sick, database):
     found = sick.examine("-tracker-db", database)
     said = {each["check"]: each for each in found["findings"]}["tracker"]
-    assert said["status"] == "ok" and said["evidence"] == "intact, form 2; last webhook: none yet; 0 open conflicts, 0 failed entries"
+    assert said["status"] == "ok" and said["evidence"] == "intact, form 2; last webhook: none yet; 0 open conflicts, 0 failed webhooks"
     with open(database, "r+b") as file:
         file.seek(4096 * 3)
         file.write(b"\xff" * 4096 * 4)
     assert "malformed" in failed(sick.examine("-tracker-db", database))["tracker"]
     assert "cannot be opened" in failed(sick.examine("-tracker-db", str(database) + "x"))["tracker"]
+
+
+UNIT_OF_OURS = pathlib.Path(HERE, "streamerbrainz.service").read_text()
+
+
+@pytest.mark.parametrize("more, path, write, shown", [
+    ("", "/home/pi/.local/bin/lamp", False, True), ("", "/home/pi/bin/lamp", False, False), ("", "/usr/bin/lamp", False, True),
+    ("", "/home/pi/.local/binary", False, False), ("", "/home/pi/.config/streamerbrainz/x", False, True), ("", "/home/pix/y", False, True),
+    ("", "/home/pi/.config/streamerbrainz", True, False), ("", "/home/pi/.local/share/streamerbrainz", True, True),
+    ("", "/home/pi/tv", True, False), ("BindPaths=%h/tv\n", "/home/pi/tv", True, True), ("BindReadOnlyPaths=%h/tv\n", "/home/pi/tv", True, False),
+    ("BindReadOnlyPaths=-%h/a -%h/bin\n", "/home/pi/bin/lamp", False, True), ("BindReadOnlyPaths=/srv/x:%h/bin\n", "/home/pi/bin/lamp", False, True),
+    ("TemporaryFileSystem=\n", "/home/pi/bin/lamp", False, True)])
+def test_a_unit_shows_what_it_binds(more, path, write, shown):
+    assert bool(sb.unit_shows(f"{UNIT_OF_OURS}\n{more}", "/home/pi", path, write)) is shown
+    assert sb.unit_shows("", "/home/pi", path, write)
+
+
+def test_doctor_checks_by_hand_what_the_unit_hides(sick, home):
+    def said(*words):
+        return next(each for each in sick.examine(*words)["findings"] if each["check"] == "unit")
+    lamp, link = home / "bin/lamp", home / ".local/bin/lamp"
+    for file in (lamp, link, home / ".config/systemd/user/streamerbrainz.service"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    lamp.write_text("#!/bin/sh\n")
+    lamp.chmod(0o755)
+    link.symlink_to(lamp)
+    assert said("-on-event", lamp)["status"] == "skip"                          # there is no unit
+    unit = home / ".config/systemd/user/streamerbrainz.service"
+    unit.write_text(UNIT_OF_OURS)
+    assert said()["status"] == said("-tracker-db", home / ".local/share/streamerbrainz/tracker.db")["status"] == "ok"
+    for words in (("-on-event", f"{lamp} 17"), ("-on-event", link), ("-tracker-db", home / "bin/x.db"), ("-tmdb-token-file", home / "bin/t")):
+        found = said(*words)
+        assert found["status"] == "FAIL" and found["evidence"].startswith(f"it hides {home}/bin") and "BindReadOnlyPaths=" in found["remedy"]
+    dropped = unit.with_name("streamerbrainz.service.d")
+    dropped.mkdir()
+    (dropped / "override.conf").write_text("[Service]\nBindReadOnlyPaths=%h/bin\n")
+    assert said("-on-event", link)["status"] == "ok"
+
+
+def test_doctor_ends_well_where_there_is_no_fault(sick):
+    assert call("doctor", *sick.words).out.endswith("\n\nNo fault found.\n")
+    sick.answers["/:/prefs"] = {"Setting": [{"id": "WebHooksEnabled", "value": "0"}]}
+    assert "No fault found." not in call("doctor", *sick.words).out
+
+
+@pytest.mark.parametrize("push, said", [(False, True), ("0", True), ("false", True), (True, False), ("1", False), (None, False)])
+def test_doctor_tells_of_push_notifications_that_are_off(sick, push, said):
+    settings = [{"id": "WebHooksEnabled", "value": True}, *([{"id": "PushNotificationsEnabled", "value": push}] if push is not None else [])]
+    sick.answers["/:/prefs"] = {"Setting": settings}
+    found = sick.examine()
+    assert ("library.new" in next(each for each in found["findings"] if each["check"] == "webhooks switch")["evidence"]) is said and not failed(found)
+
+
+def test_doctor_hints_at_a_restart_where_all_is_well_but_no_webhook_came(sick):
+    def delivery():
+        return next(each for each in sick.examine()["findings"] if each["check"] == "test webhook")
+    assert "restart the server" in delivery()["evidence"] and delivery()["status"] == "ok"
+    sick.daemon.inbox.put(sb.Webhook("media.play", "m1"))
+    eventually(lambda: sick.daemon.board.status.webhook_at)
+    assert "restart the server" not in delivery()["evidence"]
 
 
 def test_the_likely_causes_come_best_first_and_lines_fit_80_columns(sick):
@@ -8440,8 +8519,44 @@ def test_the_demo_plays_an_evening_in_which_every_line_is_true():
     assert done.returncode == 0 and "Traceback" not in done.stderr
     said = [re.search(r"state=(\w+) title=(\"[^\"]*\"|\S+)", line).groups() for line in done.stderr.splitlines() if "state=" in line]
     assert said == [("playing", '"Karma Police"'), ("paused", '"Karma Police"'), ("playing", '"Karma Police"'), ("playing", '"No Surprises"'),
-                    ("playing", "Teardrop"), ("stopped", "Teardrop"), ("playing", "Pilot"), ("stopped", "Pilot")]
+                    ("playing", "Teardrop"), ("stopped", "Teardrop"), ("playing", "Pilot"), ("stopped", "Pilot"), ("playing", "Teardrop")]
     assert "# You press play in Plexamp." in done.stdout
+
+
+def test_the_demo_shows_pictures_events_and_a_question_at_the_port_that_was_given():
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-W", "error", PROGRAM, "demo", "-webhooks-host", "127.0.0.1", "-webhooks-port", str(port), "-speed", "20"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        page = f"http://127.0.0.1:{port}/"
+        said = "".join(iter(demo.stdout.readline, "# You press play in Plexamp.\n"))
+        now = eventually(lambda: (found := json.loads(sb.exchange(page + "now", {}).body))["state"] == PLAYING and found)
+        picture = sb.exchange(page + now["cover"], {})
+        assert picture.headers["Content-Type"] == "image/png" and picture.body.startswith(b"\x89PNG") and now["witnesses"]["events"]["up"]
+        eventually(lambda: "The Office" in sb.exchange(page, {}).body.decode().partition("<section")[0])     # the question comes first
+        _, err = demo.communicate(timeout=30)
+    assert demo.returncode == 0 and f"Look at it: {page} " in said and "action=marked_watched" in err and "action=conflict_created" in err
+
+
+def test_the_demo_waits_on_a_terminal_with_its_page_open(home):
+    port = free_port()
+    with Terminal("demo", "-webhooks-port", port, "-webhooks-host", "127.0.0.1", "-speed", 100, path=home, quick=False) as demo:
+        demo.hear("# The page stays open; Ctrl-C ends it.")
+        assert sb.exchange(f"http://127.0.0.1:{port}/healthz", {}).status == 200
+        demo.type("\x03")
+        said, code = demo.end()
+    assert code == 0 and "stopped listening" in said and "Traceback" not in said
+
+
+def test_the_demo_takes_another_port_where_a_daemon_has_it():
+    with Process() as daemon:
+        done = start("demo", "-webhooks-port", daemon.port, "-webhooks-host", "127.0.0.1", "-speed", "100")
+    port = int(re.search(r"http://127\.0\.0\.1:(\d+)/ ", done.out)[1])
+    assert done.status == 0 and port != daemon.port
+
+
+def test_each_cover_of_the_demo_is_a_picture_of_its_own():
+    pictures = [sb.picture(item["ratingKey"]) for _, _, _, item, _, _ in sb.EVENING if item]
+    assert len(set(pictures)) == 5 and all(len(each) < 5000 for each in pictures)
 
 
 def test_control_c_ends_the_demo_cleanly():
@@ -8619,10 +8734,50 @@ def test_a_word_that_may_be_a_token_is_repeated_in_no_error(words, tmp_path, tok
 
 def test_a_host_is_no_token_and_a_file_that_is_there_or_has_a_folder_is_named(tmp_path):
     for host in ("plex", "plex-media-server", "plexmediaserver:32400", "nas.home.arpa", "[fe80::1]:32400", "192.168.100.100:32400", "a-very-long-name.lan:1"):
-        assert config("players", host).words == (f"http://{host}",)
+        port = "" if re.search(r":\d+$", host) else ":32400"                    # players HOST: where Plex listens
+        assert config("players", host).words == (f"http://{host}{port}",)
+    for url_ in ("http://plex", "https://plex.example.org", "http://plex/sub"):
+        assert config("players", url_).words == (url_,)
     assert sb.shown_path(str(tmp_path / "no" / "t")) == str(tmp_path / "no" / "t")
     for path in ("", "/", ".", "..", "x", "/x", "./x", "../x", "x/y", "/x/y", "a\0b", "x" * 5000):
         assert sb.shown_path(path) == "the file that it names", path
+
+
+@pytest.mark.parametrize("words", ["-log-level debug doctor", "doctor -log-level debug", "-log-level=debug doctor"])
+def test_flags_may_stand_before_the_command(words):
+    assert config(*words.split()) == sb.Config("doctor", log_level="debug")
+    assert config("-json", "tracker", "-last", "3", "log").words == ("log",) and config("-json", "tracker", "log").json
+
+
+def test_help_is_a_command_and_a_flag_anywhere():
+    for words in (["help"], ["-h"], ["--help"], ["doctor", "-help"], ["-webhooks-port", "5", "help"]):
+        done = call(*words)
+        assert (done.status, done.err) == (0, "") and done.out.startswith("usage: streamerbrainz.py [COMMAND] [FLAGS] [@FILE]\n")
+    assert call("-version") == call("version") == (0, f"streamerbrainz {sb.VERSION}\n", "")
+
+
+@pytest.mark.parametrize("words", [("-h",), ("-version",), ("help",), ("secret", "-webhook-secret-file", "{}/secret")])
+def test_a_reader_that_has_gone_is_no_exception(words, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, PROGRAM, *(word.format(tmp_path) for word in words)], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=30)
+    os.close(writer)
+    assert not re.search("Exception|Traceback|Error", done.stderr)
+
+
+def test_what_the_unit_hides_is_told_apart_from_what_is_not_there(home, monkeypatch):
+    path = f"{home}/bin/lamp"
+    assert sb.shown_path(path) == path
+    monkeypatch.setenv("INVOCATION_ID", "1")
+    assert sb.shown_path(path) == path                                          # a home that is no mount: another unit
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(home))
+    note = (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, to write, "
+            "~/.local/share/streamerbrainz only)")
+    assert sb.shown_path(path) == path + note and sb.shown_path("/usr/bin/lamp") == "/usr/bin/lamp"
+    with pytest.raises(sb.ConfigError, match=re.escape(f"-on-event: {path}{note} is missing or not executable;")):
+        sb.hook_command(path)
+    with pytest.raises(sb.ConfigError, match=re.escape(f"-tracker-db: {home}/tv/x.db{note} cannot be opened (")):
+        sb.Tracker(f"{home}/tv/x.db", create=True)
 
 
 @pytest.mark.parametrize("seed", range(2))
