@@ -5148,9 +5148,10 @@ def parse_resources(body: bytes) -> list[Resource]:
 def parse_webhooks(body: bytes) -> list[str]:
     """The URLs of the account's webhooks, all of them; in JSON, or in XML all the same."""
     found = json_value(body)
-    if re.fullmatch(rb"\s*(<\?[^>]*>\s*)?<webhooks\b.*", body, re.DOTALL) and b"<!" not in body:
-        with contextlib.suppress(ElementTree.ParseError, MemoryError):
-            found = [each.attrib if each.tag == "webhook" else None for each in ElementTree.fromstring(body)]
+    with contextlib.suppress(ElementTree.ParseError, MemoryError):
+        root = ElementTree.fromstring(b"" if b"<!" in body else body, ElementTree.XMLParser(encoding="utf-8"))
+        found = [each.attrib if each.tag == "webhook" else None for each in root]
+        found = found if found or root.tag == "webhooks" else None
     urls = [json_object(each).get("url") for each in found] if isinstance(found, list) else [None]
     if len(urls) > MAX_URLS or not all(isinstance(url, str) and 0 < len(url) <= MAX_URL for url in urls):
         raise PlexError("nonsense", WITHOUT.format("a list of webhooks that can be read whole"))
@@ -5358,8 +5359,6 @@ def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
     return [words for words, so in differs.items() if so]
 
 # -- The system, and its files
-JOURNAL = "journalctl --user-unit streamerbrainz"
-
 def command_fault(*words: str) -> str:
     """Run a command of the system; -> why it failed, "": it did not."""
     if not (path := shutil.which(words[0])):
@@ -5404,6 +5403,7 @@ def unit_text(config: Config) -> str:
     return unit.replace(os.path.expanduser("~/"), "%h/")
 
 # -- setup, step by step
+JOURNAL = "journalctl --user-unit streamerbrainz"
 # From one try to the next (plex.tv: once a second at most); codes until we give up; how long a server may take to know
 # a new token, a daemon to listen (cron starts it each minute), a person to press pause and play, a webhook to follow.
 TRY_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 4, 10.0, 70.0, 180.0, 12.0
@@ -5487,7 +5487,7 @@ class Setup:
 
     def propose(self, todo: Sequence[Todo], *kinds: type[Exception]) -> int:
         """Show what is to be done, and do it after a yes, forgiving these kinds of errors; -> the exit status."""
-        self.tell("This is to be done:" if todo else "All is as it should be.")
+        self.tell("This is what is left to do:" if todo else "All is as it should be.")
         for words, _ in todo:
             self.tell(words, "   - ")
         if todo and not self.agree("Do all this?"):
@@ -5712,13 +5712,11 @@ class Setup:
 
     def is_ours(self, url: str) -> bool:
         """Whether a webhook of the account leads to this daemon, or did so once."""
-        if not (parts := url_parts(url)) or parts.path != WEBHOOK_PATH:
-            return False
-        if has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2]:
-            return True
+        parts = url_parts(url)
         # An address of long ago is one at which no StreamerBrainz answers: else it may be another one.
-        return parts.port == self.config.webhooks_port and (bool(is_here(str(parts.hostname))) or
-                                                            self.sent(url) != ARRIVES)
+        return bool(parts and parts.path == WEBHOOK_PATH and (
+            has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2] or
+            (parts.port == self.config.webhooks_port and (is_here(str(parts.hostname)) or self.sent(url) != ARRIVES))))
 
     def planned(self, add: bool) -> tuple[list[str], list[str]]:
         """The URLs of the account's webhooks, and what they should be; raises PlexError."""
@@ -5760,9 +5758,8 @@ class Setup:
             raise ConfigError("webhook: call it as webhook list, webhook remove or webhook add [URL], with a URL such "
                               "as https://pi.example.org/webhooks/plex (the secret is added to it).")
         if name == "list":
-            urls = [without_secrets(each) for each in parse_webhooks(self.call(WEBHOOKS))]
-            words = "\n".join(urls) or "The account has no webhook."
-            return print_rows(self.config, [{"url": each} for each in urls], words)
+            urls = [*map(without_secrets, parse_webhooks(self.call(WEBHOOKS)))]
+            return print_rows(self.config, [{"url": each} for each in urls], "\n".join(urls) or "There is no webhook.")
         change, work = self.change(name == "add"), functools.partial(self.write_webhook, name == "add")
         return self.propose([(change, work)] if change else [])
 
@@ -5779,18 +5776,18 @@ class Setup:
         if not known:
             raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
         self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
-        (seen, before, _), changed_at = known, math.inf
+        (seen, before, _), changed_at, came = known, math.inf, False
         for _ in () if self.yes else self.tries("waiting", PROVE_S):
             changes, arrived, late_s = known = now() or known
             for words in [each for each in changes if each not in seen][::-1]:
                 self.tell(words.partition(" ")[2])
                 changed_at = min(changed_at, time.monotonic())
-            seen = changes
-            if arrived != before or time.monotonic() > changed_at + FOLLOW_S * self.has_webhooks:
+            seen, came = changes, arrived != before
+            if came or time.monotonic() > changed_at + FOLLOW_S * self.has_webhooks:
                 break
-        came = known[1] - before
         if not self.yes:
-            self.tell(f"Its webhook came within {late_s:.1f} s of it (the median of {arrived})." if came else
+            median = f" (the median of {arrived})" * (arrived > 1)
+            self.tell(f"Its webhook came within {late_s:.1f} s of it{median}." if came else
                       "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
                       "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py "
                       "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
@@ -5840,7 +5837,7 @@ class Setup:
             if is_there and self.agree(question, default):
                 with self.forgiving(PlexError, ConfigError, OSError):
                     work()
-        self.tell("What is left stays as it is, and so do lines of a crontab.")
+        self.tell("What is left stays as it is: lines of a crontab, too, and a daemon that they started.")
         return int(self.failed)
 
 def guided(config: Config) -> int:

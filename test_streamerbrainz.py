@@ -7295,8 +7295,9 @@ def test_a_list_of_webhooks_that_cannot_be_read_whole_is_not_read_at_all():
     assert sb.parse_webhooks(b"[]") == [] and sb.parse_webhooks(b'[{"url": "http://a"}, {"url": "x"}]') == ["http://a", "x"]
     xml = b'<?xml version="1.0"?>\n<webhooks>\n  <webhook url="http://a/?b=1&amp;c=2"/>\n  <webhook url="x"/>\n</webhooks>\n'
     assert sb.parse_webhooks(xml) == ["http://a/?b=1&c=2", "x"] and sb.parse_webhooks(b"<webhooks/>") == []
+    assert sb.parse_webhooks(b'<?xml version="1.0" encoding="utf-7"?><MediaContainer><webhook url="x"/></MediaContainer>') == ["x"]
     for odd in (b"<webhooks><webhook/></webhooks>", b"<webhooks><hook url='x'/></webhooks>", b"<webhooks><webhook url='x'/>", xml[:-14],
-                b"<user/>", b"<errors><error/></errors>", b'<!DOCTYPE a [<!ENTITY b "c">]><webhooks/>', b"<webhooks><!DOCTYPE x></webhooks>"):
+                b"<user/>", b"<html><webhook url='x'/><p/></html>", b"<errors><error/></errors>", b'<!DOCTYPE a [<!ENTITY b "c">]><webhooks/>', b"<webhooks><!DOCTYPE x></webhooks>"):
         with pytest.raises(sb.PlexError):
             sb.parse_webhooks(odd)
     for odd in ([{"url": "x" * 9999}], [{}], [{"url": None}], [{"url": ""}], [{"url": "x"}] * 101, None, {}, {"url": "x"}):
