@@ -5284,15 +5284,14 @@ def parse_account(body: bytes) -> tuple[str, bool]:
 
 def server_urls(connections: object) -> list[str]:
     """The URLs of a server: http in its own network, https there, https from elsewhere.  Never Plex's relay."""
-    found: list[tuple[int, str]] = []
+    found = dict[str, int]()      # and the rank of each
     for get in (json_object(each).get for each in (connections[:MAX_URLS] if isinstance(connections, list) else ())):
-        host, port, uri, is_local = text(get("address")), number(get("port")), text(get("uri")), get("local") is True
-        if not get("relay"):
-            if is_local and port and re.fullmatch(r"[\w.:-]+", host, re.ASCII):
-                found.append((0, f"http://{f'[{host}]' if ':' in host else host}:{port}"))
-            if re.fullmatch(r"https://[\w.-]+(:\d{1,5})?", uri, re.ASCII):
-                found.append((2 - is_local, uri))
-    return list(dict.fromkeys(url for _, url in sorted(found, key=lambda pair: pair[0])))
+        host, is_local = text(get("address")), get("local") is True
+        plain = f"http://{f'[{host}]' if ':' in host else host}:{number(get('port')) or ''}" if is_local else ""
+        for rank, url in ((0, plain), (2 - is_local, text(get("uri")))):
+            if not get("relay") and re.fullmatch(r"https?://([\w.-]+|\[[\w:.]+\])(:\d{1,5})?", url, re.ASCII):
+                found.setdefault(url, rank)
+    return sorted(found, key=found.__getitem__)
 
 def parse_resources(body: bytes) -> list[Resource]:
     """The servers and players of an account."""
@@ -5305,8 +5304,12 @@ def parse_resources(body: bytes) -> list[Resource]:
             if re.fullmatch("[!-~]+", identifier := text(get("clientIdentifier")))]
 
 def parse_webhooks(body: bytes) -> list[str]:
-    """The URLs of the account's webhooks, all of them."""
+    """The URLs of the account's webhooks, all of them; in JSON, or in XML all the same."""
     found = json_value(body)
+    with contextlib.suppress(ElementTree.ParseError, MemoryError):
+        root = ElementTree.fromstring(b"" if b"<!" in body else body, ElementTree.XMLParser(encoding="utf-8"))
+        found = [each.attrib if each.tag == "webhook" else None for each in root]
+        found = found if found or root.tag == "webhooks" else None
     urls = [json_object(each).get("url") for each in found] if isinstance(found, list) else [None]
     if len(urls) > MAX_URLS or not all(isinstance(url, str) and 0 < len(url) <= MAX_URL for url in urls):
         raise PlexError("nonsense", WITHOUT.format("a list of webhooks that can be read whole"))
@@ -5317,11 +5320,21 @@ def witnessed(now: bytes) -> tuple[list[str], int, float]:
     fields = json_object(json_value(now))
     webhooks, changes = json_object(fields.get("webhooks")), fields.get("changes")
     late_s = webhooks.get("median_delay_s")
-    by = {"events": "the event stream", "webhook": "a webhook"}
+    first = {"events": "the event stream first, then by ", "webhook": "a webhook first, then by "}
     return ([f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
-             f'{by.get(text(each.get("by")), "the sessions")}'
+             f'{first.get(text(each.get("by")), "")}the sessions'
              for each in map(json_object, changes if isinstance(changes, list) else ())],
             number(webhooks.get("arrived")) or 0, late_s if isinstance(late_s, (int, float)) else 0.0)
+
+# Dots of 0 to 9 and A to Z: of each five rows of three, in octal.
+FONT = ("755572622771747717175571174717747577112275757757172575565656344436555674647746443455355755722271115255655"
+        "444475776565555255526564425573656553421672222555575555255775552555522271247")
+
+def large(code: str) -> str:
+    """A code drawn in large characters, as lines."""
+    drawn = code if re.fullmatch("[0-9A-Za-z]{1,8}", code) else ""
+    rows = ("0".join(f"{int(FONT[5 * int(each, 36) + row]):03b}" for each in drawn) for row in range(5))
+    return "".join(f"{'':8}{row}\n".replace("0", "  ").replace("1", "##") for row in rows)
 
 # -- What is to be written: webhooks, flags, the unit
 def with_webhook(urls: Sequence[str], ours: str, is_ours: Callable[[str], bool]) -> list[str]:
@@ -5333,16 +5346,17 @@ def with_webhook(urls: Sequence[str], ours: str, is_ours: Callable[[str], bool])
 
 def with_flags(content: str, values: Mapping[str, str]) -> str:
     """A flags file in which these flags have these values.  Its other lines stay, and new ones stand at the end."""
-    lines, missing = content.splitlines(), dict(values)
-    written = {flag: flag + ("=" if value.startswith("-") else " ") + (value if re.fullmatch(
-        r"[\w@%+=:,./~-]+", value, re.ASCII) else shlex.quote(value)) for flag, value in values.items()}
-    for i, line in enumerate(lines):
-        found = re.match(r"\s*-?(-[a-z-]+)(?:\s*=|\s+)(?=\S)", line)
-        if found and found[1] in values:
-            missing.pop(found[1], "")
-            if shlex.split(line[found.end():], comments=True) != [values[found[1]]]:
-                lines[i] = written[found[1]] + re.sub(r"^.*?(\s+#[^'\"]*)?$", r"\1", line)      # with its comment
-    return "".join(f"{line}\n" for line in [*lines, *(written[flag] for flag in missing)])
+    content = "".join(f"{line}\n" for line in content.splitlines())
+    for flag, value in values.items():
+        plain = value if re.fullmatch(r"[\w@%+=:,./~-]+", value, re.ASCII) else shlex.quote(value)
+        line = f"{flag}{'=' if value.startswith('-') else ' '}{plain}"
+        def renewed(found: re.Match[str], line: str = line, value: str = value) -> str:
+            is_same = shlex.split(found[1], comments=True) == [value]
+            return found[0] if is_same else line + (found[2] or "")
+        pattern = rf"^[ \t]*-?{flag}(?:[ \t]*=|[ \t]+)(\S.*?)([ \t]+#[^'\"\n]*)?$"
+        content, count = re.subn(pattern, renewed, content, flags=re.MULTILINE)
+        content += "" if count else f"{line}\n"
+    return content
 
 # A host that may be a token (Plex's have 20 characters), as no "plex.lan" and no "plex-media-server" is.
 TOKEN_LIKE = r"(?![a-z-]+(:\d*)?$)[\w-]{16,}(:\d*)?"
@@ -5377,6 +5391,17 @@ def without_secrets(url: str) -> str:
     scheme, host, path, rest = found.groups()
     return scheme + host + (f"{path}?token=..." if rest[:1] in ("&", ";", "?", "#") else "/..." if rest else path)
 
+def url_parts(url: str) -> urllib.parse.SplitResult | None:
+    """The parts of an http URL; None: it is none."""
+    with contextlib.suppress(ValueError):             # "http://[", or a port above 65535
+        parts = urllib.parse.urlsplit(url)
+        return parts if parts.hostname and parts.port != 0 and re.fullmatch("https?://[!-~]+", url) else None
+    return None
+
+def has_secret(url: str, valid: Iterable[str]) -> bool:
+    """Whether a URL has one of these secrets."""
+    return not {*given_secrets(url.partition("?")[2])}.isdisjoint(each.encode() for each in valid)
+
 def wrapped(words: str, begin: str) -> str:
     """Words as lines of 80 columns: the first after `begin`, the others below it.  A URL is never broken."""
     return textwrap.fill(printable(words), 80, initial_indent=begin, subsequent_indent=" " * len(begin),
@@ -5385,9 +5410,10 @@ def wrapped(words: str, begin: str) -> str:
 # streamerbrainz.service (a test holds both equal), with "|" for each line's end.
 UNIT = """# User unit of StreamerBrainz: ~/.config/systemd/user/streamerbrainz.service|# Nothing in here needs \
 editing: the flags are in ~/.config/streamerbrainz/flags, the Plex|# token in ~/.config/streamerbrainz/plex-token \
-(mode 600).  To change the unit all the|# same, use a drop-in: systemctl --user edit streamerbrainz||[Unit]|\
-Description=StreamerBrainz, what the Plex player is doing||[Service]|Type=notify|ExecStart=/usr/bin/python3 -I -X \
-faulthandler %h/.local/bin/streamerbrainz.py @%h/.config/streamerbrainz/flags -plex-token-file %d/plex-token|\
+(mode 600).  To change the unit all the|# same, use a drop-in: systemctl --user edit streamerbrainz|# What it says: \
+journalctl --user-unit streamerbrainz -f||[Unit]|Description=StreamerBrainz, what the Plex player is doing||[Service]|\
+Type=notify|ExecStart=/usr/bin/python3 -I -X faulthandler %h/.local/bin/streamerbrainz.py \
+@%h/.config/streamerbrainz/flags -plex-token-file %d/plex-token|\
 LoadCredential=plex-token:%h/.config/streamerbrainz/plex-token|Restart=on-failure|RestartSec=5|# A wrong flag does not \
 mend itself.|RestartPreventExitStatus=2|TimeoutStopSec=20|# A hung main loop is ended with SIGABRT; faulthandler then \
 writes every thread's stack to the journal.|WatchdogSec=60||CapabilityBoundingSet=|LockPersonality=yes|\
@@ -5449,47 +5475,19 @@ def nearby() -> list[str]:
             found += [f"http://{address}:{int(port[1])}"] if port else []
     return list(dict.fromkeys(found))
 
-def reach(urls: Sequence[str], identifier: str, ca_file: str) -> tuple[str, dict[str, str]]:
-    """The first URL at which the server with this identifier ("": any) answers; else "", and why each does not."""
-    # Names (of https) are only looked up where no address answers: a router may be silent on them for long.
-    faults: dict[str, str] = {}
-    def probe(url: str) -> None:                      # /identity needs no token: none is sent
-        try:
-            found = PlexServer(url, str, ca_file).server_id
-            faults[url] = "" if identifier in ("", found) else "another server answers there."
-        except PlexError as error:
-            is_blocked = ".plex.direct" in url and isinstance(KNOWN.get(urllib.parse.urlsplit(url).hostname or ""), str)
-            faults[url] = str(error).removeprefix(f"{url} ") + is_blocked * (
-                " Routers may block such names: allow plex.direct in its DNS rebind protection.")
-    for kind in ("http:", "https:"):
-        threads = {url: threading.Thread(target=probe, args=(url,), daemon=True) for url in urls if kind in url[:6]}
-        for thread in threads.values():
-            thread.start()
-        for url, thread in threads.items():
-            thread.join()
-            if faults.get(url) == "":
-                return url, {}
-    return "", faults
-
-def has_secret(url: str, valid: Iterable[str]) -> bool:
-    """Whether a URL has one of these secrets."""
-    return not {*given_secrets(url.partition("?")[2])}.isdisjoint(each.encode() for each in valid)
-
 # What is said of a URL in the account.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
 # does.  Then a webhook is sent there, and ARRIVES proves it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
 
 def is_here(host: str) -> bool | None:
     """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
-    try:
-        found = find_addresses(host, 0, time.monotonic() + PLEX_S)
-    except OSError:
-        return None
-    for family, kind, _, _, address in found:
-        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.bind(address)
-            return True
-    return False
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in find_addresses(host, 0, time.monotonic() + PLEX_S):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return True
+        return False
+    return None
 
 def send_to(url: str) -> str:
     """What becomes of a webhook that is sent to this URL, in words; ARRIVES: it reaches a StreamerBrainz."""
@@ -5503,30 +5501,21 @@ def send_to(url: str) -> str:
         return ARRIVES
     return "is answered, but not by StreamerBrainz" if reply.status == 200 else f"is refused with {reply.status}"
 
-def host_difference(host: str, plex_url: str) -> str:
-    """How the host in a webhook's URL differs from this machine, as the Plex server sees it; "": not at all."""
-    # "localhost" is right only where both are one machine.  A server in a container is another one.
-    address, here = guess_address(plex_url), is_here(host)
-    if host in ("localhost", "::1") or host.startswith("127."):
-        here = is_here(urllib.parse.urlsplit(plex_url).hostname or "localhost")
-        return "" if here else f"{host} is the server itself there; the address of this machine is {address}"
-    if here is None:
-        return f"the host {host} has no address (a container's name?); this machine is {address}"
-    return "" if here else f"the host {host} is not this machine, {address}, {NOT_HERE}"
-
 def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
     """How a URL differs from one that works, each in words; first the host, the usual mistake.  valid: secrets."""
-    shown = without_secrets(url)
-    try:
-        parts, path = urllib.parse.urlsplit(url), urllib.parse.urlsplit(shown).path or "/"
-        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:                                # "http://[", or a port above 65535
-        host = ""
-    if not host or not re.fullmatch("https?://[!-~]+", url) or shown == "/...":
+    if not (parts := url_parts(url)) or (shown := without_secrets(url)) == "/...":
         return [NO_URL]
-    elsewhere = host_difference(host, config.plex_server_url)
+    # "localhost" is right only where both are one machine.  A server in a container is another one.
+    host, address = str(parts.hostname), guess_address(config.plex_server_url)
+    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    here = is_here((urllib.parse.urlsplit(config.plex_server_url).hostname or host) if is_local else host)
+    port, path = parts.port or (443 if parts.scheme == "https" else 80), urllib.parse.urlsplit(shown).path or "/"
     differs = {
-        elsewhere: elsewhere, f"it is {parts.scheme}, and StreamerBrainz speaks http; "
+        f"{host} is the server itself there; the address of this machine is {address}": is_local and not here,
+        f"the host {host} has no address (a container's name?); this machine is {address}":
+            not is_local and here is None,
+        f"the host {host} is not this machine, {address}, {NOT_HERE}": not is_local and here is False,
+        f"it is {parts.scheme}, and StreamerBrainz speaks http; "
         "Plex does not deliver to a certificate of your own": parts.scheme != "http",
         f"the port is {port}, not {config.webhooks_port}": port != config.webhooks_port,
         f"the path is {path}, not {WEBHOOK_PATH}": parts.path != WEBHOOK_PATH,
@@ -5543,9 +5532,15 @@ def command_fault(*words: str) -> str:
     status, output = run_hook([path, *words[1:]], runtime)
     return "" if status == 0 else text(output.decode("utf-8", "replace").strip()) or f"status {status}"
 
-def tilde(path: str, home: str = "~") -> str:
+def systemctl(*commands: str) -> None:
+    """Run commands of systemctl; raises ConfigError for the first that fails."""
+    for words in commands:
+        if fault := command_fault("systemctl", "--user", *words.split()):
+            raise ConfigError(f"`systemctl --user {words}` failed ({fault}); see: {JOURNAL}")
+
+def tilde(path: str) -> str:
     """A path, with ~ for the home."""
-    return re.sub(f"^{re.escape(os.path.expanduser('~'))}(?=/)", home, path)
+    return re.sub(f"^{re.escape(os.path.expanduser('~'))}(?=/)", "~", path)
 
 def read_text(path: str) -> str:
     """What is in a file of ours; "" if it is not there, or unlike anything that we write."""
@@ -5554,82 +5549,90 @@ def read_text(path: str) -> str:
     return ""
 
 def remove(*paths: str) -> None:
-    """Delete files that may be there; raises ConfigError."""
+    """Delete files that may be there; raises OSError."""
     for path in filter(os.path.lexists, paths):
-        try:
-            os.unlink(path)
-        except OSError as error:
-            raise ConfigError(f"{tilde(path)} cannot be deleted ({why(error)}); delete it by hand.") from error
+        os.unlink(path)
 
-def unit_text() -> str:
-    """The unit for this machine: its Python, and its usual places."""
-    unit, python = UNIT, "/usr/bin/python3"
-    if command_fault(python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
-        unit = unit.replace(python, tilde(sys.executable, "%h"))
-    for name, place in (("flags", "%h/.config/streamerbrainz"), ("tracker.db", "%h/.local/share/streamerbrainz")):
-        unit = unit.replace(place, tilde(os.path.dirname(usual(name)), "%h"))
-    return unit
+def unit_text(config: Config) -> str:
+    """The unit for this machine and these flags: its Python, our places, and what else of the home is read."""
+    unit, read = UNIT, [os.path.dirname(each) for each in (config.plex_ca_file, config.webhook_secret_file) if each]
+    if command_fault("/usr/bin/python3", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
+        unit = unit.replace("/usr/bin/python3", os.path.realpath(sys.executable))
+        read.append(sys.base_prefix)                  # it may be in the home, as pyenv's
+    here, data = map(os.path.dirname, (usual("flags"), config.tracker_db or usual("tracker.db")))
+    more = (f"{each} " for each in sorted({*read} - {here}))
+    for place, path in (("plex-token:%h/.config/streamerbrainz/plex-token", f"plex-token:{config.plex_token_file}"),
+                        ("%h/.config/streamerbrainz", here), ("%h/.local/share/streamerbrainz", data),
+                        ("ReadOnlyPaths=", "".join(("ReadOnlyPaths=", *more)))):
+        unit = unit.replace(place, path)
+    return unit.replace(os.path.expanduser("~/"), "%h/")
 
 # -- setup, step by step
+JOURNAL = "journalctl --user-unit streamerbrainz"
 # From one try to the next (plex.tv: once a second at most); codes until we give up; how long a server may take to know
 # a new token, a daemon to listen (cron starts it each minute), a person to press pause and play, a webhook to follow.
 TRY_S, MAX_CODES, TOKEN_S, START_S, PROVE_S, FOLLOW_S = 1.0, 4, 10.0, 70.0, 180.0, 12.0
 OWNED = ("plex_server_url", "plex_token_file", "plex_ca_file", "plex_machine_id", "webhook_secret_file",
          "webhooks_host", "webhooks_port", "tracker_db")      # whose flags setup writes
-SYSTEMCTL, JOURNAL = ("systemctl", "--user"), "journalctl --user-unit streamerbrainz"
+Todo = tuple[str, Callable[[], object]]       # what is to be done, in words, and how
 
 class Setup:
     """The steps, with what they know so far and their words with a person.  With -yes each default is the answer."""
-    account, has_webhooks, is_new = "", True, False           # is_new: signed in just now
-    waiting = False               # whether the last line is one of wait()
+    account, has_webhooks, is_new, failed = "", True, False, False        # is_new: signed in just now
     plex: PlexServer              # from step 2 on
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
-        if not config.yes and not sys.stdin.isatty():
+        asks = config.command != "webhook" or config.words[:1] not in ((), ("list",))
+        if asks and not config.yes and not sys.stdin.isatty():
             raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
-        path = config.webhook_secret_file or (usual("webhook-secret") if config.command == "setup" else "")
-        self.config = config._replace(plex_token_file=config.plex_token_file or usual("plex-token"),
-                                      webhook_secret_file=path)       # and with each answer as its flag
+        paths = {"plex_ca_file": config.plex_ca_file, "tracker_db": config.tracker_db,
+                 "plex_token_file": config.plex_token_file or usual("plex-token"), "webhook_secret_file":
+                 config.webhook_secret_file or usual("webhook-secret") * (config.command == "setup")}
+        # With each answer as its flag.  The daemon has another working directory: so no path is relative.
+        absolute: Any = {field: os.path.abspath(path) for field, path in paths.items() if path}
+        self.config = config._replace(**absolute)
+        self.yes, self.program = config.yes, os.path.expanduser("~/.local/bin/streamerbrainz.py")
         self.token, self.sent = "", functools.cache(send_to)       # some URLs are silent for PLEX_S
+        path = self.config.webhook_secret_file
         self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
         with contextlib.suppress(ConfigError):        # there is no token yet
             self.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
-        self.program, self.yes = os.path.expanduser("~/.local/bin/streamerbrainz.py"), config.yes
         self.unit = usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
 
     def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
-        """What plex.tv answers; raises PlexError."""
+        """What plex.tv answers; raises PlexError, and ConfigError if nobody has signed in."""
+        if not (self.token or path.startswith(PINS)):
+            raise ConfigError(f"{self.config.command}: there is no token; sign in first: streamerbrainz.py login")
         return ask_plextv(self.config.command, self.token, path, body, method)
 
+    # -- Words with a person
     def tell(self, words: str, begin: str = "   ") -> None:
         """Say something, in lines of 80 columns."""
-        print(f"{'':73}\r" * self.waiting + wrapped(words, begin), flush=True)
-        self.waiting = False
+        print(wrapped(words, begin), flush=True)
 
-    def wait(self, words: str) -> None:
-        """Wait until the next try, and say for what in a line that the next one replaces (on a terminal)."""
-        self.waiting = sys.stdout.isatty()
-        print(f"   {words:70}\r" * self.waiting, end="", flush=True)
-        time.sleep(TRY_S)
+    def tries(self, words: str, seconds: float) -> Iterator[None]:
+        """Tries until some seconds are over, the first one now.  Between them a terminal shows what is waited for."""
+        until, shows = time.monotonic() + seconds, sys.stdout.isatty()
+        yield
+        while (left_s := until - time.monotonic()) > 0:
+            print(f"   {f'{words}: {clock(int(left_s * 1000))} left':70}" * shows, end="", flush=True)
+            time.sleep(TRY_S)
+            print(f"\r{'':73}\r" * shows, end="", flush=True)
+            yield
 
-    def typed(self, default: str, look: Callable[[], str] = str) -> str:
-        """What a person types, or what look(), called meanwhile, finds; the default for Enter, and with -yes."""
+    def ask(self, question: str, default: str, look: Callable[[], str] = str) -> str:
+        """What a person answers, or what look(), called meanwhile, finds; the default for Enter, and with -yes."""
         # Not input(): of a Ctrl-C just before it reads, Python hears only after the next line.
-        if self.yes:
-            return default
-        while not select.select([sys.stdin], (), (), TRY_S)[0]:
+        print(wrapped(question + f" [{default}]" * bool(default), "   "), end="\n" if self.yes else " ", flush=True)
+        while not (self.yes or select.select([sys.stdin], (), (), TRY_S)[0]):
             if found := look():
+                print()
                 return found
-        if not (line := sys.stdin.readline()):
+        if not (line := "\n" if self.yes else sys.stdin.readline()):
             raise KeyboardInterrupt                   # Ctrl-D
         return line.strip() or default
-
-    def ask(self, question: str, default: str) -> str:
-        """What a person answers."""
-        print(wrapped(question + f" [{default}]" * bool(default), "   "), end="\n" if self.yes else " ", flush=True)
-        return self.typed(default)
 
     def agree(self, question: str, default: str = "Y/n") -> bool:
         """Whether a person says yes."""
@@ -5637,17 +5640,41 @@ class Setup:
             self.tell("Type y or n.")
         return default == "Y/n" if answer == "y/n" else answer[0] == "y"
 
-    def choose(self, names: Mapping[str, str], look: Callable[[], str] = str, default: str = "1") -> str:
-        """Which of these (key: words) a person means by its number, or look(), which finds a number meanwhile."""
+    def choose(self, names: Mapping[str, str], default: str = "1", look: Callable[[], str] = str) -> str:
+        """Which of these (key: words) a person means by its number, or look(), which finds a key meanwhile."""
         for i, words in enumerate(names.values(), 1):
             self.tell(words, f"   {i:2}  ")
-        self.tell(f"Type its number.{f' [{default}]' * bool(default)}") if names else None
-        while not 1 <= (no := number(self.typed(default, look)) or 0) <= len(names):
+        while (answer := self.ask("Type its number." if names else "None yet.", default, look)) not in names:
+            if 1 <= (no := number(answer) or 0) <= len(names):
+                return list(names)[no - 1]
             self.tell(f"Type a number from 1 to {len(names)}." if names else "It must play to be seen.")
-        return list(names)[no - 1]
+        return answer
+
+    def propose(self, todo: Sequence[Todo], *kinds: type[Exception]) -> int:
+        """Show what is to be done, and do it after a yes, forgiving these kinds of errors; -> the exit status."""
+        self.tell("This is what is left to do:" if todo else "All is as it should be.")
+        for words, _ in todo:
+            self.tell(words, "   - ")
+        if todo and not self.agree("Do all this?"):
+            self.tell("Nothing of it was done.")
+            return 1
+        for words, work in todo:
+            with self.forgiving(*kinds):
+                work()
+                self.tell(f"done: {words}", "   - ")
+        return 0
+
+    @contextlib.contextmanager
+    def forgiving(self, *kinds: type[Exception]) -> Iterator[None]:
+        """An error of these kinds within it is told, and the rest goes on."""
+        try:
+            yield
+        except kinds as error:
+            self.tell(str(error))
+            self.failed |= getattr(error, "fault", "") != "pass"
 
     # -- The steps
-    def sign_in(self) -> int:
+    def login(self) -> int:
         """Step 1: a token that plex.tv accepts is in its file; -> 0, the exit status of `login`."""
         path = tilde(self.config.plex_token_file)
         try:
@@ -5668,83 +5695,87 @@ class Setup:
     def new_token(self) -> str:
         """The token of whoever enters our code."""
         for _ in range(MAX_CODES):
-            no, code, lasts_s, token = parse_pin(self.call(PINS, b""))
+            no, code, lasts_s, _ = parse_pin(self.call(PINS, b""))
             self.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
                       "The code is:")
-            print(f"\n{'':24}{code}\n", flush=True)
-            until = time.monotonic() + lasts_s
-            while not token and (left_s := until - time.monotonic()) > 0:
-                self.wait(f"waiting for it: {clock(int(left_s * 1000))} left")
+            print(f"\n{large(code) * sys.stdout.isatty()}{'':24}{code}\n", flush=True)
+            for _ in self.tries("waiting for it", lasts_s):
                 try:
-                    token = parse_pin(self.call(f"{PINS}/{no}"))[3]
+                    if token := parse_pin(self.call(f"{PINS}/{no}"))[3]:
+                        return token
                 except PlexError as error:
                     if error.fault == "missing":
                         break
                     if error.fault not in ("unreachable", "starting"):        # those may pass
                         raise
-            if token:
-                return token
             self.tell("This code is no longer valid: it expired, or it was denied.")
         raise PlexError("refused", f"None of {MAX_CODES} codes was entered; run this again when you are at a browser.")
 
-    def refusal(self, url: str) -> PlexError | None:
-        """Why a server does not show its sessions; None: it does.  It may take seconds to know a new token."""
+    def find_server(self) -> None:
+        """Step 2: the URL at which the server shows its sessions is known.  It may take seconds to know a new token."""
+        url = self.reach("Your server", [self.config.plex_server_url], "") or self.other_server()
         self.plex = PlexServer(url, lambda: self.token, self.config.plex_ca_file)
-        until = time.monotonic() + TOKEN_S
-        while True:
+        for _ in self.tries("the server does not take the token yet", TOKEN_S):
             try:
                 self.plex.sessions()
-                return None
+                break
             except PlexError as error:
-                if error.fault not in ("refused", "forbidden", "starting") or time.monotonic() >= until:
-                    return error
-                self.wait("the server does not take the token yet; trying again")
-
-    def find_server(self) -> None:
-        """Step 2: the URL at which the server shows its sessions is known."""
-        url = self.config.plex_server_url
-        if not url or (error := self.refusal(url)):
-            self.tell(str(error) if url else "Looking for your server.")
-            url = self.other_server()
-            error = self.refusal(url)
-        if error and error.fault in ("refused", "forbidden"):
+                if (fault := error.fault) not in ("refused", "forbidden"):
+                    raise
+        else:
             # A new one goes, so that all is as before; an old one, so that another account can sign in.
             if self.is_new or (not self.yes and self.agree("Sign this account out?")):
-                with contextlib.suppress(PlexError):
+                with self.forgiving(PlexError):
                     self.sign_out()
                 remove(self.config.plex_token_file)
-            raise PlexError(error.fault, f"{origin(url)} shows what plays to its owner only, not to "
+            raise PlexError(fault, f"{origin(url)} shows what plays to its owner only, not to "
                             f"{self.account or 'this account'}. Run this again, and sign in as the owner.")
-        if error:
-            raise error
         self.config = self.config._replace(plex_server_url=url)
         self.tell(f"The server at {url} answers, and takes the token.")
+
+    def reach(self, name: str, urls: Iterable[str], identifier: str) -> str:
+        """The first URL at which the server with this identifier ("": any) answers; "": none, and why is told."""
+        def fault(url: str) -> str:                   # /identity needs no token: none is sent
+            try:
+                found = PlexServer(url, str, self.config.plex_ca_file).server_id
+                return "" if identifier in ("", found) else "another server answers there."
+            except PlexError as error:
+                host = urllib.parse.urlsplit(url).hostname or ""
+                is_blocked = host.endswith(".plex.direct") and isinstance(KNOWN.get(host), str)
+                return str(error).removeprefix(f"{url} ") + (
+                    " Routers may block such names: allow plex.direct in its DNS rebind protection." * is_blocked)
+        import concurrent.futures  # here: all else does without
+        urls, faults = sorted(filter(None, urls), key=lambda url: url.startswith("https:")), list[str]()
+        for url, why_not in zip(urls, concurrent.futures.ThreadPoolExecutor(MAX_URLS).map(fault, urls), strict=True):
+            if not why_not:
+                return url
+            faults.append(f"{name} at {url} {why_not}")
+        for each in faults if name else ():
+            self.tell(each, "   - ")
+        return ""
 
     @functools.cached_property
     def resources(self) -> list[Resource]:
         """The account's servers and players, as far as plex.tv tells them."""
-        try:
+        with self.forgiving(PlexError):
             return parse_resources(self.call(RESOURCES))
-        except PlexError as error:
-            self.tell(str(error))
-            return []
+        return []
 
     def other_server(self) -> str:
         """The URL of one of the account's servers that answers; else of the one that a person names."""
+        self.tell("Looking for your server.")
         servers = {each.identifier: each for each in self.resources if "server" in each.provides}
         if owned := {each.identifier: each.name for each in servers.values() if not each.owner}:
             server = servers[self.choose(owned) if len(owned) > 1 else next(iter(owned))]
-            (url, faults), default = reach((*server.urls, *nearby()), server.identifier, self.config.plex_ca_file), ""
-            for tried, fault in faults.items():
-                self.tell(f"{server.name} at {tried} {fault}", "   - ")
+            url, default = self.reach(server.name, (*server.urls, *nearby()), server.identifier), ""
         else:
             shared = "".join(f" {each.name} belongs to {each.owner}." for each in servers.values())
             self.tell(f"No server of this account is known.{shared}")
-            url, default = "", reach(nearby(), "", "")[0]
+            url, default = "", self.reach("", nearby(), "")
         while not url:
             word = self.ask("Its address, such as http://192.168.1.5:32400", default)
             try:
-                url = server_url(word if "//" in word else f"http://{word}")
+                url = named_server(word)
             except ValueError as error:
                 if self.yes:
                     raise ConfigError("setup: no server was found; name it with -plex-server-url.") from error
@@ -5755,21 +5786,23 @@ class Setup:
         """Step 3: the player's identifier is known.  A player that begins to play now is the one."""
         if not self.config.plex_machine_id:
             names, playing = dict[str, str](), set[str]()
-            def look() -> str:
+            def begun() -> str:
                 nonlocal playing
-                sessions = sorted((each for each in self.plex.sessions() if each.machine_identifier.isprintable()),
-                                  key=lambda each: each.state != PLAYING)
-                names.update({each.machine_identifier: f"{each.player_title or 'a player'} ({each.product}), "
-                              f"{playing_sentence(each.state, each.item)}" for each in sessions})
-                before, playing = playing, {each.machine_identifier for each in sessions if each.state == PLAYING}
-                return next((str(no) for no, each in enumerate(names, 1) if each in playing - before), "")
-            look()                                    # what plays now began before it was asked for
-            names |= {each.identifier: f"{each.name} ({each.product}), silent" for each in self.resources
-                      if "player" in each.provides and each.identifier not in names}
+                before, playing = playing, set()
+                for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
+                    if (key := each.machine_identifier).isprintable():
+                        names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
+                                      f"{playing_sentence(each.state, each.item)}")
+                        playing |= {key} if each.state == PLAYING else set()
+                return next(iter(playing - before), "")
+            begun()                                   # what plays now began before it was asked for
+            for each in self.resources:
+                if "player" in each.provides:
+                    names.setdefault(each.identifier, f"{each.name} ({each.product}), silent")
             if self.yes and len(playing) != 1:
                 raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
             self.tell("Press play on your player.")
-            chosen = self.choose(names, look, "1" if playing else "")
+            chosen = self.choose(names, "1" if playing else "", begun)
             self.config = self.config._replace(plex_machine_id=chosen)
             self.tell(names[chosen])
         self.tell(f"The player is {self.config.plex_machine_id}.")
@@ -5777,105 +5810,93 @@ class Setup:
     def choose_tracker(self) -> None:
         """Step 4: whether to keep what is watched is known."""
         path = tilde(self.config.tracker_db or usual("tracker.db"))
-        if not self.config.tracker_db and not self.config.flags_file and self.agree(
+        if not (self.config.tracker_db or self.config.flags_file) and self.agree(
                 f"Keep which episodes and movies you watch, in {path}? (It needs Plex Pass.)", "y/N"):
             self.config = self.config._replace(tracker_db=usual("tracker.db"))
         self.tell(f"What you watch is kept in {path}" if self.config.tracker_db else
                   f"What you watch is not kept. To keep it: setup -tracker-db {path}")
 
     def choose_port(self, is_ours: bool) -> None:
-        """The port is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
-        port = self.config.webhooks_port
-        try:
-            if listener := open_listener(self.config):
-                listener.server_close()
-            elif not is_ours:
-                raise ConfigError(f"setup: another StreamerBrainz ({port_holder(port) or 'of another user'}) listens "
-                                  f"on {port}; end it, and remove its cron lines.")
-        except ConfigError as error:
-            if " is held by " not in str(error) or port > 65000:
-                raise
-            self.tell(str(error))
-            given = number(self.ask("Another port", str(port + 1))) or port
-            self.config = self.config._replace(webhooks_port=given if given < 65536 else port)
-            self.choose_port(is_ours)
+        """The port is the first that is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
+        for port in range(self.config.webhooks_port, 65536):
+            self.config = self.config._replace(webhooks_port=port)
+            try:
+                if listener := open_listener(self.config):
+                    listener.server_close()
+                elif not is_ours:
+                    raise ConfigError(f"setup: another StreamerBrainz ({port_holder(port) or 'of another user'}) "
+                                      f"listens on {port}; end it, and remove its cron lines.")
+                return
+            except ConfigError as error:
+                if " is held by " not in str(error):
+                    raise
+                self.tell(f"{error} Else it is {port + 1}.")
 
-    def todo(self) -> list[tuple[str, Callable[[], object]]]:
-        """Steps 5 to 7: what is still to be written and started, in words, and how."""
-        todo = list[tuple[str, Callable[[], object]]]()
-        def write(path: str, content: str, mode: int = 0o600) -> None:
-            if content != read_text(path):
-                todo.append((f"write {tilde(path)}", lambda: write_private(path, content, "setup", mode=mode)))
+    def install(self) -> int:
+        """Steps 5 to 7, after a yes: what is still to be written and started is."""
+        has_systemd = not command_fault("systemctl", "--user", "show-environment")
+        is_active = has_systemd and not command_fault("systemctl", "--user", "is-active", "--quiet", "streamerbrainz")
         def fill_tracker() -> None:
             os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
             tracker_command(self.config._replace(words=("import",)))
+        def start_daemon() -> None:
+            systemctl("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active)
+            if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
+                self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
         def show_cron() -> None:
             line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
             self.tell("Run `crontab -e`, enter these two lines, and save:")
             print(f"\n@reboot {line}\n* * * * * {line}\n")
             self.ask("Then press", "Enter")
-        has_systemd = not command_fault(*SYSTEMCTL, "show-environment")
-        is_active = has_systemd and not command_fault(*SYSTEMCTL, "is-active", "--quiet", "streamerbrainz")
         self.choose_port(is_active or not has_systemd)
-        if not self.secrets:
-            self.secrets = (secrets.token_urlsafe(32),)
-            write(self.config.webhook_secret_file, f"{self.secrets[0]}\n")
-        write(usual("flags"), with_flags(read_text(usual("flags")), {f"-{field.replace('_', '-')}": tilde(str(
-            value)) for field in OWNED if (value := getattr(self.config, field)) != getattr(Config(), field)}))
+        self.secrets = self.secrets or (secrets.token_urlsafe(32),)
+        values = {f"-{field.replace('_', '-')}": tilde(str(value)) for field in OWNED
+                  if (value := getattr(self.config, field)) != getattr(Config(), field)}
+        files = {self.config.webhook_secret_file: ("".join(f"{each}\n" for each in self.secrets), 0o600),
+                 usual("flags"): (with_flags(read_text(usual("flags")), values), 0o600),
+                 self.program: (read_text(__file__), 0o755), self.unit: (unit_text(self.config) * has_systemd, 0o644)}
+        todo: list[Todo] = [
+            (f"write {tilde(path)}", functools.partial(write_private, path, content, "setup", mode=mode))
+            for path, (content, mode) in files.items() if content and content.strip() != read_text(path).strip()]
         if self.config.tracker_db and not os.path.exists(self.config.tracker_db):
             todo.append(("read your library into the tracker", fill_tracker))
-        write(self.program, read_text(__file__), 0o755)
-        if has_systemd:
-            write(self.unit, unit_text(), 0o644)
-            if todo or self.is_new or not is_active:  # a new token, too: systemd hands it over at a start
-                todo.append(("start the daemon, now and at each boot", lambda: self.start_daemon(is_active)))
+        if has_systemd and (todo or self.is_new or not is_active):     # systemd hands a token over at the start
+            todo.append(("start the daemon, now and at each boot", start_daemon))
         elif todo:
             todo.append(("show you the lines for cron (systemd is not here for users)", show_cron))
-        return todo
-
-    def start_daemon(self, is_active: bool) -> None:
-        """Start the unit, or start it again with what it has to read now; raises ConfigError."""
-        for words in ("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active):
-            if fault := command_fault(*SYSTEMCTL, *words.split()):
-                raise ConfigError(f"setup: `systemctl --user {words}` failed ({fault}); see: {JOURNAL}")
-        if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
-            self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
+        with self.forgiving(PlexError):
+            todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
+        return self.propose(todo, PlexError)          # the daemon does without a webhook
 
     # -- The webhook of the account
     def own_url(self) -> str:
         """The URL of our webhooks, with the secret: the one that a person gives, or this machine's."""
-        given, here = self.config.words[1:], configured_url(self.config, self.config.webhooks_port)
-        url = given[0].rstrip("/") if given else here
+        url = "".join(self.config.words[1:]).rstrip("/") or configured_url(self.config, self.config.webhooks_port)
         secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
         return url + WEBHOOK_PATH * (url.count("/") == 2) + secret
 
     def is_ours(self, url: str) -> bool:
         """Whether a webhook of the account leads to this daemon, or did so once."""
-        try:
-            parts = urllib.parse.urlsplit(url)
-            is_port = parts.port == self.config.webhooks_port
-        except ValueError:                            # "http://[", or a port above 65535
-            return False
-        if parts.path != WEBHOOK_PATH or has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2]:
-            return parts.path == WEBHOOK_PATH
-        # An address or a port of long ago is one at which no StreamerBrainz answers: else it may be another one.
-        alike = is_port + bool(is_here(parts.hostname or ""))
-        return alike == 2 or (alike == 1 and self.sent(url) != ARRIVES)
+        parts = url_parts(url)
+        # An address of long ago is one at which no StreamerBrainz answers: else it may be another one.
+        return bool(parts and parts.path.endswith(WEBHOOK_PATH) and (
+            has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2] or
+            (parts.port == self.config.webhooks_port and (is_here(str(parts.hostname)) or self.sent(url) != ARRIVES))))
 
-    def wanted(self, urls: Sequence[str], add: bool) -> list[str]:
-        """What the account's webhooks should be."""
+    def planned(self, add: bool) -> tuple[list[str], list[str]]:
+        """The URLs of the account's webhooks, and what they should be; raises PlexError."""
         def is_right(url: str) -> bool:               # or, with our secret, a person's: for a proxy, or a tunnel
             return not differences(url, self.config, self.secrets[:1]) or (
                 has_secret(url, self.secrets) and not re.match(r"http://(\d|\[|localhost)", url))
-        right = next(filter(is_right, () if self.config.words[1:] else urls), self.own_url())
-        return with_webhook(urls, right if add else "", self.is_ours)
+        urls = parse_webhooks(self.call(WEBHOOKS))
+        right = next(filter(is_right, () if self.config.words[1:] else urls), self.own_url()) if add else ""
+        return urls, with_webhook(urls, right, self.is_ours)
 
     def change(self, add: bool) -> str:
         """What is to be changed in the account's webhooks, in words; "": nothing.  Raises PlexError."""
         if not self.has_webhooks:
             raise PlexError("pass", NO_PASS)
-        before = collections.Counter(urls := parse_webhooks(self.call(WEBHOOKS)))
-        after = collections.Counter(self.wanted(urls, add))
+        before, after = map(collections.Counter, self.planned(add))
         old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
         words = f"replace {old} by {new} in" if old and new else f"take {old} out of" if old else f"add {new} to"
         others = f" ({plural(count, 'other')} stay{'s' * (count == 1)})" if (count := (before & after).total()) else ""
@@ -5883,17 +5904,29 @@ class Setup:
 
     def write_webhook(self, add: bool = True) -> None:
         """Put our URL into the account's webhooks, in the place of an old one, or take it out; raises PlexError."""
-        for again in (True, False):
-            before = parse_webhooks(self.call(WEBHOOKS))       # just before: what is written replaces them all
-            if (after := self.wanted(before, add)) != before:
-                form = urllib.parse.urlencode([("urls[]", url) for url in after]) or "urls="
-                self.call(WEBHOOKS, form.encode())
-            if sorted(parse_webhooks(self.call(WEBHOOKS))) == sorted(after):
+        for tries in range(3):                        # each reads first: what is written replaces them all
+            before, after = self.planned(add)
+            if before == after:
                 return
-            if again:
+            if tries == 2:
+                raise PlexError("nonsense", "The account's webhooks are not as they were written: another program "
+                                            "writes them, too. See: streamerbrainz.py webhook list")
+            if tries:
                 self.tell("Another program wrote the account's webhooks in between; once more.")
-        raise PlexError("nonsense", "The account's webhooks are not as they were written: another program writes them, "
-                                    "too. See: streamerbrainz.py webhook list")
+            self.call(WEBHOOKS, (urllib.parse.urlencode([("urls[]", url) for url in after]) or "urls=").encode())
+
+    def webhook(self) -> int:
+        """Show the account's webhooks, put ours into them, or take it out."""
+        name, *given = self.config.words or ("list",)
+        if name not in ("list", "add", "remove") or (given and name != "add") or not all(
+                re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", each, re.ASCII) for each in given):
+            raise ConfigError("webhook: call it as webhook list, webhook remove or webhook add [URL], with a URL such "
+                              "as https://pi.example.org/webhooks/plex (the secret is added to it).")
+        if name == "list":
+            urls = [*map(without_secrets, parse_webhooks(self.call(WEBHOOKS)))]
+            return print_rows(self.config, [{"url": each} for each in urls], "\n".join(urls) or "There is no webhook.")
+        change, work = self.change(name == "add"), functools.partial(self.write_webhook, name == "add")
+        return self.propose([(change, work)] if change else [])
 
     # -- The proof, and the way back
     def prove(self) -> int:
@@ -5904,28 +5937,27 @@ class Setup:
                 reply = exchange(local_url(self.config, "/now") + sign + query, {"Host": "localhost"})
                 return witnessed(reply.body) if reply.status == 200 else None
             return None
-        changed_at, until = math.inf, time.monotonic() + START_S
-        while not (known := now()):
-            if time.monotonic() > until:
-                raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
-            self.wait("waiting for the daemon to listen")
-        (seen, arrived, late_s), count = known, known[1]
+        known = next(filter(None, (now() for _ in self.tries("waiting for the daemon to listen", START_S))), None)
+        if not known:
+            raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
         self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
-        until = time.monotonic() + PROVE_S * (not self.yes)
-        while count == arrived and (at := time.monotonic()) < min(until, changed_at + FOLLOW_S * self.has_webhooks):
-            self.wait(f"waiting: {clock(int((until - at) * 1000))} left")
-            changes, count, late_s = now() or (seen, count, late_s)
+        (seen, before, _), changed_at, came = known, math.inf, False
+        for _ in () if self.yes else self.tries("waiting", PROVE_S):
+            changes, arrived, late_s = known = now() or known
             for words in [each for each in changes if each not in seen][::-1]:
                 self.tell(words.partition(" ")[2])
-                changed_at = min(changed_at, at)
-            seen = changes
+                changed_at = min(changed_at, time.monotonic())
+            seen, came = changes, arrived != before
+            if came or time.monotonic() > changed_at + FOLLOW_S * self.has_webhooks:
+                break
         if not self.yes:
-            self.tell(f"Its webhook came within {late_s:.1f} s of it." if count != arrived else
+            median = f" (the median of {arrived})" * (arrived > 1)
+            self.tell(f"Its webhook came within {late_s:.1f} s of it{median}." if came else
                       "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
                       "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py "
                       "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
         self.tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
-        return int(not self.yes and changed_at == math.inf and count == arrived)
+        return int(not (self.yes or came) and changed_at == math.inf)
 
     def sign_out(self) -> None:
         """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
@@ -5937,94 +5969,51 @@ class Setup:
         remove(self.config.plex_token_file)
 
     # -- The commands
-    def webhook(self) -> int:
-        """Put our webhook into the account, or take it out."""
-        add = self.config.words[0] == "add"
-        if not (change := self.change(add)):
-            self.tell("The webhooks of your Plex account are as they should be.")
-        elif self.agree(f"{change[0].upper()}{change[1:]}?"):
-            self.write_webhook(add)
-            self.tell("Done, and read back.")
-        else:
-            self.tell("Nothing was changed.")
-        return 0
-
     def setup(self) -> int:
         """Go from this one file to a daemon that was seen to work."""
-        for heading, step in (("1. Sign in", self.sign_in), ("2. Server", self.find_server),
-                              ("3. Player", self.choose_player), ("4. Watch tracker", self.choose_tracker)):
+        steps: dict[str, Callable[[], object]] = {
+            "1. Sign in": self.login, "2. Server": self.find_server, "3. Player": self.choose_player,
+            "4. Watch tracker": self.choose_tracker, "5. Files, daemon, webhook": self.install, "6. Proof": self.prove}
+        for heading, step in steps.items():
             print(f"\n{heading}", flush=True)
-            step()
-        print("\n5. Files, daemon, webhook", flush=True)
-        todo = self.todo()
-        try:
-            todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
-        except PlexError as error:
-            self.tell(str(error))
-        self.tell("All is done already." if not todo else "This is what is left to do:")
-        for words, _ in todo:
-            self.tell(words, "   - ")
-        if todo and not self.agree("Do all this?"):
-            self.tell("Nothing of it was done.")
-            return 1
-        for words, work in todo:
-            try:
-                work()
-                self.tell(f"done: {words}", "   - ")
-            except PlexError as error:                    # the webhook's: the daemon does without
-                self.tell(str(error), "   - ")
-        print("\n6. Proof", flush=True)
-        return self.prove()
+            if step():
+                return 1
+        return 0
 
     def uninstall(self) -> int:
         """Take back what setup did, each after a yes."""
         def stop_daemon() -> None:
-            command_fault(*SYSTEMCTL, "disable", "--now", "streamerbrainz")
+            systemctl("disable --now streamerbrainz")
             remove(self.unit)
-            command_fault(*SYSTEMCTL, "daemon-reload")
+            systemctl("daemon-reload")
+            command_fault("systemctl", "--user", "reset-failed", "streamerbrainz")
+            self.tell("Other services of yours still start at boot. If there are none: loginctl disable-linger")
         files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
+        data = [database, f"{database}-wal", f"{database}-shm"] if database else []
         steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
             (os.path.exists(self.unit), "Stop the daemon, and remove its unit?", "Y/n", stop_daemon),
             (self.token, "Take our webhook out of your Plex account?", "Y/n", lambda: self.write_webhook(False)),
             (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", self.sign_out),
             (os.path.exists(self.program), f"Delete {tilde(self.program)}?", "Y/n", lambda: remove(self.program)),
             (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
-            (database and os.path.exists(database), f"Delete {tilde(database)}, all that you have watched?", "y/N",
-             lambda: remove(database, f"{database}-wal", f"{database}-shm")))
-        status = 0
+            (any(map(os.path.exists, data)), f"Delete {tilde(database)}, all that you have watched?", "y/N",
+             lambda: remove(*data)))
         for is_there, question, default, work in steps:
-            try:
-                if is_there and self.agree(question, default):
+            if is_there and self.agree(question, default):
+                with self.forgiving(PlexError, ConfigError, OSError):
                     work()
-            except PlexError as error:
-                self.tell(str(error))
-                status = int(error.fault != "pass") or status
-        self.tell("What is left stays as it is.")
-        return status
+        self.tell("What is left stays as it is: lines of a crontab, too, and a daemon that they started.")
+        return int(self.failed)
 
 def guided(config: Config) -> int:
-    """`login`, `webhook add`, `webhook remove`, `setup` or `uninstall`.  Ctrl-C leaves what is done."""
+    """`login`, `webhook`, `setup` or `uninstall`.  Ctrl-C leaves what is done."""
     guide = Setup(config)
     try:
-        return {"login": guide.sign_in, "webhook": guide.webhook, "setup": guide.setup, "uninstall": guide.uninstall}[
-            config.command]()
+        return int(getattr(guide, config.command)())
     except KeyboardInterrupt:
         print()
         guide.tell(f"Stopped. What is done stays; `streamerbrainz.py {config.command}` goes on from there.")
         return 1
-
-def webhook_command(config: Config) -> int:
-    """Show the webhooks of the account, or change ours in them."""
-    name, *urls = config.words or ("list",)
-    if name not in ("list", "add", "remove") or (urls and name != "add") or not all(
-            re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", each, re.ASCII) for each in urls):
-        raise ConfigError("webhook: call it as webhook list, webhook remove or webhook add [URL], with a URL such "
-                          "as https://pi.example.org/webhooks/plex (the secret is added to it).")
-    if name != "list":
-        return guided(config)
-    token = read_secrets("-plex-token-file", config.plex_token_file or usual("plex-token"))[0][0]
-    urls = [without_secrets(each) for each in parse_webhooks(ask_plextv("webhook", token, WEBHOOKS))]
-    return print_rows(config, [{"url": each} for each in urls], "\n".join(urls) or "The account has no webhook.")
 
 # === Doctor: why do webhooks not arrive? (Finding, Doctor, doctor) ===
 # What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
@@ -6349,6 +6338,7 @@ def doctor(config: Config) -> int:
 # Needs of Hooks: Hooks, hook_command
 # Needs of Tracker: tracker_command
 # Needs of Daemon: block_signals, local_url, open_listener, serve, start
+# Needs of Setup: wrapped
 
 def _attributes(kind: str, key: str, title: str, of: str, parent: str, duration: str, **more: str) -> dict[str, str]:
     """An item as Plex's attributes of it."""
@@ -6502,8 +6492,8 @@ def demo(config: Config) -> int:
     hooks = Hooks(hook_command(config.on_event or sample), config.active_timeout_s / config.speed, logging.INFO)
     inbox: Inbox = queue.SimpleQueue()
     block_signals()                                   # before the first thread: else one of them would get Ctrl-C
-    with (StandIn(speed=config.speed, has_events=True) as plex, tempfile.TemporaryDirectory() as folder,
-          open_listener(config) or Listener(config.webhooks_host, 0) as listener):      # your daemon may have the port
+    with StandIn(speed=config.speed, has_events=True) as plex, tempfile.TemporaryDirectory() as folder, \
+            (open_listener(config) or Listener(config.webhooks_host, 0)) as listener:     # your daemon may have that
         database, library = os.path.join(folder, "tracker.db"), os.path.join(folder, "library.json")
         config = config._replace(plex_machine_id=plex.machine_identifier, poll_interval_s=10 / config.speed,
                                  tracker_db=database, words=("import", library), webhooks_port=listener.port)
@@ -6525,7 +6515,7 @@ def demo(config: Config) -> int:
 # Needs of Hooks: hook
 # Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
 # Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Setup: guided, named_server, server_url, webhook_command, wrapped
+# Needs of Setup: guided, named_server, server_url, wrapped
 # Needs of Doctor: doctor
 # Needs of Demo: demo
 
@@ -6603,7 +6593,7 @@ def show(config: Config) -> int:
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
     "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": guided, "login": guided,
-    "webhook": webhook_command, "uninstall": guided, "help": show, "version": show}
+    "webhook": guided, "uninstall": guided, "help": show, "version": show}
 
 def read_flags(path: str) -> list[str]:
     """The words in an @FILE, each line quoted as in a shell; raises ConfigError."""

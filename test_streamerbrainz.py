@@ -6913,7 +6913,7 @@ def test_the_secret_gives_a_cookie_that_does_not_tell_it_and_opens_each_page(she
 
 def test_shows_are_listed_the_last_watched_first_found_by_words_and_paged(shelf, monkeypatch):
     said = shelf.get("/watched")[1]
-    assert '<a href="/watched/1">Breaking Bad (2008)</a>' in said and ">Heat (1995)</a>" in said and 'aria-current=page>Watched' in said
+    assert '<a href="/watched/1"><bdi>Breaking Bad (2008)</bdi></a>' in said and ">Heat (1995)</a>" in said and 'aria-current=page>Watched' in said
     said = shelf.get("/watched?q=BREAKING&x=%00%ff")[1]
     assert "Breaking Bad" in said and "Heat" not in said and 'value="BREAKING"' in said
     assert "Nothing is here." in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1] and "<script>" not in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1]
@@ -6969,7 +6969,7 @@ def test_the_log_says_what_became_of_each_webhook_by_status_and_paged(shelf, mon
     shelf.keeper.send({**SONG, "title": "<i>x"}, event="media.rate")
     said = shelf.get("/log")[1]
     assert "conflict_created" in said and "event_not_scrobble" in said and "Braking &lt;b&gt;Bad S01E01" in said and "<i>x" not in said and "&lt;i&gt;x" in said
-    assert "S01E01</a></span> <span" in said                       # the date does not stick to it
+    assert "S01E01</bdi></a></span> <span" in said                       # the date does not stick to it
     assert "event_not_scrobble" not in shelf.get("/log?status=failed")[1] and "Nothing is here." in shelf.get("/log?status=duplicate")[1]
     monkeypatch.setattr(sb, "PAGE_ROWS", 1)
     assert [shelf.get(f"/log?page={page}")[1].count("class=row") for page in (1, 2, 3, 4)] == [1, 1, 1, 0]
@@ -7595,6 +7595,13 @@ def test_http_at_home_comes_before_https_and_the_relay_never():
 
 def test_a_list_of_webhooks_that_cannot_be_read_whole_is_not_read_at_all():
     assert sb.parse_webhooks(b"[]") == [] and sb.parse_webhooks(b'[{"url": "http://a"}, {"url": "x"}]') == ["http://a", "x"]
+    xml = b'<?xml version="1.0"?>\n<webhooks>\n  <webhook url="http://a/?b=1&amp;c=2"/>\n  <webhook url="x"/>\n</webhooks>\n'
+    assert sb.parse_webhooks(xml) == ["http://a/?b=1&c=2", "x"] and sb.parse_webhooks(b"<webhooks/>") == []
+    assert sb.parse_webhooks(b'<?xml version="1.0" encoding="utf-7"?><MediaContainer><webhook url="x"/></MediaContainer>') == ["x"]
+    for odd in (b"<webhooks><webhook/></webhooks>", b"<webhooks><hook url='x'/></webhooks>", b"<webhooks><webhook url='x'/>", xml[:-14],
+                b"<user/>", b"<html><webhook url='x'/><p/></html>", b"<errors><error/></errors>", b'<!DOCTYPE a [<!ENTITY b "c">]><webhooks/>', b"<webhooks><!DOCTYPE x></webhooks>"):
+        with pytest.raises(sb.PlexError):
+            sb.parse_webhooks(odd)
     for odd in ([{"url": "x" * 9999}], [{}], [{"url": None}], [{"url": ""}], [{"url": "x"}] * 101, None, {}, {"url": "x"}):
         with pytest.raises(sb.PlexError):
             sb.parse_webhooks(json.dumps(odd).encode())
@@ -7623,6 +7630,21 @@ def test_what_is_written_into_the_flags_is_read_back_as_it_was(tmp_path):
     (tmp_path / "flags").write_text(sb.with_flags("-no-plex-events\n", values))
     read = config(f"@{tmp_path}/flags")
     assert (read.plex_machine_id, read.plex_token_file, read.plex_events) == ("-a'b#c d", os.path.expanduser("~/a b/token"), False)
+
+
+def test_a_code_is_drawn_large_if_it_can_be():
+    assert [line.rstrip() for line in sb.large("7I").splitlines()] == [
+        "        ######  ######", "            ##    ##", "            ##    ##", "          ##      ##", "          ##    ######"]
+    drawn = {each: sb.large(each) for each in "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+    assert len({*drawn.values()}) == 36 and all(len(lines.splitlines()) == 5 for lines in drawn.values()) and sb.large("a") == sb.large("A")
+    assert max(map(len, sb.large("W" * 8).splitlines())) <= 80 and not sb.large("\u0661_").strip() and not sb.large("A" * 25).strip()
+
+
+def test_what_the_daemon_tells_of_its_witnesses_is_said_in_words():
+    changes = [{"at": "T", "state": state, "title": "x", "by": by} for state, by in (("paused", "events"), ("playing", "webhook"), ("stopped", "poll"))]
+    assert sb.witnessed(json.dumps({"changes": changes, "webhooks": {"arrived": 2, "median_delay_s": 0.25}}).encode()) == ([
+        'T paused "x": seen by the event stream first, then by the sessions', 'T playing "x": seen by a webhook first, then by the sessions',
+        'T stopped "x": seen by the sessions'], 2, 0.25)
 
 
 # --- the world
@@ -7705,7 +7727,7 @@ def test_login_writes_the_token_of_who_enters_the_code(cloud, home):
     done = call("login", "-yes")
     file = home / ".config/streamerbrainz/plex-token"
     assert done.status == 0 and file.read_text() == f"{TOKEN}\n" and stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert "https://plex.tv/link/?pin=7RQ1" in done.out and re.search("^ +7RQ1$", done.out, re.M) and TOKEN not in done.out + done.err
+    assert "https://plex.tv/link/?pin=7RQ1" in done.out and re.search("^ +7RQ1$", done.out, re.M) and "##" not in done.out and TOKEN not in done.out + done.err
     assert "Signed in as ann" in done.out and max(map(len, done.out.splitlines())) <= 80
     told = [{name: value for name, value in headers.items() if name.startswith("X-Plex")} for _, _, headers, _ in cloud.requests]
     assert {each["X-Plex-Client-Identifier"] for each in told} == {(home / ".config/streamerbrainz/client-id").read_text().strip()}
@@ -7799,11 +7821,11 @@ def ours(query="?token=new-secret", host=None, port=3001):
 def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signed_in, old, monkeypatch):
     cloud.urls = ["https://example.com/a?b=1&c=%20", old.format(ours=ours("")), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
     done = call("webhook", "add", "-yes")
-    assert done.status == 0 and done.out.endswith("   Done, and read back.\n"), done
+    assert done.status == 0 and "   - done: " in done.out, done
     assert cloud.urls == ["https://example.com/a?b=1&c=%20", ours(), "http://192.0.2.1:3001/other", "not a URL [", "http://[::1"]
-    assert "(4 others stay)" in " ".join(done.out.split()) and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
+    assert " ".join(done.out.split()).endswith("of your Plex account (4 others stay)") and "new-secret" not in done.out + done.err and max(map(len, done.out.splitlines())) <= 80
     writes = sum(method == "POST" for method, *_ in cloud.requests)
-    assert "as they should be" in call("webhook", "add", "-yes").out and sum(method == "POST" for method, *_ in cloud.requests) == writes == 1
+    assert "All is as it should be." in call("webhook", "add", "-yes").out and sum(method == "POST" for method, *_ in cloud.requests) == writes == 1
     assert call("webhook", "remove", "-yes").status == 0 and ours() not in cloud.urls and len(cloud.urls) == 4
 
 
@@ -7822,13 +7844,26 @@ def test_the_webhook_of_a_tunnel_is_added_with_the_secret_and_then_left_alone(cl
     cloud.urls = ["http://localhost:3001/webhooks/plex"]
     assert call("webhook", "add", "https://pi.example.invalid/", "-yes").status == 0
     assert cloud.urls == ["https://pi.example.invalid/webhooks/plex?token=new-secret"]
-    assert "as they should be" in call("webhook", "add", "-yes").out
+    assert "All is as it should be." in call("webhook", "add", "-yes").out
     assert call("webhook", "list").out == "https://pi.example.invalid/webhooks/plex?token=...\n"
     assert call("webhook", "remove", "-yes").status == 0 and cloud.urls == []
     assert cloud.requests[-2][3] == "urls="
     for words in (("add", "ftp://x"), ("frob",), ("list", "http://x"), ("add", "http://x/?token=SECRET")):
         done = call("webhook", *words)
         assert done.status == 2 and "SECRET" not in done.err
+
+
+def test_without_a_token_the_remedy_is_to_sign_in(cloud, home):
+    for words in (("list",), ("add", "-yes"), ("remove", "-yes"), ()):
+        assert call("webhook", *words) == (2, "", "streamerbrainz: webhook: there is no token; sign in first: streamerbrainz.py login\n")
+    assert cloud.requests == []
+
+
+def test_webhooks_that_come_as_xml_are_read_and_written_whole(cloud, signed_in):
+    cloud.instead["GET", "/api/v2/user/webhooks"] = [(200, b'<webhooks>\n <webhook url="https://example.com/a?b=1&amp;c=2"/>\n</webhooks>'), None]
+    assert call("webhook", "list").out == "https://example.com/...\n"
+    cloud.instead["GET", "/api/v2/user/webhooks"] = [(200, b'<webhooks>\n <webhook url="https://example.com/a?b=1&amp;c=2"/>\n</webhooks>')] * 2 + [None]
+    assert call("webhook", "add", "-yes").status == 0 and cloud.urls == ["https://example.com/a?b=1&c=2", ours()]
 
 
 def test_another_program_that_writes_in_between_is_said_and_it_is_tried_once_more(cloud, signed_in):
@@ -7968,7 +8003,8 @@ def test_setup_goes_from_one_file_to_a_proven_line_with_one_code_and_two_answers
     machine.nas.refusals = 2                               # the token is new
     begun = time.monotonic()
     with Terminal("setup", *machine.words, path=machine.tools, quick=False) as person:
-        assert re.search(r"\r\n +7RQ1\r\n", person.hear("2. Server"))
+        signing_in = person.hear("2. Server")          # large, and once more as it can be copied
+        assert sb.large("7RQ1").replace("\n", "\r\n") in signing_in and re.search(r"\r\n +7RQ1\r\n\r\n", signing_in)
         person.hear("Press play on your player.")
         machine.nas.playing["m1"] = PLAYING
         person.hear("[y/N]")
@@ -8028,7 +8064,7 @@ def test_setup_without_questions_and_again_says_what_is_well_and_keeps_what_was_
     written = {file: file.stat().st_mtime_ns for file in script.config.iterdir()}
     calls = (home / "calls").read_text()
     done = script.run()
-    assert done.status == 0 and "All is done already." in done.out and script.pins == 1
+    assert done.status == 0 and "All is as it should be." in done.out and script.pins == 1
     assert {file: file.stat().st_mtime_ns for file in script.config.iterdir()} == written
     assert "enable" not in (home / "calls").read_text()[len(calls):]
     (script.config / "flags").write_text((script.config / "flags").read_text().replace("-plex-machine-id m1", "-plex-machine-id m2"))
@@ -8184,6 +8220,40 @@ def test_uninstall_takes_back_what_setup_did_and_leaves_what_is_the_persons(scri
             person.type("y\n")
         assert person.end()[1] == 0
     assert list(script.config.iterdir()) == [] and not list(database.parent.iterdir())
+
+
+def test_paths_that_are_relative_are_written_as_the_daemon_needs_them(script, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.run("-tracker-db", "x.db", "-webhook-secret-file", "a/secret").status == 0
+    flags = (script.config / "flags").read_text()
+    assert f"-tracker-db {tmp_path}/x.db\n" in flags and f"-webhook-secret-file {tmp_path}/a/secret\n" in flags
+    unit = (home / ".config/systemd/user/streamerbrainz.service").read_text()
+    assert f"\nBindPaths=-{tmp_path}\nReadWritePaths=-{tmp_path}\n" in unit
+    assert f"\nBindReadOnlyPaths={tmp_path}/a %h/.local/bin %h/.config/streamerbrainz\n" in unit
+
+
+def test_the_unit_shows_a_python_of_ones_own_in_the_home(home, monkeypatch):
+    assert sb.unit_text(sb.Config(plex_token_file=sb.usual("plex-token"))) == sb.UNIT
+    monkeypatch.setattr(sb, "command_fault", lambda *words: "it is too old")
+    monkeypatch.setattr(sb.sys, "executable", str(home / ".pyenv/versions/3.13.1/bin/python3"))
+    monkeypatch.setattr(sb.sys, "base_prefix", str(home / ".pyenv/versions/3.13.1"))
+    unit = sb.unit_text(sb.Config(plex_token_file="/srv/token"))
+    assert "\nExecStart=%h/.pyenv/versions/3.13.1/bin/python3 -I -X faulthandler %h/.local/bin/" in unit
+    assert "\nBindReadOnlyPaths=%h/.pyenv/versions/3.13.1 %h/.local/bin %h/.config/streamerbrainz\n" in unit
+    assert "\nLoadCredential=plex-token:/srv/token\n" in unit
+
+
+def test_uninstall_says_what_it_cannot_do_and_what_stays(script, home):
+    assert script.run().status == 0
+    unit = home / ".config/systemd/user/streamerbrainz.service"
+    works = (script.tools / "systemctl").read_text()
+    (script.tools / "systemctl").write_text("#!/bin/sh\necho Failed to connect to bus; exit 1\n")
+    done = call("uninstall", "-yes")
+    assert done.status == 1 and "`systemctl --user disable --now streamerbrainz` failed (Failed to connect to bus)" in flat(done.out) and unit.exists()
+    (script.tools / "systemctl").write_text(works)
+    done = call("uninstall", "-yes")
+    assert done.status == 0 and "loginctl disable-linger" in flat(done.out) and not unit.exists() and not (home / "pid").exists()
+    assert (home / "calls").read_text().endswith("disable --now streamerbrainz\nsystemctl --user daemon-reload\nsystemctl --user reset-failed streamerbrainz\n")
 
 
 def test_uninstall_goes_on_where_plex_tv_fails(script, home):
@@ -9011,6 +9081,7 @@ def test_the_unit_calls_the_program_with_flags_that_it_knows():
     command = shlex.split(re.search(r"^ExecStart=(.*)$", unit, re.M)[1])
     words = command[command.index("%h/.local/bin/streamerbrainz.py") + 1:]
     assert words == ["@%h/.config/streamerbrainz/flags", "-plex-token-file", "%d/plex-token"] and unit == sb.UNIT
+    assert "journalctl --user-unit streamerbrainz -f" in unit.partition("[Unit]")[0]
     assert f"RestartPreventExitStatus={sb.main(['-frob'])}\n" in unit
 
 
