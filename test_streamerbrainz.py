@@ -6913,7 +6913,7 @@ def test_the_secret_gives_a_cookie_that_does_not_tell_it_and_opens_each_page(she
 
 def test_shows_are_listed_the_last_watched_first_found_by_words_and_paged(shelf, monkeypatch):
     said = shelf.get("/watched")[1]
-    assert '<a href="/watched/1"><bdi>Breaking Bad (2008)</bdi></a>' in said and ">Heat (1995)</a>" in said and 'aria-current=page>Watched' in said
+    assert '<a href="/watched/1"><bdi>Breaking Bad (2008)</bdi></a>' in said and ">Heat (1995)</bdi></a>" in said and 'aria-current=page>Watched' in said
     said = shelf.get("/watched?q=BREAKING&x=%00%ff")[1]
     assert "Breaking Bad" in said and "Heat" not in said and 'value="BREAKING"' in said
     assert "Nothing is here." in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1] and "<script>" not in shelf.get("/watched?q=%22%3E%3Cscript%3E")[1]
