@@ -2035,8 +2035,8 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
                       f"{isolated(item_words(change.item)[0])} <span class=dim>({html.escape(change.by)})</span></li>"
                       for when, change in status.changes)
     marked = "".join(f"<li><time>{local('%m-%d %H:%M', at)}</time> {isolated(name)}</li>" for at, name in seen.marked)
-    waiting = "".join(f'<li><a href="/questions/{conflict_id}">{isolated(name)}</a> ({html.escape(kind)})</li>'
-                      for conflict_id, name, kind in seen.conflicts)
+    waiting = "".join(f'<li><a href="/questions/{no}">{isolated(name)}</a> ({html.escape(kind.replace("_", " "))})</li>'
+                      for no, name, kind in seen.conflicts)
     first = "".join(f"<p class=banner>{html.escape(words)}</p>" for words in banners(status, seen)) + (
         f"<div class=banner><b>Which show is it?</b><ul>{waiting}</ul></div>" if waiting else "")
     watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" if tracked else ""
