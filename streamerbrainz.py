@@ -5841,7 +5841,8 @@ class Setup:
             tracker_command(self.config._replace(words=("import",)))
         def start_daemon() -> None:
             systemctl("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active)
-            if fault := command_fault("loginctl", "enable-linger", str(os.getuid())):
+            if not os.path.exists(f"/var/lib/systemd/linger/{getpass.getuser()}") and (
+                    fault := command_fault("loginctl", "enable-linger", str(os.getuid()))):
                 self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
         def show_cron() -> None:
             line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
