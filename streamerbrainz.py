@@ -376,15 +376,20 @@ def local_time(form: str, at: float | None) -> str:
 
 def shown_path(path: str) -> str:
     """A path for a message, if a part of it is there; a token that was given in a path's place is not shown."""
-    # A file that lacks, such as ~/.config/streamerbrainz/plex-token, has a home that is there.  Of a token nothing is.
+    # Of a missing file, such as ~/.config/streamerbrainz/plex-token, at least the home exists; of a token nothing does.
     part = path
     while part.strip("/.") and not os.path.lexists(part):
         part = os.path.dirname(part)
-    home = os.path.expanduser("~")                    # our unit has an empty one: a mount
-    hidden = "INVOCATION_ID" in os.environ and f"{path}".startswith(f"{home}/") and os.path.ismount(home)
-    note = (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, to write, "
-            "~/.local/share/streamerbrainz only)") * (hidden and not os.path.exists(path))
-    return f"{path}{note}" if part.strip("/.") else "the file that it names"      # "/" and "." are always there
+    if not part.strip("/."):                          # "/" and "." always exist
+        return "the file that it names"
+    return path + (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, "
+                   "to write, ~/.local/share/streamerbrainz only)") * is_hidden(path)
+
+def is_hidden(path: str) -> bool:
+    """Whether a path is missing for us, but may exist: our unit mounts an empty home over the real one."""
+    home = os.path.expanduser("~")
+    in_unit = "INVOCATION_ID" in os.environ and os.path.ismount(home)
+    return in_unit and path.startswith(f"{home}/") and not os.path.exists(path)
 
 # -- Our files: their usual places, and how they are written
 SYSTEM_FLAGS = "/etc/streamerbrainz/flags"            # of a system unit
@@ -441,7 +446,7 @@ def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...]
     if not (content := content.strip()):
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
     if flag == "-plex-token-file" and (token := bare_token(content.decode("utf-8", "replace")).encode()) != content:
-        say(logging.WARNING, f"{flag}: more than the token stands in {path}; put nothing but that there. It was found.")
+        say(logging.WARNING, f"{flag}: the token was found, but {path} holds more; put nothing but the token there.")
         content = token
     words = [line.strip() for line in content.split(b"\n")]
     plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
@@ -1188,6 +1193,12 @@ def strangers(player: PlayerState, known: Mapping[str, str], sessions: Iterable[
     found = {each.machine_identifier: each.player_title for each in sessions if each.state == PLAYING}
     return dict([*known.items(), *(each for each in found.items() if each[0] not in known)][:MAX_STRANGERS])
 
+def greeting(server: str, has_pass: bool | None, session: Session | None, player_title: str) -> str:
+    """What the log says once: which server answers, and what our player does there.  session: the player's."""
+    without = " (without Plex Pass: it sends no webhooks)" * (has_pass is False)
+    doing = f"is {playing_sentence(session.state, session.item)}" if session else "plays nothing now"
+    return f"Plex answers: {server}{without}; {player_title or 'the player'} {doing}"
+
 def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> str:
     """What log and page say when other players play, and ours was never seen."""
     names = "; ".join(f"{title or 'a player'} is {key}" for key, title in others.items())
@@ -1503,6 +1514,11 @@ class PlexServer:
         version, features = ".".join(text(get("version")).split(".")[:3]), text(get("ownerFeatures"), 10_000)
         return f"{text(get('friendlyName'))} {version}".strip(), "webhooks" in features.split(",") if features else None
 
+    def player_title(self, machine_identifier: str) -> str:
+        """The title of a player that is connected, even if it plays nothing; "": not known.  Raises PlexError."""
+        return next((text(each.get("name")) for each in self.container("/clients", ABOUT_S)[1]
+                     if each.get("machineIdentifier") == machine_identifier), "")
+
     def notifications(self) -> Iterator[Notification | None]:
         """None when the event stream is open, then each notification when it comes; raises PlexError when it breaks."""
         # For the stream's own thread.  It uses the token of the last look.
@@ -1547,11 +1563,13 @@ class Refused(NamedTuple):
 Message = Webhook | Notification | Stream | Refused | signal.Signals | BaseException
 Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
-REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
-                 "`streamerbrainz.py secret` prints",
-            **dict.fromkeys((404, 405), "a Plex server sends webhooks to a wrong path; the URL in Plex must end in "
-                                        "/webhooks/plex"),
-            429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
+WRONG_PATH = "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex"
+REFUSALS = {
+    401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
+         "`streamerbrainz.py secret` prints",
+    404: WRONG_PATH,
+    405: WRONG_PATH,
+    429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1589,8 +1607,9 @@ class Watcher:
                                                  poll_interval_s=config.poll_interval_s)} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
-        self.server, self.is_known = "", False       # its name and version, as said last; since it answers again
-        self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
+        self.server = ""                             # its name and version, as said last; "": not said yet
+        self.is_known = False                        # it was asked for them since it answers (again)
+        self.warn_at: dict[int, float] = {}          # by a refusal's status: when it may be a warning again
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
             signal.Signals: lambda _: self.judge(Stream("opened"))}        # SIGHUP: a look, as when that opens
@@ -1676,34 +1695,36 @@ class Watcher:
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
         assert self.plex
+        observation: Observation
         try:
-            observation: Observation = Look(sessions := self.plex.sessions())
-            self.meet_server(self.plex, sessions)
+            observation = Look(sessions := self.plex.sessions())
         except PlexError as error:
             observation, self.is_known = Outage(error.fault, str(error)), False
+        else:
+            if not self.is_known:
+                self.greet(self.plex, sessions)
+            self.note_strangers(sessions)
         self.judge(observation)
         self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
 
-    def meet_server(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
-        """After a look that succeeded: who answers, said once; and whether our player exists, as far as can be told."""
-        ours = self.config.plex_machine_id
-        if not self.is_known:
-            name, titles = "", dict[object, str]()
-            with contextlib.suppress(PlexError):
-                name, has_pass = plex.about()
-                self.status = self.status._replace(has_pass=has_pass)
-                if name != self.server:
-                    titles = {each.get("machineIdentifier"): text(each.get("name"))
-                              for each in plex.container("/clients", ABOUT_S)[1]}
-            self.is_known, said = True, self.server
-            self.server = name or said or origin(plex.url)
-            session = find_session([each for each in sessions if each.machine_identifier == ours])
-            who = (session and session.player_title) or titles.get(ours) or "the player"
-            doing = f"is {playing_sentence(session.state, session.item)}" if session else "plays nothing now"
+    def greet(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
+        """Say once which server answers; after an outage again, if it is another one, or was updated."""
+        ours, said, self.is_known = self.config.plex_machine_id, self.server, True
+        session = find_session([each for each in sessions if each.machine_identifier == ours])
+        title = session.player_title if session else ""
+        with contextlib.suppress(PlexError):          # an old server does not tell all of this
+            name, has_pass = plex.about()
+            self.server, self.status = name or said, self.status._replace(has_pass=has_pass)
             if self.server != said:
-                without = " (without Plex Pass: it sends no webhooks)" * (self.status.has_pass is False)
-                say(logging.INFO, f"Plex answers: {self.server}{without}; {who} {doing}")
+                title = title or plex.player_title(ours)
+        self.server = self.server or origin(plex.url)
+        if self.server != said:
+            say(logging.INFO, greeting(self.server, self.status.has_pass, session, title))
+
+    def note_strangers(self, sessions: Sequence[Session]) -> None:
+        """Warn if other players play and ours was never seen; again only if they are others."""
+        ours = self.config.plex_machine_id
         others = strangers(self.players[ours], self.status.strangers, sessions)
         if others and others != self.status.strangers:
             say(logging.WARNING, strangers_sentence(ours, others))

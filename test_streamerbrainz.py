@@ -761,7 +761,7 @@ def test_a_token_is_found_in_what_people_paste(pasted, tmp_path, lines):
     file.chmod(0o600)
     assert sb.read_secrets("-plex-token-file", str(file))[0] == ("x5-Ab_9",)
     assert lines == ([] if pasted.strip() == "x5-Ab_9" else [
-        f"<4>-plex-token-file: more than the token stands in {file}; put nothing but that there. It was found."])
+        f"<4>-plex-token-file: the token was found, but {file} holds more; put nothing but the token there."])
 
 
 @pytest.mark.parametrize("pasted", ["", "a b", "http://plex:32400/", "X-Plex-Token=", "token=x"])
