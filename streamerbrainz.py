@@ -49,8 +49,8 @@ log (0 or 1)       waiting until stderr has room       writes before
 signals            all signals: the others block them  decides (the inbox gets them), but ends us if the watcher hangs
 (`setup` and `demo` start others, too: see there.)
 Threads exchange values that never change: through the inbox (a SimpleQueue) and the queues in Board.streams, or by
-replacing one reference (Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its
-connections), Tracker, Covers (pictures), KNOWN (addresses).  All use PlexServer; only the watcher changes its token.
+replacing one reference (Board.status; in KNOWN, a name's addresses).  Shared under locks of their own are the Gate (who
+may send), the Listener (its connections), Tracker, Covers.  All use PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -98,7 +98,6 @@ import socket
 import socketserver
 import ssl
 import stat
-import struct
 import sys
 import tempfile
 import textwrap
@@ -109,7 +108,6 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -778,7 +776,7 @@ class Stream(NamedTuple):
     sentence: str = ""            # as in PlexError
 
 class Tick(NamedTuple):
-    """Nothing but that time has passed."""
+    """Time has passed, and nothing else has happened."""
 
 Observation = Webhook | Look | Outage | Notification | Stream | Tick
 
@@ -1513,8 +1511,8 @@ class PlexServer:
         return text(self.container("/identity")[0].get("machineIdentifier"))
 
     def about(self) -> tuple[str, bool | None]:
-        """The server's name and version, as in "nas 1.41.3", and whether it sends webhooks; raises PlexError."""
-        get = self.container("/", ABOUT_S)[0].get     # None: it does not tell
+        """The server's name and version ("nas 1.41.3"), and whether it sends webhooks (None: it does not tell)."""
+        get = self.container("/", ABOUT_S)[0].get     # raises PlexError
         version, features = ".".join(text(get("version")).split(".")[:3]), text(get("ownerFeatures"), 10_000)
         return f"{text(get('friendlyName'))} {version}".strip(), "webhooks" in features.split(",") if features else None
 
@@ -2010,7 +2008,7 @@ def item_words(item: Item) -> tuple[str, str]:
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
     return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
-SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}
+SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}       # U+FE0E: as text, no emoji
 
 def page_title(player: PlayerState) -> str:
     """What the tab of the page is called: what plays."""
@@ -5305,10 +5303,10 @@ def plextv_error(status: int, body: bytes) -> PlexError:
 def parse_pin(body: bytes) -> tuple[str, str, int, str]:
     """A sign-in's id, the code to enter, how many seconds it lasts, and the token: "" until it is entered."""
     fields = json_object(json_value(body))
-    no, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
-    if not (re.fullmatch(r"\w+", no) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
+    pin_id, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
+    if not (re.fullmatch(r"\w+", pin_id) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
         raise PlexError("nonsense", WITHOUT.format("a code to enter"))
-    return no, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
+    return pin_id, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
 
 def parse_account(body: bytes) -> tuple[str, bool]:
     """The name of an account, and whether it has webhooks (with Plex Pass)."""
@@ -5484,8 +5482,9 @@ def ask_plextv(by: str, token: str, path: str, body: bytes | None = None, method
         write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", by)
     url = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")      # the tests have a plex.tv of their own
     headers = {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
-               "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(), "X-Plex-Device-Name":
-               re.sub("[^!-~]", "?", socket.gethostname()), **({"X-Plex-Token": token} if token else {})}
+               "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(),
+               "X-Plex-Device-Name": re.sub("[^!-~]", "?", socket.gethostname())}
+    headers |= {"X-Plex-Token": token} if token else {}
     for left in range(MAX_BUSY, -1, -1):
         try:
             reply = exchange(url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(url), method=method)
@@ -5636,9 +5635,10 @@ class Setup:
         if asks and not config.yes and not sys.stdin.isatty():
             raise ConfigError(f"{config.command}: it asks, but there is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
+        new_secret = usual("webhook-secret") if config.command == "setup" else ""
         paths = {"plex_ca_file": config.plex_ca_file, "tracker_db": config.tracker_db,
-                 "plex_token_file": config.plex_token_file or usual("plex-token"), "webhook_secret_file":
-                 config.webhook_secret_file or usual("webhook-secret") * (config.command == "setup")}
+                 "plex_token_file": config.plex_token_file or usual("plex-token"),
+                 "webhook_secret_file": config.webhook_secret_file or new_secret}
         # With each answer as its flag.  The daemon has another working directory: so no path is relative.
         absolute: Any = {field: os.path.abspath(path) for field, path in paths.items() if path}
         self.config = config._replace(**absolute)
@@ -5743,21 +5743,26 @@ class Setup:
     def new_token(self) -> str:
         """The token of whoever enters our code."""
         for _ in range(MAX_CODES):
-            no, code, lasts_s, _ = parse_pin(self.call(PINS, b""))
+            pin_id, code, lasts_s, _ = parse_pin(self.call(PINS, b""))
             self.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
                       "The code is:")
             print(f"\n{large(code) * sys.stdout.isatty()}{'':24}{code}\n", flush=True)
             for _ in self.tries("waiting for it", lasts_s):
-                try:
-                    if token := parse_pin(self.call(f"{PINS}/{no}"))[3]:
-                        return token
-                except PlexError as error:
-                    if error.fault == "missing":
-                        break
-                    if error.fault not in ("unreachable", "starting"):        # those may pass
-                        raise
+                if token := self.entered(pin_id):
+                    return token
+                if token is None:
+                    break
             self.tell("This code is no longer valid: it expired, or it was denied.")
         raise PlexError("refused", f"None of {MAX_CODES} codes was entered; run this again when you are at a browser.")
+
+    def entered(self, pin_id: str) -> str | None:
+        """The token, once the code of a sign-in was entered; "": not yet; None: the code is no longer valid."""
+        try:
+            return parse_pin(self.call(f"{PINS}/{pin_id}"))[3]
+        except PlexError as error:
+            if error.fault not in ("missing", "unreachable", "starting"):
+                raise
+            return None if error.fault == "missing" else ""       # the other faults may pass
 
     def find_server(self) -> None:
         """Step 2: the URL at which the server shows its sessions is known.  It may take seconds to know a new token."""
@@ -5831,29 +5836,32 @@ class Setup:
         return url
 
     def choose_player(self) -> None:
-        """Step 3: the player's identifier is known.  A player that begins to play now is the one."""
-        if not self.config.plex_machine_id:
-            names, playing = dict[str, str](), set[str]()
-            def begun() -> str:
-                nonlocal playing
-                before, playing = playing, set()
-                for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
-                    if (key := each.machine_identifier).isprintable():
-                        names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
-                                      f"{playing_sentence(each.state, each.item)}")
-                        playing |= {key} if each.state == PLAYING else set()
-                return next(iter(playing - before), "")
-            begun()                                   # what plays now began before it was asked for
-            for each in self.resources:
-                if "player" in each.provides:
-                    names.setdefault(each.identifier, f"{each.name} ({each.product}), silent")
-            if self.yes and len(playing) != 1:
-                raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
-            self.tell("Press play on your player.")
-            chosen = self.choose(names, "1" if playing else "", begun)
-            self.config = self.config._replace(plex_machine_id=chosen)
-            self.tell(names[chosen])
+        """Step 3: the player's identifier is known."""
+        self.config = self.config._replace(plex_machine_id=self.config.plex_machine_id or self.ask_player())
         self.tell(f"The player is {self.config.plex_machine_id}.")
+
+    def ask_player(self) -> str:
+        """The machine_identifier of the player that begins to play now, or that a person chooses."""
+        names, playing = dict[str, str](), set[str]()
+        def begun() -> str:
+            nonlocal playing
+            before, playing = playing, set()
+            for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
+                if (key := each.machine_identifier).isprintable():
+                    names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
+                                  f"{playing_sentence(each.state, each.item)}")
+                    playing |= {key} if each.state == PLAYING else set()
+            return next(iter(playing - before), "")
+        begun()                                       # what plays now began before it was asked for
+        for each in self.resources:
+            if "player" in each.provides:
+                names.setdefault(each.identifier, f"{each.name} ({each.product}), silent")
+        if self.yes and len(playing) != 1:
+            raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
+        self.tell("Press play on your player.")
+        chosen = self.choose(names, "1" if playing else "", begun)
+        self.tell(names[chosen])
+        return chosen
 
     def choose_tracker(self) -> None:
         """Step 4: whether to keep what is watched is known."""
@@ -6344,9 +6352,11 @@ class Doctor:
         foreign = closest.startswith("https:") or any(each.endswith(NOT_HERE) for each in wrong)
         if not wrong or (self.url and foreign and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
+        remedy = f"streamerbrainz.py webhook add   # it enters {self.right_url}"
+        if foreign and has_secret(closest, self.secrets):
+            remedy = f"start the tunnel or proxy there; or, without one: {remedy}"
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
-                       "start the tunnel or proxy there; or, without one: " * (foreign and has_secret(
-                           closest, self.secrets)) + f"streamerbrainz.py webhook add   # it enters {self.right_url}", 9)
+                       remedy, 9)
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
@@ -6432,12 +6442,13 @@ PICTURE_SIZE = 96                 # pixels
 
 def picture(key: str) -> bytes:
     """A cover for a ratingKey, drawn by us: a PNG of rings, each item's in its own colour."""
+    import zlib  # here: only the demo draws
     light, dark = (bytes(int(key) * by % 160 + shade for by in (37, 71, 113)) for shade in (95, 40))
     rows = b"".join(b"\0" + b"".join((light, dark)[((x - 30) ** 2 + (y - 30) ** 2) // 500 % 2]
                                      for x in range(PICTURE_SIZE)) for y in range(PICTURE_SIZE))
-    header = struct.pack(">IIBBBBB", PICTURE_SIZE, PICTURE_SIZE, 8, 2, 0, 0, 0)       # 8 bits each of red, green, blue
+    header = 2 * PICTURE_SIZE.to_bytes(4) + bytes((8, 2, 0, 0, 0))        # 8 bits each of red, green and blue
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
         for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
 
 # --- the world
