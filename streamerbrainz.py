@@ -27,6 +27,9 @@ nothing is reported that was not true; whatever is reported as playing is later 
     Worker -> Match -> marked             |
                                           +--> Change -> log line, Hooks, systemd's STATUS=
 
+    setup, login, webhook, doctor ---- sign-in, servers, the URLs of webhooks ----> plex.tv
+    setup, doctor -------------------- /now, /healthz, a test webhook ------------> the Listener above
+
 How to read it.  The file is a book of chapters; `grep '^# ===' streamerbrainz.py` lists them.  Each begins with what it
 is for, the way of its data, its threads, and what it needs of others besides Ground (a test checks that).  Its first
 part is pure: it computes and decides, and touches no clock, file, socket, thread, log or environment; time comes in as
@@ -35,7 +38,7 @@ Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter befo
 
 thread             owns                                never
 main               nothing: it starts the others       stays: its end frees memory (see outlive_main)
-watcher            the PlayerStates and when to look   waits for Plex over PLEX_S
+watcher            the PlayerStates and when to look   waits over PLEX_S for one answer of Plex
 listener           the listening socket                reads from a connection
 request (0 to 64)  one connection and its bytes        queries Plex (but for a picture), decides (but for corrections)
 worker             the tracker's shows and marks       asks a server within a transaction
@@ -44,9 +47,10 @@ stream             its connection to the server        decides
 names (0 to 4)     the lookup of one name              makes anybody wait past their deadline
 log (0 or 1)       waiting until stderr has room       writes before
 signals            all signals: the others block them  decides (the inbox gets them), but ends us if the watcher hangs
+(`setup` and `demo` start others, too: see there.)
 Threads exchange values that never change: through the inbox (a SimpleQueue) and the queues in Board.streams, or by
-replacing one reference (Board.status).  Shared under locks of their own are the Gate (who may send), the Listener (its
-connections), Tracker, Covers (pictures), KNOWN (addresses).  All use PlexServer; only the watcher changes its token.
+replacing one reference (Board.status; in KNOWN, a name's addresses).  Shared under locks of their own are the Gate (who
+may send), the Listener (its connections), Tracker, Covers.  All use PlexServer; only the watcher changes its token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -94,7 +98,6 @@ import socket
 import socketserver
 import ssl
 import stat
-import struct
 import sys
 import tempfile
 import textwrap
@@ -105,7 +108,6 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
@@ -376,15 +378,20 @@ def local_time(form: str, at: float | None) -> str:
 
 def shown_path(path: str) -> str:
     """A path for a message, if a part of it is there; a token that was given in a path's place is not shown."""
-    # A file that lacks, such as ~/.config/streamerbrainz/plex-token, has a home that is there.  Of a token nothing is.
+    # Of a missing file, such as ~/.config/streamerbrainz/plex-token, at least the home exists; of a token nothing does.
     part = path
     while part.strip("/.") and not os.path.lexists(part):
         part = os.path.dirname(part)
-    home = os.path.expanduser("~")                    # our unit has an empty one: a mount
-    hidden = "INVOCATION_ID" in os.environ and f"{path}".startswith(f"{home}/") and os.path.ismount(home)
-    note = (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, to write, "
-            "~/.local/share/streamerbrainz only)") * (hidden and not os.path.exists(path))
-    return f"{path}{note}" if part.strip("/.") else "the file that it names"      # "/" and "." are always there
+    if not part.strip("/."):                          # "/" and "." always exist
+        return "the file that it names"
+    return path + (" (if it is there, the unit hides it: it shows ~/.local/bin, ~/.config/streamerbrainz and, "
+                   "to write, ~/.local/share/streamerbrainz only)") * is_hidden(path)
+
+def is_hidden(path: str) -> bool:
+    """Whether a path is missing for us, but may exist: our unit mounts an empty home over the real one."""
+    home = os.path.expanduser("~")
+    in_unit = "INVOCATION_ID" in os.environ and os.path.ismount(home)
+    return in_unit and path.startswith(f"{home}/") and not os.path.exists(path)
 
 # -- Our files: their usual places, and how they are written
 SYSTEM_FLAGS = "/etc/streamerbrainz/flags"            # of a system unit
@@ -441,7 +448,7 @@ def read_secrets(flag: str, path: str) -> tuple[tuple[str, ...], tuple[int, ...]
     if not (content := content.strip()):
         raise ConfigError(f"{flag}: {path} is empty, or not a regular file; put the {name} there.")
     if flag == "-plex-token-file" and (token := bare_token(content.decode("utf-8", "replace")).encode()) != content:
-        say(logging.WARNING, f"{flag}: more than the token stands in {path}; put nothing but that there. It was found.")
+        say(logging.WARNING, f"{flag}: the token was found, but {path} holds more; put nothing but the token there.")
         content = token
     words = [line.strip() for line in content.split(b"\n")]
     plain = rb"[!-~]+" if flag != "-webhook-secret-file" else rb"[!\"$'-~]+"      # & # % mean something in a URL
@@ -769,7 +776,7 @@ class Stream(NamedTuple):
     sentence: str = ""            # as in PlexError
 
 class Tick(NamedTuple):
-    """Nothing but that time has passed."""
+    """Time has passed, and nothing else has happened."""
 
 Observation = Webhook | Look | Outage | Notification | Stream | Tick
 
@@ -1188,6 +1195,12 @@ def strangers(player: PlayerState, known: Mapping[str, str], sessions: Iterable[
     found = {each.machine_identifier: each.player_title for each in sessions if each.state == PLAYING}
     return dict([*known.items(), *(each for each in found.items() if each[0] not in known)][:MAX_STRANGERS])
 
+def greeting(server: str, has_pass: bool | None, session: Session | None, player_title: str) -> str:
+    """What the log says once: which server answers, and what our player does there.  session: the player's."""
+    without = " (without Plex Pass: it sends no webhooks)" * (has_pass is False)
+    doing = f"is {playing_sentence(session.state, session.item)}" if session else "plays nothing now"
+    return f"Plex answers: {server}{without}; {player_title or 'the player'} {doing}"
+
 def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> str:
     """What log and page say when other players play, and ours was never seen."""
     names = "; ".join(f"{title or 'a player'} is {key}" for key, title in others.items())
@@ -1498,10 +1511,15 @@ class PlexServer:
         return text(self.container("/identity")[0].get("machineIdentifier"))
 
     def about(self) -> tuple[str, bool | None]:
-        """The server's name and version, as in "nas 1.41.3", and whether it sends webhooks; raises PlexError."""
-        get = self.container("/", ABOUT_S)[0].get     # None: it does not tell
+        """The server's name and version ("nas 1.41.3"), and whether it sends webhooks (None: it does not tell)."""
+        get = self.container("/", ABOUT_S)[0].get     # raises PlexError
         version, features = ".".join(text(get("version")).split(".")[:3]), text(get("ownerFeatures"), 10_000)
         return f"{text(get('friendlyName'))} {version}".strip(), "webhooks" in features.split(",") if features else None
+
+    def player_title(self, machine_identifier: str) -> str:
+        """The title of a player that is connected, even if it plays nothing; "": not known.  Raises PlexError."""
+        return next((text(each.get("name")) for each in self.container("/clients", ABOUT_S)[1]
+                     if each.get("machineIdentifier") == machine_identifier), "")
 
     def notifications(self) -> Iterator[Notification | None]:
         """None when the event stream is open, then each notification when it comes; raises PlexError when it breaks."""
@@ -1547,11 +1565,13 @@ class Refused(NamedTuple):
 Message = Webhook | Notification | Stream | Refused | signal.Signals | BaseException
 Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
-REFUSALS = {401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
-                 "`streamerbrainz.py secret` prints",
-            **dict.fromkeys((404, 405), "a Plex server sends webhooks to a wrong path; the URL in Plex must end in "
-                                        "/webhooks/plex"),
-            429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
+WRONG_PATH = "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex"
+REFUSALS = {
+    401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
+         "`streamerbrainz.py secret` prints",
+    404: WRONG_PATH,
+    405: WRONG_PATH,
+    429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
 
 def put_message(inbox: Inbox, message: Message, most: int = MAX_INBOX) -> bool:
     """Put a message into the inbox, unless so many wait there; -> whether it was put."""
@@ -1589,8 +1609,9 @@ class Watcher:
                                                  poll_interval_s=config.poll_interval_s)} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
-        self.server, self.is_known = "", False       # its name and version, as said last; since it answers again
-        self.warn_at: dict[int, float] = {}          # not before; by the status of what was refused
+        self.server = ""                             # its name and version, as said last; "": not said yet
+        self.is_known = False                        # it was asked for them since it answers (again)
+        self.warn_at: dict[int, float] = {}          # by a refusal's status: when it may be a warning again
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
             signal.Signals: lambda _: self.judge(Stream("opened"))}        # SIGHUP: a look, as when that opens
@@ -1676,34 +1697,36 @@ class Watcher:
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
         assert self.plex
+        observation: Observation
         try:
-            observation: Observation = Look(sessions := self.plex.sessions())
-            self.meet_server(self.plex, sessions)
+            observation = Look(sessions := self.plex.sessions())
         except PlexError as error:
             observation, self.is_known = Outage(error.fault, str(error)), False
+        else:
+            if not self.is_known:
+                self.greet(self.plex, sessions)
+            self.note_strangers(sessions)
         self.judge(observation)
         self.status = self.status._replace(looks=counted(self.status.looks, getattr(observation, "fault", "ok")))
         self.publish(time.monotonic())
 
-    def meet_server(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
-        """After a look that succeeded: who answers, said once; and whether our player exists, as far as can be told."""
-        ours = self.config.plex_machine_id
-        if not self.is_known:
-            name, titles = "", dict[object, str]()
-            with contextlib.suppress(PlexError):
-                name, has_pass = plex.about()
-                self.status = self.status._replace(has_pass=has_pass)
-                if name != self.server:
-                    titles = {each.get("machineIdentifier"): text(each.get("name"))
-                              for each in plex.container("/clients", ABOUT_S)[1]}
-            self.is_known, said = True, self.server
-            self.server = name or said or origin(plex.url)
-            session = find_session([each for each in sessions if each.machine_identifier == ours])
-            who = (session and session.player_title) or titles.get(ours) or "the player"
-            doing = f"is {playing_sentence(session.state, session.item)}" if session else "plays nothing now"
+    def greet(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
+        """Say once which server answers; after an outage again, if it is another one, or was updated."""
+        ours, said, self.is_known = self.config.plex_machine_id, self.server, True
+        session = find_session([each for each in sessions if each.machine_identifier == ours])
+        title = session.player_title if session else ""
+        with contextlib.suppress(PlexError):          # an old server does not tell all of this
+            name, has_pass = plex.about()
+            self.server, self.status = name or said, self.status._replace(has_pass=has_pass)
             if self.server != said:
-                without = " (without Plex Pass: it sends no webhooks)" * (self.status.has_pass is False)
-                say(logging.INFO, f"Plex answers: {self.server}{without}; {who} {doing}")
+                title = title or plex.player_title(ours)
+        self.server = self.server or origin(plex.url)
+        if self.server != said:
+            say(logging.INFO, greeting(self.server, self.status.has_pass, session, title))
+
+    def note_strangers(self, sessions: Sequence[Session]) -> None:
+        """Warn if other players play and ours was never seen; again only if they are others."""
+        ours = self.config.plex_machine_id
         others = strangers(self.players[ours], self.status.strangers, sessions)
         if others and others != self.status.strangers:
             say(logging.WARNING, strangers_sentence(ours, others))
@@ -1746,7 +1769,8 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms, strangers_sentence
 
 # -- Status -> words, JSON, metrics
-STALL_S, UNHEALTHY_S = 15.0, 300.0    # main loop busy (a look takes PLEX_S); outage, or webhook's wait for the tracker
+# How long the watcher is busy (a look takes PLEX_S, the first one 2 * ABOUT_S more); an outage, or a webhook's wait.
+STALL_S, UNHEALTHY_S = 15.0, 300.0
 
 class Glance(NamedTuple):
     """What the watch tracker shows of itself, in one reading."""
@@ -1783,7 +1807,7 @@ def proof_sentence(status: Status, at: float) -> str:
     heard = "none so far" if status.webhook_at is None else f"the last one {ago(at - status.webhook_at)}"
     if webhooks_missing(status):
         words = missing_sentence(proof.in_a_row, proof.others)
-        return f"{words} Else: `streamerbrainz.py doctor` finds out why ({heard})."
+        return f"{words} `streamerbrainz.py doctor` finds out why ({heard})."
     if proof.delays_s:
         return f"Webhooks arrive ({proof.arrived} came with their change, {proof.missed} were missing; {heard})."
     return "not sent without Plex Pass" if status.has_pass is False else \
@@ -1958,15 +1982,15 @@ listen(false); dress(); setInterval(() => { if (!document.hidden) refresh(); }, 
 
 def layout(main: str, nonce: str, script: str, here: str | None, title: str = "StreamerBrainz",
            big: bool = False) -> str:
-    """A whole page of ours.  nonce: allows our style and script only.  here: which of the links; None: no tracker."""
+    """A whole page of ours.  nonce: allows our style and script only.  here: which of the links; None: no links."""
     links = "".join(f'<a href="/{path}"{" aria-current=page" * (path == here)}>{name}</a>' for path, name in (
         ("", "Now"), ("watched", "Watched"), ("questions", "Questions"), ("mappings", "Mappings"), ("log", "Log")))
-    footer = f"<footer class=dim>StreamerBrainz {VERSION}</footer>" * (not big)
+    nav, footer = f"<nav>{links}</nav>" * (here is not None), f"<footer class=dim>StreamerBrainz {VERSION}</footer>"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><link rel="icon" href="data:,"><style nonce="{nonce}">{STYLE}</style></head>
-<body{" class=big" * big}>{f"<nav>{links}</nav>" * (here is not None and not big)}
-<p id=lost class=banner hidden>Connection lost: what you see is old.</p><main>{main}</main>{footer}
+<body{" class=big" * big}>{nav}
+<p id=lost class=banner hidden>Connection lost: what you see is old.</p><main>{main}</main>{footer * (not big)}
 <script nonce="{nonce}">{script}</script></body></html>
 """
 
@@ -1984,7 +2008,7 @@ def item_words(item: Item) -> tuple[str, str]:
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
     return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
-SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}
+SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}       # U+FE0E: as text, no emoji
 
 def page_title(player: PlayerState) -> str:
     """What the tab of the page is called: what plays."""
@@ -2018,6 +2042,20 @@ def banners(status: Status, tracked: Glance) -> list[str]:
         found.append(strangers_sentence(status.player.machine_identifier, status.strangers))
     return found + [f"The watch tracker cannot be used: {tracked.broken}"] * bool(tracked.broken)
 
+def witness_rows(status: Status, at: float) -> str:
+    """How each witness is, as rows of a list."""
+    marks = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
+    names = {"webhooks": "Webhooks", "sessions": "Sessions", "events": "Event stream"}
+    return "".join(f"<li{' class=dim' * (each['up'] is None)}><span class={marks[each['up']]}</span> "
+                   f"<b>{names[name]}</b>: {html.escape(each['words'])}</li>"
+                   for name, each in witnesses(status, at).items())
+
+def change_rows(status: Status, local: Callable[[str, float], str]) -> str:
+    """The last changes, as rows of a list."""
+    return "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {change.state} <b>{isolated(change.item.title)}</b> "
+                   f"{isolated(item_words(change.item)[0])} <span class=dim>({html.escape(change.by)})</span></li>"
+                   for when, change in status.changes)
+
 def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: str, has_picture: bool,
                 tracked: Glance | None, local: Callable[[str, float], str], big: bool = False) -> str:
     """The status page.  url: to paste into Plex, without the secret.  tracked: None without a tracker."""
@@ -2026,29 +2064,20 @@ def status_page(status: Status, at: float, url: str, has_secret: bool, nonce: st
     now = player_html(status.player, at, has_secret, has_picture, big)
     if big:
         return layout(now, nonce, SCRIPT, None, title, big)
-    signs = {True: "good>\u2713", False: "bad>\u2717", None: "dim>\u2013"}
-    names = {"webhooks": "Webhooks", "sessions": "Sessions", "events": "Event stream"}
-    told = "".join(f"<li{' class=dim' * (each['up'] is None)}><span class={signs[each['up']]}</span> "
-                   f"<b>{names[name]}</b>: {html.escape(each['words'])}</li>"
-                   for name, each in witnesses(status, at).items())
-    changes = "".join(f"<li><time>{local('%H:%M:%S', when)}</time> {change.state} <b>{isolated(change.item.title)}</b> "
-                      f"{isolated(item_words(change.item)[0])} <span class=dim>({html.escape(change.by)})</span></li>"
-                      for when, change in status.changes)
     marked = "".join(f"<li><time>{local('%m-%d %H:%M', at)}</time> {isolated(name)}</li>" for at, name in seen.marked)
     waiting = "".join(f'<li><a href="/questions/{no}">{isolated(name)}</a> ({html.escape(kind.replace("_", " "))})</li>'
                       for no, name, kind in seen.conflicts)
-    first = "".join(f"<p class=banner>{html.escape(words)}</p>" for words in banners(status, seen)) + (
-        f"<div class=banner><b>Which show is it?</b><ul>{waiting}</ul></div>" if waiting else "")
+    first = "".join(f"<p class=banner>{html.escape(words)}</p>" for words in banners(status, seen))
+    first += f"<div class=banner><b>Which show is it?</b><ul>{waiting}</ul></div>" if waiting else ""
     watched = f"<h2>Watched</h2><ul>{marked or '<li class=dim>nothing yet</li>'}</ul>" if tracked else ""
     dots = "?token=\u2022\u2022\u2022\u2022\u2022\u2022\u2022\u2022" if has_secret else ""
     is_needed = status.webhook_at is None and status.has_pass is not False
-    here = "" if tracked else None
     return layout(f"""{first}{now}<details id=paste{" open" * is_needed}><summary>The URL to paste into Plex</summary>
 <p><code id=url data-plain="{html.escape(url)}">{html.escape(url)}{dots}</code></p>
 <p><button id=copy hidden>Copy</button> <button id=show hidden>Show the secret</button></p></details>
-<h2>How it knows</h2><ul>{told}</ul>
-<h2>Changes</h2><ul id=changes>{changes or '<li class=dim>none yet</li>'}</ul>{watched}""",
-                  nonce, SCRIPT, here, title)
+<h2>How it knows</h2><ul>{witness_rows(status, at)}</ul>
+<h2>Changes</h2><ul id=changes>{change_rows(status, local) or '<li class=dim>none yet</li>'}</ul>{watched}""",
+                  nonce, SCRIPT, "" if tracked else None, title)
 
 def locked_page(nonce: str) -> str:
     """What a browser shows that does not bring the secret."""
@@ -2197,8 +2226,8 @@ class Pages:
 #                                        -> a method of Pages -> Answer -----------------------------> 200
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
-# Needs of Player: Body, BoundedReader, MAX_HEAD, REST_S, Refused, TooMuch, Webhook, find_addresses, parse_webhook
-# Needs of Page: Answer, Pages, html_answer, locked_page
+# Needs of Player: MAX_HEAD, REST_S, Body, BoundedReader, Refused, TooMuch, Webhook, find_addresses, parse_webhook;
+#   of Page: Answer, Pages, html_answer, locked_page
 
 # -- Who may send, and how often
 MAX_PAIRS = 4                 # of a URL's query that are read: each may be a guess
@@ -2469,17 +2498,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what is wrong, and tell of it."""
         # Its body is not read, or nobody knows where it ends; but what has no such path or method is read whole.
         self.close_connection |= error.status not in (404, 405)
-        answer, nonce = Answer(error.status, f"{error}\n".encode(), headers=error.headers), secrets.token_urlsafe(16)
-        if error.status == 401 and "text/html" in self.headers.get("Accept", ""):
-            page = html_answer(locked_page(nonce), nonce)
-            answer = page._replace(status=401, headers={**page.headers, **error.headers})
-        self.send(answer)
-        agent, path = self.headers.get("User-Agent", ""), self.server.gate.plain(self.target, self.server.pages.paths)
-        is_webhook = self.target == WEBHOOK_PATH and agent != USER_AGENT      # doctor's tests are nobody's fault
-        if error.status in (404, 405):                # to a wrong path
-            is_webhook = self.command == "POST" and agent.startswith("PlexMediaServer/")
-        address = self.client_address[0].removeprefix("::ffff:")
-        self.server.tell(Refused(error.status, str(error), path, address, is_webhook))
+        self.send(self.refusal(error))
+        path, address = self.server.gate.plain(self.target, self.server.pages.paths), self.client_address[0]
+        self.server.tell(Refused(error.status, str(error), path, address.removeprefix("::ffff:"),
+                                 self.was_webhook(error.status)))
+
+    def refusal(self, error: WebhookError) -> Answer:
+        """What a request that is refused is answered: a sentence; to a browser without the secret, a page."""
+        if error.status != 401 or "text/html" not in self.headers.get("Accept", ""):
+            return Answer(error.status, f"{error}\n".encode(), headers=error.headers)
+        nonce = secrets.token_urlsafe(16)
+        page = html_answer(locked_page(nonce), nonce)
+        return page._replace(status=error.status, headers={**page.headers, **error.headers})
+
+    def was_webhook(self, status: int) -> bool:
+        """Whether what was refused was meant to be a webhook: by its path, or if that is wrong by its sender."""
+        agent = self.headers.get("User-Agent", "")
+        if status in (404, 405):
+            return self.command == "POST" and agent.startswith("PlexMediaServer/")
+        return self.target == WEBHOOK_PATH and agent != USER_AGENT        # doctor's tests are nobody's fault
 
     # -- the body
     def length(self) -> int | None:
@@ -2885,8 +2922,8 @@ def hook(config: Config) -> int:
 #   -> Outcome.  The mark and the entry's status are one transaction: a kill at any moment loses and doubles nothing.
 # Threads: request threads append to the journal.  "worker" alone finishes the entries: shows and marks have no other
 #   writer in the daemon but a person (see Browse).  All share one connection to the database, in turn.
-# Needs of Player: PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of, tls_context
-# Needs of Page: Glance
+# Needs of Player: PlexServer, Scrobble, Webhook, boot_s, exchange, item_guids, parse_scrobble, server_of, tls_context;
+#   of Page: Glance
 
 # -- Ids: guids -> Ids (parse_guid, parse_ids)
 # No season or episode has a higher number than MAX_NUMBER (some are dates: 26041103), nor was one watched more often.
@@ -4726,9 +4763,8 @@ def tracker_command(config: Config) -> int:
 # What for: to see what was watched and what became of each webhook, and to correct it by a click.
 # Way: VIEWS: a path -> rows of the tracker -> HTML -> Answer; FORMS: a form -> a change, which the worker finishes
 # Threads: request threads read, and write what a person corrects.  None has the tracker while it makes HTML.
-# Needs of Page: Answer, Pages, html_answer, isolated, layout
-# Needs of Tracker: CHOICES, CONFIDENCE, ENTRIES, ENTRY_STATUSES, KINDS, MAPPINGS, QUESTIONS, SHOWS, SOME, Tracker,
-#   correct, episodes_of, named, normal
+# Needs of Page: Answer, Pages, html_answer, isolated, layout; of Tracker: CHOICES, CONFIDENCE, ENTRIES, ENTRY_STATUSES,
+#   KINDS, MAPPINGS, QUESTIONS, SHOWS, SOME, Tracker, correct, episodes_of, named, normal
 
 # Rows of a list on one page; episodes of a show; and the highest number of a page: SQLite counts to 2**63.
 PAGE_ROWS, PAGE_EPISODES, MAX_PAGE = 100, 1000, 10**6
@@ -4883,13 +4919,10 @@ def add_pages(pages: Pages, tracker: Tracker, written: threading.Event) -> None:
 # What for: the program that runs all day, with its log, signals and threads; and `players`, to configure it.
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
 # Threads: "signals" waits for signals, which all others block.  A bug in any thread ends the process, with a traceback.
-# Needs of Player: CLAIMS, Inbox, PlexServer, Session, Status, Watcher, Webhook, exchange, put_message,
-#   server_of, watch_stream, origin
-# Needs of Page: MAX_COVER, Board, Covers, Pages, status_sentence
-# Needs of Listener: LARGE_BODY, Gate, Listener, configured_url, own_url, webhook_url
-# Needs of Hooks: Hooks, hook_command, plain_environment
-# Needs of Tracker: Entry, Journal, Tracker, Worker, glance
-# Needs of Browse: add_pages
+# Needs of Player: CLAIMS, Inbox, PlexServer, Reply, Session, Status, Watcher, Webhook, exchange, origin, put_message,
+#   server_of, watch_stream; of Page: MAX_COVER, Board, Covers, Pages, status_sentence; of Listener: LARGE_BODY, Gate,
+#   Listener, configured_url, own_url, webhook_url; of Hooks: Hooks, hook_command, plain_environment; of Tracker: Entry,
+#   Journal, Tracker, Worker, glance; of Browse: add_pages
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -5158,6 +5191,10 @@ def local_url(config: Config, path: str) -> str:
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.webhooks_host, config.webhooks_host)
     return urllib.parse.urljoin(webhook_url(host, config.webhooks_port), path)
 
+def ask_daemon(config: Config, path: str) -> Reply:
+    """What a daemon with these flags answers; raises PlexError."""
+    return exchange(local_url(config, path), {"Host": "localhost"})       # our own name may look like a website's
+
 def port_holder(port: int) -> str:
     """The program that listens on a TCP port, as far as /proc shows it: other users' only to root.  "": not shown."""
     # A line has the local address in hexadecimal, the state (0A: listening) and the socket's inode, as its 10th word.
@@ -5185,7 +5222,7 @@ def open_listener(config: Config) -> Listener | None:
                 f"-webhooks-host: cannot listen there ({why(error)}); give an address of this machine.") from error
         other = ""
         with contextlib.suppress(PlexError):
-            other = exchange(local_url(config, "/healthz"), {}).headers.get("Server", "")
+            other = ask_daemon(config, "/healthz").headers.get("Server", "")
         if not other.startswith("StreamerBrainz/"):
             raise ConfigError(f"-webhooks-port: {port} is held by {port_holder(port) or 'another program'}; "
                               "end that, or give another port.") from error
@@ -5233,12 +5270,9 @@ def players(config: Config) -> int:
 # Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
 #   -> files, daemon, webhook -> each witness of a change, as the running daemon tells it
 # Threads: one for each address of a server that is tried.
-# Needs of Player: KNOWN, PlexServer, encode_webhook, exchange, find_addresses, origin, tls_context
-# Needs of Page: clock
-# Needs of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address
-# Needs of Hooks: run_hook
-# Needs of Tracker: plural, tracker_command
-# Needs of Daemon: local_url, open_listener, port_holder
+# Needs of Player: KNOWN, PlexServer, encode_webhook, exchange, find_addresses, origin, tls_context; of Page: clock;
+#   of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address; of Hooks: run_hook; of Tracker:
+#   plural, tracker_command; of Daemon: ask_daemon, open_listener, port_holder
 
 # -- Answers of plex.tv, which may have any shape -> values, or a PlexError
 # Servers and players that are read; webhooks of the account, which are read whole or not at all, since they are written
@@ -5269,10 +5303,10 @@ def plextv_error(status: int, body: bytes) -> PlexError:
 def parse_pin(body: bytes) -> tuple[str, str, int, str]:
     """A sign-in's id, the code to enter, how many seconds it lasts, and the token: "" until it is entered."""
     fields = json_object(json_value(body))
-    no, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
-    if not (re.fullmatch(r"\w+", no) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
+    pin_id, code, token = (text(fields.get(key)) for key in ("id", "code", "authToken"))
+    if not (re.fullmatch(r"\w+", pin_id) and re.fullmatch(r"\w{1,40}", code) and re.fullmatch("[!-~]*", token)):
         raise PlexError("nonsense", WITHOUT.format("a code to enter"))
-    return no, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
+    return pin_id, code, min(number(fields.get("expiresIn")) or MAX_PIN_S, MAX_PIN_S), token
 
 def parse_account(body: bytes) -> tuple[str, bool]:
     """The name of an account, and whether it has webhooks (with Plex Pass)."""
@@ -5315,16 +5349,22 @@ def parse_webhooks(body: bytes) -> list[str]:
         raise PlexError("nonsense", WITHOUT.format("a list of webhooks that can be read whole"))
     return [str(url) for url in urls]
 
-def witnessed(now: bytes) -> tuple[list[str], int, float]:
-    """What a daemon's /now tells: changes, each with its time before it; how many webhooks came with one; how late."""
+class Witnessed(NamedTuple):
+    """What a daemon has witnessed of its player."""
+    changes: Sequence[str]        # the newest first, in words, each with its time before it
+    arrived: int                  # webhooks that came with their change
+    delay_s: float                # their median delay; 0: none came
+
+def parse_now(now: bytes) -> Witnessed:
+    """What a daemon's /now tells."""
     fields = json_object(json_value(now))
     webhooks, changes = json_object(fields.get("webhooks")), fields.get("changes")
-    late_s = webhooks.get("median_delay_s")
-    first = {"events": "the event stream first, then by ", "webhook": "a webhook first, then by "}
-    return ([f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
-             f'{first.get(text(each.get("by")), "")}the sessions'
-             for each in map(json_object, changes if isinstance(changes, list) else ())],
-            number(webhooks.get("arrived")) or 0, late_s if isinstance(late_s, (int, float)) else 0.0)
+    delay_s, first = webhooks.get("median_delay_s"), {"events": "the event stream first, then by ",
+                                                      "webhook": "a webhook first, then by "}
+    said = [f'{text(each.get("at"))} {text(each.get("state"))} "{text(each.get("title"))}": seen by '
+            f'{first.get(text(each.get("by")), "")}the sessions'
+            for each in map(json_object, changes if isinstance(changes, list) else ())]
+    return Witnessed(said, number(webhooks.get("arrived")) or 0, delay_s if isinstance(delay_s, (int, float)) else 0.0)
 
 # Dots of 0 to 9 and A to Z: of each five rows of three, in octal.
 FONT = ("755572622771747717175571174717747577112275757757172575565656344436555674647746443455355755722271115255655"
@@ -5442,8 +5482,9 @@ def ask_plextv(by: str, token: str, path: str, body: bytes | None = None, method
         write_private(usual("client-id"), (known := secrets.token_hex(16)) + "\n", by)
     url = os.environ.get("STREAMERBRAINZ_PLEXTV_URL", "https://plex.tv")      # the tests have a plex.tv of their own
     headers = {"Accept": "application/json", "X-Plex-Client-Identifier": known, "X-Plex-Product": "StreamerBrainz",
-               "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(), "X-Plex-Device-Name":
-               re.sub("[^!-~]", "?", socket.gethostname()), **({"X-Plex-Token": token} if token else {})}
+               "X-Plex-Version": VERSION, "X-Plex-Platform": sys.platform.capitalize(),
+               "X-Plex-Device-Name": re.sub("[^!-~]", "?", socket.gethostname())}
+    headers |= {"X-Plex-Token": token} if token else {}
     for left in range(MAX_BUSY, -1, -1):
         try:
             reply = exchange(url + path, headers, body, timeout_s=PLEXTV_S, context=tls_context(url), method=method)
@@ -5553,6 +5594,10 @@ def remove(*paths: str) -> None:
     for path in filter(os.path.lexists, paths):
         os.unlink(path)
 
+def unit_path() -> str:
+    """Where systemd looks for our unit of this user."""
+    return usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
+
 def unit_text(config: Config) -> str:
     """The unit for this machine and these flags: its Python, our places, and what else of the home is read."""
     unit, read = UNIT, [os.path.dirname(each) for each in (config.plex_ca_file, config.webhook_secret_file) if each]
@@ -5578,18 +5623,22 @@ Todo = tuple[str, Callable[[], object]]       # what is to be done, in words, an
 
 class Setup:
     """The steps, with what they know so far and their words with a person.  With -yes each default is the answer."""
-    account, has_webhooks, is_new, failed = "", True, False, False        # is_new: signed in just now
+    account = ""                  # its name; "": not known
+    has_webhooks = True           # the account, as far as it is known
+    is_new = False                # signed in just now
+    failed = False                # an error was told
     plex: PlexServer              # from step 2 on
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
         asks = config.command != "webhook" or config.words[:1] not in ((), ("list",))
         if asks and not config.yes and not sys.stdin.isatty():
-            raise ConfigError(f"{config.command}: it asks, and here is no terminal to answer on; give -yes for all "
+            raise ConfigError(f"{config.command}: it asks, but there is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
+        new_secret = usual("webhook-secret") if config.command == "setup" else ""
         paths = {"plex_ca_file": config.plex_ca_file, "tracker_db": config.tracker_db,
-                 "plex_token_file": config.plex_token_file or usual("plex-token"), "webhook_secret_file":
-                 config.webhook_secret_file or usual("webhook-secret") * (config.command == "setup")}
+                 "plex_token_file": config.plex_token_file or usual("plex-token"),
+                 "webhook_secret_file": config.webhook_secret_file or new_secret}
         # With each answer as its flag.  The daemon has another working directory: so no path is relative.
         absolute: Any = {field: os.path.abspath(path) for field, path in paths.items() if path}
         self.config = config._replace(**absolute)
@@ -5599,7 +5648,6 @@ class Setup:
         self.secrets = read_secrets("-webhook-secret-file", path)[0] if os.path.exists(path) else ()
         with contextlib.suppress(ConfigError):        # there is no token yet
             self.token = read_secrets("-plex-token-file", self.config.plex_token_file)[0][0]
-        self.unit = usual("flags").removesuffix("streamerbrainz/flags") + "systemd/user/streamerbrainz.service"
 
     def call(self, path: str, body: bytes | None = None, method: str = "") -> bytes:
         """What plex.tv answers; raises PlexError, and ConfigError if nobody has signed in."""
@@ -5695,21 +5743,26 @@ class Setup:
     def new_token(self) -> str:
         """The token of whoever enters our code."""
         for _ in range(MAX_CODES):
-            no, code, lasts_s, _ = parse_pin(self.call(PINS, b""))
+            pin_id, code, lasts_s, _ = parse_pin(self.call(PINS, b""))
             self.tell(f"Open https://plex.tv/link/?pin={code} in any browser, signed in as the server's owner. "
                       "The code is:")
             print(f"\n{large(code) * sys.stdout.isatty()}{'':24}{code}\n", flush=True)
             for _ in self.tries("waiting for it", lasts_s):
-                try:
-                    if token := parse_pin(self.call(f"{PINS}/{no}"))[3]:
-                        return token
-                except PlexError as error:
-                    if error.fault == "missing":
-                        break
-                    if error.fault not in ("unreachable", "starting"):        # those may pass
-                        raise
+                if token := self.entered(pin_id):
+                    return token
+                if token is None:
+                    break
             self.tell("This code is no longer valid: it expired, or it was denied.")
         raise PlexError("refused", f"None of {MAX_CODES} codes was entered; run this again when you are at a browser.")
+
+    def entered(self, pin_id: str) -> str | None:
+        """The token, once the code of a sign-in was entered; "": not yet; None: the code is no longer valid."""
+        try:
+            return parse_pin(self.call(f"{PINS}/{pin_id}"))[3]
+        except PlexError as error:
+            if error.fault not in ("missing", "unreachable", "starting"):
+                raise
+            return None if error.fault == "missing" else ""       # the other faults may pass
 
     def find_server(self) -> None:
         """Step 2: the URL at which the server shows its sessions is known.  It may take seconds to know a new token."""
@@ -5783,29 +5836,32 @@ class Setup:
         return url
 
     def choose_player(self) -> None:
-        """Step 3: the player's identifier is known.  A player that begins to play now is the one."""
-        if not self.config.plex_machine_id:
-            names, playing = dict[str, str](), set[str]()
-            def begun() -> str:
-                nonlocal playing
-                before, playing = playing, set()
-                for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
-                    if (key := each.machine_identifier).isprintable():
-                        names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
-                                      f"{playing_sentence(each.state, each.item)}")
-                        playing |= {key} if each.state == PLAYING else set()
-                return next(iter(playing - before), "")
-            begun()                                   # what plays now began before it was asked for
-            for each in self.resources:
-                if "player" in each.provides:
-                    names.setdefault(each.identifier, f"{each.name} ({each.product}), silent")
-            if self.yes and len(playing) != 1:
-                raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
-            self.tell("Press play on your player.")
-            chosen = self.choose(names, "1" if playing else "", begun)
-            self.config = self.config._replace(plex_machine_id=chosen)
-            self.tell(names[chosen])
+        """Step 3: the player's identifier is known."""
+        self.config = self.config._replace(plex_machine_id=self.config.plex_machine_id or self.ask_player())
         self.tell(f"The player is {self.config.plex_machine_id}.")
+
+    def ask_player(self) -> str:
+        """The machine_identifier of the player that begins to play now, or that a person chooses."""
+        names, playing = dict[str, str](), set[str]()
+        def begun() -> str:
+            nonlocal playing
+            before, playing = playing, set()
+            for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
+                if (key := each.machine_identifier).isprintable():
+                    names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
+                                  f"{playing_sentence(each.state, each.item)}")
+                    playing |= {key} if each.state == PLAYING else set()
+            return next(iter(playing - before), "")
+        begun()                                       # what plays now began before it was asked for
+        for each in self.resources:
+            if "player" in each.provides:
+                names.setdefault(each.identifier, f"{each.name} ({each.product}), silent")
+        if self.yes and len(playing) != 1:
+            raise ConfigError(f"setup: {len(playing)} players play now; let one play, or give -plex-machine-id.")
+        self.tell("Press play on your player.")
+        chosen = self.choose(names, "1" if playing else "", begun)
+        self.tell(names[chosen])
+        return chosen
 
     def choose_tracker(self) -> None:
         """Step 4: whether to keep what is watched is known."""
@@ -5830,47 +5886,53 @@ class Setup:
             except ConfigError as error:
                 if " is held by " not in str(error):
                     raise
-                self.tell(f"{error} Else it is {port + 1}.")
+                self.tell(f"{error} Trying {port + 1} now.")
 
     def install(self) -> int:
         """Steps 5 to 7, after a yes: what is still to be written and started is."""
         has_systemd = not command_fault("systemctl", "--user", "show-environment")
         is_active = has_systemd and not command_fault("systemctl", "--user", "is-active", "--quiet", "streamerbrainz")
-        def fill_tracker() -> None:
-            os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
-            tracker_command(self.config._replace(words=("import",)))
-        def start_daemon() -> None:
-            systemctl("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active)
-            if not os.path.exists(f"/var/lib/systemd/linger/{getpass.getuser()}") and (
-                    fault := command_fault("loginctl", "enable-linger", str(os.getuid()))):
-                self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
-        def show_cron() -> None:
-            line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
-            self.tell("Run `crontab -e`, enter these two lines, and save:")
-            print(f"\n@reboot {line}\n* * * * * {line}\n")
-            self.ask("Then press", "Enter")
         self.choose_port(is_active or not has_systemd)
         self.secrets = self.secrets or (secrets.token_urlsafe(32),)
         values = {f"-{field.replace('_', '-')}": tilde(str(value)) for field in OWNED
                   if (value := getattr(self.config, field)) != getattr(Config(), field)}
         files = {self.config.webhook_secret_file: ("".join(f"{each}\n" for each in self.secrets), 0o600),
                  usual("flags"): (with_flags(read_text(usual("flags")), values), 0o600),
-                 self.program: (read_text(__file__), 0o755), self.unit: (unit_text(self.config) * has_systemd, 0o644)}
+                 self.program: (read_text(__file__), 0o755), unit_path(): (unit_text(self.config) * has_systemd, 0o644)}
         todo: list[Todo] = [
             (f"write {tilde(path)}", functools.partial(write_private, path, content, "setup", mode=mode))
             for path, (content, mode) in files.items() if content and content.strip() != read_text(path).strip()]
         if self.config.tracker_db and not os.path.exists(self.config.tracker_db):
-            todo.append(("read your library into the tracker", fill_tracker))
+            todo.append(("read your library into the tracker", self.fill_tracker))
         if has_systemd and (todo or self.is_new or not is_active):     # systemd hands a token over at the start
-            todo.append(("start the daemon, now and at each boot", start_daemon))
+            todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
         elif todo:
-            todo.append(("show you the lines for cron (systemd is not here for users)", show_cron))
+            todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
         with self.forgiving(PlexError):
             todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
         return self.propose(todo, PlexError)          # the daemon does without a webhook
 
+    def fill_tracker(self) -> None:
+        """Read the server's library into a new tracker."""
+        os.makedirs(os.path.dirname(self.config.tracker_db), 0o700, exist_ok=True)
+        tracker_command(self.config._replace(words=("import",)))
+
+    def start_daemon(self, is_active: bool) -> None:
+        """Start the unit, now and at each boot; one that is active already starts anew."""
+        systemctl("daemon-reload", "enable --now streamerbrainz", *["restart streamerbrainz"] * is_active)
+        if not os.path.exists(f"/var/lib/systemd/linger/{getpass.getuser()}") and (
+                fault := command_fault("loginctl", "enable-linger", str(os.getuid()))):
+            self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
+
+    def show_cron(self) -> None:
+        """Tell a person what to enter into the crontab, and wait until that is done."""
+        line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
+        self.tell("Run `crontab -e`, enter these two lines, and save:")
+        print(f"\n@reboot {line}\n* * * * * {line}\n")
+        self.ask("Then press", "Enter")
+
     # -- The webhook of the account
-    def own_url(self) -> str:
+    def right_url(self) -> str:
         """The URL of our webhooks, with the secret: the one that a person gives, or this machine's."""
         url = "".join(self.config.words[1:]).rstrip("/") or configured_url(self.config, self.config.webhooks_port)
         secret = f"?token={urllib.parse.quote(self.secrets[0], '')}" if self.secrets else ""
@@ -5881,7 +5943,7 @@ class Setup:
         parts = url_parts(url)
         # An address of long ago is one at which no StreamerBrainz answers: else it may be another one.
         return bool(parts and parts.path.endswith(WEBHOOK_PATH) and (
-            has_secret(url, self.secrets) or parts.netloc == self.own_url().split("/")[2] or
+            has_secret(url, self.secrets) or parts.netloc == self.right_url().split("/")[2] or
             (parts.port == self.config.webhooks_port and (is_here(str(parts.hostname)) or self.sent(url) != ARRIVES))))
 
     def planned(self, add: bool) -> tuple[list[str], list[str]]:
@@ -5890,7 +5952,7 @@ class Setup:
             return not differences(url, self.config, self.secrets[:1]) or (
                 has_secret(url, self.secrets) and not re.match(r"http://(\d|\[|localhost)", url))
         urls = parse_webhooks(self.call(WEBHOOKS))
-        right = next(filter(is_right, () if self.config.words[1:] else urls), self.own_url()) if add else ""
+        right = next(filter(is_right, () if self.config.words[1:] else urls), self.right_url()) if add else ""
         return urls, with_webhook(urls, right, self.is_ours)
 
     def change(self, add: bool) -> str:
@@ -5932,33 +5994,42 @@ class Setup:
     # -- The proof, and the way back
     def prove(self) -> int:
         """Step 8: show what the daemon witnesses of its player now; -> the exit status."""
-        page, sign, query = self.own_url().replace(WEBHOOK_PATH, "/").partition("?")
-        def now() -> tuple[list[str], int, float] | None:
-            with contextlib.suppress(PlexError):      # None: the daemon does not answer
-                reply = exchange(local_url(self.config, "/now") + sign + query, {"Host": "localhost"})
-                return witnessed(reply.body) if reply.status == 200 else None
-            return None
-        known = next(filter(None, (now() for _ in self.tries("waiting for the daemon to listen", START_S))), None)
-        if not known:
+        tries = self.tries("waiting for the daemon to listen", START_S)
+        if not (before := next(filter(None, (self.witnessed() for _ in tries)), None)):
             raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
         self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
-        (seen, before, _), changed_at, came = known, math.inf, False
-        for _ in () if self.yes else self.tries("waiting", PROVE_S):
-            changes, arrived, late_s = known = now() or known
-            for words in [each for each in changes if each not in seen][::-1]:
+        status = 0 if self.yes else self.watch(before)
+        page = self.right_url().replace(WEBHOOK_PATH, "/")
+        self.tell(f"What plays, in a browser: {page if sys.stdout.isatty() else page.partition('?')[0]}")
+        return status
+
+    def witnessed(self) -> Witnessed | None:
+        """What the daemon has witnessed so far; None: it does not answer."""
+        with contextlib.suppress(PlexError):
+            reply = ask_daemon(self.config, "/now?" + self.right_url().partition("?")[2])
+            return parse_now(reply.body) if reply.status == 200 else None
+        return None
+
+    def watch(self, before: Witnessed) -> int:
+        """Tell what the daemon witnesses, until a change has come with its webhook; -> 1: no change came."""
+        now, changed_at = before, math.inf
+        for _ in self.tries("waiting", PROVE_S):
+            known, now = now, self.witnessed() or now
+            for words in [each for each in now.changes if each not in known.changes][::-1]:
                 self.tell(words.partition(" ")[2])
                 changed_at = min(changed_at, time.monotonic())
-            seen, came = changes, arrived != before
-            if came or time.monotonic() > changed_at + FOLLOW_S * self.has_webhooks:
+            if now.arrived != before.arrived:
+                median = f" (the median of {now.arrived})" * (now.arrived > 1)
+                self.tell(f"Its webhook came within {now.delay_s:.1f} s of it{median}.")
+                return 0
+            if time.monotonic() > changed_at + FOLLOW_S * self.has_webhooks:
                 break
-        if not self.yes:
-            median = f" (the median of {arrived})" * (arrived > 1)
-            self.tell(f"Its webhook came within {late_s:.1f} s of it{median}." if came else
-                      "Nothing came. To find out why: streamerbrainz.py doctor" if changed_at == math.inf else
-                      "No webhook came with it. Some servers take a new URL at a restart; else see: streamerbrainz.py "
-                      "doctor" if self.has_webhooks else "That is without webhooks: they need Plex Pass.")
-        self.tell(f"What plays, in a browser: {page}{(sign + query) * sys.stdout.isatty()}")
-        return int(not (self.yes or came) and changed_at == math.inf)
+        if changed_at == math.inf:
+            self.tell("Nothing came. To find out why: streamerbrainz.py doctor")
+            return 1
+        self.tell("No webhook came with it. Some servers use a new URL only after a restart. To find out why: "
+                  "streamerbrainz.py doctor" if self.has_webhooks else "No webhook came: they need Plex Pass.")
+        return 0
 
     def sign_out(self) -> None:
         """End the token, and delete its file; raises PlexError if plex.tv does not hear of it."""
@@ -5985,14 +6056,14 @@ class Setup:
         """Take back what setup did, each after a yes."""
         def stop_daemon() -> None:
             systemctl("disable --now streamerbrainz")
-            remove(self.unit)
+            remove(unit_path())
             systemctl("daemon-reload")
             command_fault("systemctl", "--user", "reset-failed", "streamerbrainz")
             self.tell("Other services of yours still start at boot. If there are none: loginctl disable-linger")
         files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
         data = [database, f"{database}-wal", f"{database}-shm"] if database else []
         steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
-            (os.path.exists(self.unit), "Stop the daemon, and remove its unit?", "Y/n", stop_daemon),
+            (os.path.exists(unit_path()), "Stop the daemon, and remove its unit?", "Y/n", stop_daemon),
             (self.token, "Take our webhook out of your Plex account?", "Y/n", lambda: self.write_webhook(False)),
             (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", self.sign_out),
             (os.path.exists(self.program), f"Delete {tilde(self.program)}?", "Y/n", lambda: remove(self.program)),
@@ -6003,7 +6074,7 @@ class Setup:
             if is_there and self.agree(question, default):
                 with self.forgiving(PlexError, ConfigError, OSError):
                     work()
-        self.tell("What is left stays as it is: lines of a crontab, too, and a daemon that they started.")
+        self.tell("All else stays as it is, also the lines of a crontab, and a daemon that they started.")
         return int(self.failed)
 
 def guided(config: Config) -> int:
@@ -6020,13 +6091,10 @@ def guided(config: Config) -> int:
 # What for: to say what to correct where a webhook gets lost: the server's settings, plex.tv, the network, our listener.
 # Way: Config -> Doctor asks, in the order in which the checks build on one another -> Finding -> lines or JSON
 # Threads: none.  It asks the daemon, another process, over HTTP, like the server and plex.tv; it changes nothing there.
-# Needs of Player: PlexServer, Session, server_of, exchange, parse_container, PROOF_MISSES, origin
-# Needs of Listener: WEBHOOK_PATH, configured_url
-# Needs of Hooks: hook_command
-# Needs of Tracker: Tracker, SCHEMA_VERSION, plural
-# Needs of Daemon: check_complete, local_url, port_holder
-# Needs of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, has_secret, parse_webhooks, send_to,
-#   read_text, without_secrets, wrapped
+# Needs of Player: PROOF_MISSES, PlexServer, Session, origin, parse_container, server_of; of Listener: WEBHOOK_PATH,
+#   configured_url; of Hooks: hook_command; of Tracker: SCHEMA_VERSION, Tracker, plural; of Daemon: ask_daemon,
+#   check_complete, port_holder; of Setup: ARRIVES, NOT_HERE, NO_URL, WEBHOOKS, ask_plextv, differences, has_secret,
+#   parse_webhooks, read_text, send_to, unit_path, without_secrets, wrapped
 
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 # What a check may need before it can run, in the words of its SKIP.
@@ -6122,8 +6190,9 @@ class Doctor:
                 yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
-        yield "unit", "", self.unit, ("move it there; or run `systemctl --user edit streamerbrainz`, and enter "
-                                      "[Service] and BindReadOnlyPaths=FOLDER (for a database BindPaths=)")
+        yield "unit", "", self.unit, ("move it to ~/.local/bin, a database to ~/.local/share/streamerbrainz; or run "
+                                      "`systemctl --user edit streamerbrainz`, and enter [Service] and "
+                                      "BindReadOnlyPaths=FOLDER (for a database BindPaths=)")
         yield "daemon", "", self.daemon, ""
         yield "webhooks so far", DAEMON, self.arrivals, ""
         yield "each change with its webhook", DAEMON, self.each_change, ""
@@ -6178,18 +6247,18 @@ class Doctor:
 
     def unit(self) -> Finding:
         """Does the unit show the daemon what the flags name?  It hides most of the home."""
-        file, home = os.path.join(os.path.dirname(usual("flags")), "../systemd/user/streamerbrainz.service"), \
-            os.path.expanduser("~")
-        texts = [read_text(each) for each in (file, *sorted(glob.glob(f"{glob.escape(file)}.d/*.conf")))]
-        command = hook_command(self.config.on_event)[:1] if self.config.on_event else []
-        files = [(each, False) for each in (*command, self.config.plex_ca_file, self.config.tmdb_token_file) if each]
-        files += [(os.path.dirname(self.config.tracker_db), True)] if self.config.tracker_db else []
-        hidden = [each for path, write in files for each in (os.path.abspath(path), os.path.realpath(path))
-                  if not unit_shows("\n".join(texts), home, each, write)]
-        if hidden:
-            raise ConfigError(f"it hides {' and '.join(dict.fromkeys(hidden))} from the daemon")
-        return Finding(OK, "it shows the daemon all that the flags name") if texts[0] else \
-            Finding(SKIP, "there is no user unit")
+        config, file, home = self.config, unit_path(), os.path.expanduser("~")
+        if not (unit := read_text(file)):
+            return Finding(SKIP, "there is no user unit")
+        unit = "\n".join([unit, *map(read_text, sorted(glob.glob(f"{glob.escape(file)}.d/*.conf")))])
+        command = hook_command(config.on_event)[:1] if config.on_event else []
+        files = [(each, False) for each in (*command, config.plex_ca_file, config.tmdb_token_file) if each]
+        files += [(os.path.dirname(config.tracker_db), True)] if config.tracker_db else []
+        unseen = [each for path, write in files for each in (os.path.abspath(path), os.path.realpath(path))
+                  if not unit_shows(unit, home, each, write)]
+        if unseen:
+            raise ConfigError(f"it hides {' and '.join(dict.fromkeys(unseen))} from the daemon")
+        return Finding(OK, "it shows the daemon all that the flags name")
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""
@@ -6202,9 +6271,9 @@ class Doctor:
 
     def daemon(self) -> Finding:
         """Does StreamerBrainz listen on the port, in this version, and is it healthy?"""
-        # Another version: the file was replaced since it began.  As localhost: our own name may look like a website's.
+        # Another version: the file was replaced since it began.
         try:
-            reply = exchange(local_url(self.config, "/healthz"), {"Host": "localhost"})
+            reply = ask_daemon(self.config, "/healthz")
         except PlexError:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
@@ -6227,7 +6296,7 @@ class Doctor:
     def arrivals(self) -> Finding:
         """Which webhooks has the daemon received, and which has it refused?"""
         # Refused ones matter only while the right ones do not come: else the mistake was corrected since.
-        reply = exchange(local_url(self.config, "/now") + self.query, {"Host": "localhost"})
+        reply = ask_daemon(self.config, f"/now{self.query}")
         if reply.status != 200:
             return Finding(FAIL, f"/now answers {reply.status}", "give doctor the daemon's -webhook-secret-file", 2)
         self.now = json_object(json_value(reply.body))
@@ -6284,16 +6353,18 @@ class Doctor:
         foreign = closest.startswith("https:") or any(each.endswith(NOT_HERE) for each in wrong)
         if not wrong or (self.url and foreign and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
+        remedy = f"streamerbrainz.py webhook add   # it enters {self.right_url}"
+        if foreign and has_secret(closest, self.secrets):
+            remedy = f"start the tunnel or proxy there; or, without one: {remedy}"
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
-                       "start the tunnel or proxy there; or, without one: " * (foreign and has_secret(
-                           closest, self.secrets)) + f"streamerbrainz.py webhook add   # it enters {self.right_url}", 9)
+                       remedy, 9)
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
         tried = {url: send_to(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
         said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
         if set(tried.values()) == {ARRIVES}:
-            hint = "; if Plex's do not come, restart the server: some take a new URL only then"
+            hint = "; if Plex's do not come, restart the server: some use a new URL only then"
             return Finding(OK, said + hint * bool(self.url and self.is_silent))
         return Finding(FAIL, said, "give doctor the daemon's -webhook-secret-file" if "with 401" in said else
                        f"curl -i {self.right_url}   # from the server's machine; {SERVER_LOG}", 6)
@@ -6334,12 +6405,9 @@ def doctor(config: Config) -> int:
 # What for: to see the program work before there is a server for it; and StandIn is the server of the tests.
 # Way: EVENING -> StandIn (its sessions, events and webhooks) -> the real listener and the real daemon -> log lines
 # Threads: "stand-in" answers for Plex, "evening" plays the script, main watches.  The rest is as in the Daemon.
-# Needs of Player: PlexServer, encode_webhook, exchange, Inbox
-# Needs of Listener: Gate, Listener, WEBHOOK_PATH, configured_url
-# Needs of Hooks: Hooks, hook_command
-# Needs of Tracker: tracker_command
-# Needs of Daemon: block_signals, local_url, open_listener, serve, start
-# Needs of Setup: wrapped
+# Needs of Player: Inbox, PlexServer, encode_webhook, exchange; of Listener: WEBHOOK_PATH, Gate, Listener,
+#   configured_url; of Hooks: Hooks, hook_command; of Tracker: tracker_command; of Daemon: block_signals, local_url,
+#   open_listener, serve, start; of Setup: wrapped
 
 def _attributes(kind: str, key: str, title: str, of: str, parent: str, duration: str, **more: str) -> dict[str, str]:
     """An item as Plex's attributes of it."""
@@ -6374,13 +6442,14 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
 PICTURE_SIZE = 96                 # pixels
 
 def picture(key: str) -> bytes:
-    """A cover of our own for a ratingKey: a PNG of rings, each item's in its colour."""
-    colours, middle = [bytes(((int(key) * by) % 160 + shade) for by in (37, 71, 113)) for shade in (95, 40)], 30
-    rows = b"".join(b"\0" + b"".join(colours[((x - middle) ** 2 + (y - middle) ** 2) // 500 % 2]
+    """A cover for a ratingKey, drawn by us: a PNG of rings, each item's in its own colour."""
+    import zlib  # here: only the demo draws
+    light, dark = (bytes(int(key) * by % 160 + shade for by in (37, 71, 113)) for shade in (95, 40))
+    rows = b"".join(b"\0" + b"".join((light, dark)[((x - 30) ** 2 + (y - 30) ** 2) // 500 % 2]
                                      for x in range(PICTURE_SIZE)) for y in range(PICTURE_SIZE))
-    header = struct.pack(">IIBBBBB", PICTURE_SIZE, PICTURE_SIZE, 8, 2, 0, 0, 0)       # 8 bits each of red, green, blue
+    header = 2 * PICTURE_SIZE.to_bytes(4) + bytes((8, 2, 0, 0, 0))        # 8 bits each of red, green and blue
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
         for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
 
 # --- the world
@@ -6478,7 +6547,8 @@ def play_evening(plex: StandIn, url: str, inbox: Inbox) -> None:
     for second, words, state, item, event, count in EVENING:
         time.sleep(max(0.0, start + second / plex.speed - time.monotonic()))
         print(f"\n{wrapped(words, '# ')}", flush=True)
-        if item and (state, item) != plex.now[:2] and (state != STOPPED or plex.now[1]):
+        is_stopped = state == STOPPED == plex.now[0]
+        if state and not is_stopped and (state, item) != plex.now[:2]:        # a scrobble alone changes nothing
             plex.turn(state, item)
         for _ in range(count):
             plex.send_webhook(url, event, item)
@@ -6512,15 +6582,12 @@ def demo(config: Config) -> int:
 # === main: flags and commands (parse_config, main) ===
 # What for: the words of the command line become a Config, or one sentence that says what is wrong with them.
 # Way: words, and those of each @FILE -> parse_words -> Config -> COMMANDS -> exit status
-# Needs of Listener: make_secret
-# Needs of Hooks: hook
-# Needs of Tracker: tracker_command, ENTRY_STATUSES, unix_time
-# Needs of Daemon: run, players, check_complete, set_up_log, in_journal, LEVELS
-# Needs of Setup: guided, named_server, server_url, wrapped
-# Needs of Doctor: doctor
-# Needs of Demo: demo
+# Needs of Listener: make_secret; of Hooks: hook; of Tracker: ENTRY_STATUSES, tracker_command, unix_time; of Daemon:
+#   LEVELS, check_complete, in_journal, players, run, set_up_log; of Setup: guided, named_server, server_url, wrapped;
+#   of Doctor: doctor; of Demo: demo
 
 MAX_FLAGS = 2**16             # bytes of an @FILE; all flags with a comment each take 3 kB
+
 def flag_in(word: str) -> str:
     """The flag in a word, for a message.  Nothing else of a word that we do not know is repeated: it may be a token."""
     name = re.sub("^--", "-", word).partition("=")[0]
@@ -6539,7 +6606,6 @@ def one_of(words: Iterable[str], word: str) -> str:
     if word not in words:
         raise ValueError(f"give one of {', '.join(words)}")
     return word
-
 
 # How to read the values of flags that do not take every word: a function, and what it gets before the word.
 _COUNT, _INTERVAL = (a_number, 0, 10**6, False, True), (a_number, 1, 86400, True, False)
@@ -6587,14 +6653,14 @@ def parse_words(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     return found, others
 
 # --- the world
-def show(config: Config) -> int:
+def show_help(config: Config) -> int:
     """Print the help, or the version."""
     print(help_text() if config.command == "help" else f"streamerbrainz {VERSION}")
     return 0
 
 COMMANDS: dict[str, Callable[[Config], int]] = {"run": run, "players": players, "doctor": doctor,
     "tracker": tracker_command, "secret": make_secret, "hook": hook, "demo": demo, "setup": guided, "login": guided,
-    "webhook": guided, "uninstall": guided, "help": show, "version": show}
+    "webhook": guided, "uninstall": guided, "help": show_help, "version": show_help}
 
 def read_flags(path: str) -> list[str]:
     """The words in an @FILE, each line quoted as in a shell; raises ConfigError."""

@@ -761,7 +761,7 @@ def test_a_token_is_found_in_what_people_paste(pasted, tmp_path, lines):
     file.chmod(0o600)
     assert sb.read_secrets("-plex-token-file", str(file))[0] == ("x5-Ab_9",)
     assert lines == ([] if pasted.strip() == "x5-Ab_9" else [
-        f"<4>-plex-token-file: more than the token stands in {file}; put nothing but that there. It was found."])
+        f"<4>-plex-token-file: the token was found, but {file} holds more; put nothing but the token there."])
 
 
 @pytest.mark.parametrize("pasted", ["", "a b", "http://plex:32400/", "X-Plex-Token=", "token=x"])
@@ -7552,7 +7552,7 @@ ODD = [b"", b"null", b"[]", b"{}", b"7", b'"x"', b"[null]", b"[[]]", b"[7]", b"<
        b'[{"clientIdentifier": {}, "provides": 7, "connections": {"a": 1}}]', b'[{"url": 7}]', b'[{"url": "x"}, null]', b'[{"provides": "server"}]']
 
 
-@pytest.mark.parametrize("parse", [sb.parse_pin, sb.parse_account, sb.parse_resources, sb.parse_webhooks, sb.witnessed])
+@pytest.mark.parametrize("parse", [sb.parse_pin, sb.parse_account, sb.parse_resources, sb.parse_webhooks, sb.parse_now])
 def test_no_answer_of_an_odd_shape_is_a_traceback(parse):
     for body in ODD:
         try:
@@ -7642,7 +7642,7 @@ def test_a_code_is_drawn_large_if_it_can_be():
 
 def test_what_the_daemon_tells_of_its_witnesses_is_said_in_words():
     changes = [{"at": "T", "state": state, "title": "x", "by": by} for state, by in (("paused", "events"), ("playing", "webhook"), ("stopped", "poll"))]
-    assert sb.witnessed(json.dumps({"changes": changes, "webhooks": {"arrived": 2, "median_delay_s": 0.25}}).encode()) == ([
+    assert sb.parse_now(json.dumps({"changes": changes, "webhooks": {"arrived": 2, "median_delay_s": 0.25}}).encode()) == ([
         'T paused "x": seen by the event stream first, then by the sessions', 'T playing "x": seen by a webhook first, then by the sessions',
         'T stopped "x": seen by the sessions'], 2, 0.25)
 
@@ -8286,7 +8286,7 @@ def test_a_daemon_that_somebody_else_started_is_not_doubled(script):
 
 def test_an_odd_now_is_no_traceback():
     for odd in ({}, {"webhooks": 7, "changes": [7, {"at": {}}]}, {"webhooks": {"arrived": "x", "median_delay_s": "soon"}, "changes": {}}):
-        assert sb.witnessed(json.dumps(odd).encode())[1:] == (0, 0.0)
+        assert sb.parse_now(json.dumps(odd).encode())[1:] == (0, 0.0)
 
 
 # === Doctor ===
@@ -8962,8 +8962,9 @@ def chapters(source):
         world = next((n for n in range(begin, end) if lines[n - 1].startswith("# --- the world")), no_mark)
         comment = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines[begin - 1:end]))
         needs = {}
-        for chapter, names in re.findall(r"^# Needs of (\w+): (.*(?:\n#   .*)*)", comment, re.M):
-            needs[chapter] = needs.get(chapter, set()) | set(re.findall(r"\w+", names))
+        for sentence in re.findall(r"^# Needs (of .*(?:\n#   .*)*)", comment, re.M):
+            for chapter, names in re.findall(r"of (\w+):\s([^;]*)", sentence):
+                needs[chapter] = needs.get(chapter, set()) | set(re.findall(r"\w+", names))
         found.append(Chapter(name, needs, set(defined_names(inside)), {used for node in inside for used in used_names(node)},
                              {used for node in inside if node.lineno < world for used in used_names(node)}))
     return found
@@ -9042,6 +9043,8 @@ if __name__ == "__main__":
     ("", "", []),
     ("Needs of Player: play", "Needs of Player: play, Item", ["main: take from '# Needs of Player:' Item"]),
     ("Item,\n#   MAX", "MAX", ["Page: add to '# Needs of Player:' Item"]),
+    ("Page: page\n# Needs of Player: play", "Page: page;\n#   of Player: play", []),
+    ("Page: page\n# Needs of Player: play", "Page: page; of Player: play, Item", ["main: take from '# Needs of Player:' Item"]),
     ("# Needs of Page: page\n", "", ["main: add to '# Needs of Page:' page"]),
     ("Needs of Page", "Needs of Paper", ["main: add to '# Needs of Page:' page", "main: nothing can be needed of Paper"]),
     ("return str(value)", "return open(value)", ["Ground: its pure part touches the world: open"]),
