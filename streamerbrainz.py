@@ -353,8 +353,8 @@ def iso_time(at: float | None) -> str | None:
 
 def bare_token(pasted: str) -> str:
     """The Plex token in what a person copied: alone, in quotes, as X-Plex-Token=... or in a whole URL."""
-    found = re.search(r"X-Plex-Token[\"']?\s*[=:]\s*[\"']?([\w.~-]+)", pasted, re.I | re.ASCII)
-    return found[1] if found else pasted.strip(" \t\r\n\"'\u2018\u2019\u201c\u201d\ufeff")
+    found = re.search(r"X-Plex-Token[\"']?\s*[=:]\s*[\"']?([^\s\"'&<#]+)", pasted, re.I)
+    return urllib.parse.unquote(found[1]) if found else pasted.strip(" \t\r\n\"'\u2018\u2019\u201c\u201d\ufeff")
 
 # --- the world
 log = logging.getLogger("streamerbrainz")
@@ -404,14 +404,17 @@ def usual(name: str) -> str:
 
 def write_private(path: str, content: str, by: str, new_folder: bool = True, mode: int = 0o600) -> None:
     """Write a file beside its place and move it there, so that it is whole; raises ConfigError.  by: the command."""
+    folder, name = os.path.split(place := os.path.realpath(path))      # a link, such as one to dotfiles, stays one
     try:
-        folder, name = os.path.split(os.path.abspath(path))
         if new_folder:
             os.makedirs(folder, 0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False, encoding="utf-8") as file:  # 0600
-            file.write(content)
-        os.chmod(file.name, mode)
-        os.replace(file.name, path)
+        with contextlib.ExitStack() as failed:
+            with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, delete=False, encoding="utf-8") as file:
+                failed.callback(os.unlink, file.name)
+                file.write(content)
+            os.chmod(file.name, mode)
+            os.replace(file.name, place)
+            failed.pop_all()
     except OSError as error:
         raise ConfigError(f"{by}: {shown_path(path)} cannot be written ({why(error)}); "
                           "make its folder, writable by you.") from error
@@ -1203,7 +1206,7 @@ def greeting(server: str, has_pass: bool | None, session: Session | None, player
 
 def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> str:
     """What log and page say when other players play, and ours was never seen."""
-    names = "; ".join(f"{title or 'a player'} is {key}" for key, title in others.items())
+    names = "; ".join(printable(f"{title or 'a player'} is {key}") for key, title in others.items())
     return (f"the player {machine_identifier} has not been seen yet, but others play: {names}. If you mean one of "
             f"them, give its flag: -plex-machine-id {shlex.quote(next(iter(others)))}")
 
@@ -1423,6 +1426,8 @@ def tls_context(url: str, ca_file: str = "") -> ssl.SSLContext | None:
 
 # -- Plex Media Server (PlexServer)
 MAX_LIBRARY_PAGE, PAGE_ITEMS = 2 * 2**20, 50      # bytes of a library's page, and its items: of 5 to 10 kB, seldom 40
+# From what a server told of itself to the next question, when it has answered and when it has not; and ABOUT_S
+ABOUT_AGAIN_S, ABOUT_SOON_S = 86400.0, 60.0
 ABOUT_S = 2.0                 # for what only a line at the start needs, while the watcher waits
 MAX_ITEMS, MAX_LISTED = 2_000_000, 12_000         # of all pages; of a list in memory: a soap opera has 10,000 episodes
 SILENCE_S = 30.0              # without a line, the event stream is broken: Plex pings on it every 10 s
@@ -1610,7 +1615,7 @@ class Watcher:
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.server = ""                             # its name and version, as said last; "": not said yet
-        self.is_known = False                        # it was asked for them since it answers (again)
+        self.ask_at = 0.0                            # monotonic s; when it is to be asked for them (again)
         self.warn_at: dict[int, float] = {}          # by a refusal's status: when it may be a warning again
         self.handlers: dict[type, Callable[[Any], object]] = {
             Webhook: self.hear, Notification: self.judge, Stream: self.note_stream, Refused: self.refuse,
@@ -1672,7 +1677,8 @@ class Watcher:
     def hear(self, webhook: Webhook) -> None:
         """A webhook: let each player that it may concern be judged, and say what became of it (but for the tracker)."""
         event = webhook.event if webhook.event in EVENTS else "other"
-        self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(),
+        has_pass = self.status.has_pass if self.status.has_pass is None or event not in CLAIMS else True
+        self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(), has_pass=has_pass,
                                            webhooks=counted(self.status.webhooks, (event, "ok")))
         chosen, key = self.config.plex_machine_id in ("", webhook.player_uuid), webhook.player_uuid
         if not self.plex and key and webhook.event in CLAIMS and chosen:
@@ -1698,12 +1704,13 @@ class Watcher:
         """Ask the server, and let the answer be judged."""
         assert self.plex
         observation: Observation
+        until = time.monotonic() + PLEX_S
         try:
             observation = Look(sessions := self.plex.sessions())
         except PlexError as error:
-            observation, self.is_known = Outage(error.fault, str(error)), False
+            observation, self.ask_at = Outage(error.fault, str(error)), 0.0
         else:
-            if not self.is_known:
+            if self.ask_at <= time.monotonic() < until - 2 * ABOUT_S:
                 self.greet(self.plex, sessions)
             self.note_strangers(sessions)
         self.judge(observation)
@@ -1712,14 +1719,18 @@ class Watcher:
 
     def greet(self, plex: PlexServer, sessions: Sequence[Session]) -> None:
         """Say once which server answers; after an outage again, if it is another one, or was updated."""
-        ours, said, self.is_known = self.config.plex_machine_id, self.server, True
+        ours, said, self.ask_at = self.config.plex_machine_id, self.server, time.monotonic() + ABOUT_AGAIN_S
         session = find_session([each for each in sessions if each.machine_identifier == ours])
         title = session.player_title if session else ""
-        with contextlib.suppress(PlexError):          # an old server does not tell all of this
+        try:
             name, has_pass = plex.about()
             self.server, self.status = name or said, self.status._replace(has_pass=has_pass)
             if self.server != said:
                 title = title or plex.player_title(ours)
+        except PlexError as error:                    # an old server does not tell all of this
+            if error.fault in ("unreachable", "starting") and not self.server:
+                self.ask_at = time.monotonic() + ABOUT_SOON_S
+                return
         self.server = self.server or origin(plex.url)
         if self.server != said:
             say(logging.INFO, greeting(self.server, self.status.has_pass, session, title))
@@ -1953,7 +1964,9 @@ const refresh = async () => {
   const limit = new AbortController(), timer = setTimeout(() => limit.abort(), 5000);
   try {
     const answer = await fetch(location.href, { signal: limit.signal });
+    if (answer.status === 401) return location.reload();
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (!answer.ok || !page.querySelector("main")) throw 0;             // a proxy's page
     all("main")[0].replaceWith(page.querySelector("main"));
     document.title = page.title; since = performance.now(); dress(); lose(false);
   } catch { lose(true); }
@@ -2440,6 +2453,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def admit(self) -> None:
         """Refuse a website, and who does not know the secret or sends too much, before the body is read."""
         gate, headers, address = self.server.gate, self.headers, self.client_address[0]
+        self.cookie = ""                              # a proxy may send what many people ask on one connection
         self.target, _, self.query = re.sub("^https?://[^/?]*", "", self.path).partition("?")    # proxies name the host
         is_webhook = self.target == WEBHOOK_PATH
         # Every browser sends these with what a website lets it post; Plex and curl never do.
@@ -2594,7 +2608,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
         if content:
             headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
-        if self.cookie and answer.media_type.startswith("text/html"):
+        if self.cookie and answer.status == 200 and answer.media_type.startswith("text/html"):
             headers["Set-Cookie"] = f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"
         closing = {"Connection": "close"} if self.close_connection else {}
         for name, value in {**headers, **answer.headers, **closing}.items():
@@ -4402,6 +4416,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
         print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
+        tracker.take_note("imported", 1)
 
 def catch_up(tracker: Tracker, worker: Worker) -> None:
     """After an import: try again to finish what waited, then close the conflicts whose shows are known now."""
@@ -5270,9 +5285,9 @@ def players(config: Config) -> int:
 # Way: a code -> token -> the account's servers -> an address that answers -> the player in its sessions
 #   -> files, daemon, webhook -> each witness of a change, as the running daemon tells it
 # Threads: one for each address of a server that is tried.
-# Needs of Player: KNOWN, PlexServer, encode_webhook, exchange, find_addresses, origin, tls_context; of Page: clock;
-#   of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address; of Hooks: run_hook; of Tracker:
-#   plural, tracker_command; of Daemon: ask_daemon, open_listener, port_holder
+# Needs of Player: KNOWN, MAX_LOOKUPS, PlexServer, Session, encode_webhook, exchange, find_addresses, origin,
+#   tls_context; of Page: clock; of Listener: TEST_EVENT, WEBHOOK_PATH, configured_url, given_secrets, guess_address;
+#   of Hooks: run_hook; of Tracker: Tracker, plural, tracker_command; of Daemon: ask_daemon, open_listener, port_holder
 
 # -- Answers of plex.tv, which may have any shape -> values, or a PlexError
 # Servers and players that are read; webhooks of the account, which are read whole or not at all, since they are written
@@ -5296,7 +5311,7 @@ def plextv_error(status: int, body: bytes) -> PlexError:
     if code and code[1] == b"1043":
         return PlexError("pass", NO_PASS)
     fault, remedy = {401: ("refused", "sign in anew: streamerbrainz.py login"), 404: ("missing", "begin anew"),
-                     403: ("forbidden", "is it the right account?")}.get(status, ("starting", "try again later"))
+                     403: ("forbidden", "use the right account")}.get(status, ("starting", "try again later"))
     words = f" ({text(said[1].decode('utf-8', 'replace'))})" if said else ""
     return PlexError(fault, f"plex.tv answers {status}{words}: {remedy}.")
 
@@ -5345,7 +5360,7 @@ def parse_webhooks(body: bytes) -> list[str]:
         found = [each.attrib if each.tag == "webhook" else None for each in root]
         found = found if found or root.tag == "webhooks" else None
     urls = [json_object(each).get("url") for each in found] if isinstance(found, list) else [None]
-    if len(urls) > MAX_URLS or not all(isinstance(url, str) and 0 < len(url) <= MAX_URL for url in urls):
+    if len(urls) > MAX_URLS or not all(isinstance(url, str) and "" != url == text(url, MAX_URL) for url in urls):
         raise PlexError("nonsense", WITHOUT.format("a list of webhooks that can be read whole"))
     return [str(url) for url in urls]
 
@@ -5600,7 +5615,12 @@ def unit_path() -> str:
 
 def unit_text(config: Config) -> str:
     """The unit for this machine and these flags: its Python, our places, and what else of the home is read."""
-    unit, read = UNIT, [os.path.dirname(each) for each in (config.plex_ca_file, config.webhook_secret_file) if each]
+    home, files = os.path.expanduser("~"), [config.plex_ca_file, config.webhook_secret_file, config.tracker_db]
+    for each in (config.plex_token_file, usual("flags"), *files):
+        if re.search(r"[\s%\"'\\]", each) or os.path.dirname(config.tracker_db) == home:
+            raise ConfigError(f"setup: the unit cannot show {tilde(each)} alone: give it a folder of its own, and no "
+                              "blank or sign of systemd (% \" ' \\) in its path.")
+    unit, read = UNIT, [os.path.dirname(each) if os.path.dirname(each) != home else each for each in files[:2] if each]
     if command_fault("/usr/bin/python3", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
         unit = unit.replace("/usr/bin/python3", os.path.realpath(sys.executable))
         read.append(sys.base_prefix)                  # it may be in the home, as pyenv's
@@ -5635,6 +5655,8 @@ class Setup:
         if asks and not config.yes and not sys.stdin.isatty():
             raise ConfigError(f"{config.command}: it asks, but there is no terminal to answer on; give -yes for all "
                               "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
+        if re.fullmatch(TOKEN_LIKE, config.plex_token_file) and not os.path.exists(config.plex_token_file):
+            raise ConfigError("-plex-token-file: give the name of a file, and no token.")
         new_secret = usual("webhook-secret") if config.command == "setup" else ""
         paths = {"plex_ca_file": config.plex_ca_file, "tracker_db": config.tracker_db,
                  "plex_token_file": config.plex_token_file or usual("plex-token"),
@@ -5706,6 +5728,7 @@ class Setup:
         if todo and not self.agree("Do all this?"):
             self.tell("Nothing of it was done.")
             return 1
+        self.failed = False                           # what could not be asked before did no harm
         for words, work in todo:
             with self.forgiving(*kinds):
                 work()
@@ -5719,7 +5742,7 @@ class Setup:
             yield
         except kinds as error:
             self.tell(str(error))
-            self.failed |= getattr(error, "fault", "") != "pass"
+            self.failed |= getattr(error, "fault", "") not in ("pass", "missing")
 
     # -- The steps
     def login(self) -> int:
@@ -5780,7 +5803,6 @@ class Setup:
             if self.is_new or (not self.yes and self.agree("Sign this account out?")):
                 with self.forgiving(PlexError):
                     self.sign_out()
-                remove(self.config.plex_token_file)
             raise PlexError(fault, f"{origin(url)} shows what plays to its owner only, not to "
                             f"{self.account or 'this account'}. Run this again, and sign in as the owner.")
         self.config = self.config._replace(plex_server_url=url)
@@ -5790,19 +5812,21 @@ class Setup:
         """The first URL at which the server with this identifier ("": any) answers; "": none, and why is told."""
         def fault(url: str) -> str:                   # /identity needs no token: none is sent
             try:
-                found = PlexServer(url, str, self.config.plex_ca_file).server_id
-                return "" if identifier in ("", found) else "another server answers there."
+                found = PlexServer(url, str, self.config.plex_ca_file).container("/identity")[0]
+                return "" if identifier in ("", found.get("machineIdentifier")) else "another server answers there."
             except PlexError as error:
                 host = urllib.parse.urlsplit(url).hostname or ""
                 is_blocked = host.endswith(".plex.direct") and isinstance(KNOWN.get(host), str)
                 return str(error).removeprefix(f"{url} ") + (
                     " Routers may block such names: allow plex.direct in its DNS rebind protection." * is_blocked)
         import concurrent.futures  # here: all else does without
-        urls, faults = sorted(filter(None, urls), key=lambda url: url.startswith("https:")), list[str]()
-        for url, why_not in zip(urls, concurrent.futures.ThreadPoolExecutor(MAX_URLS).map(fault, urls), strict=True):
-            if not why_not:
-                return url
-            faults.append(f"{name} at {url} {why_not}")
+        found, faults = [*filter(None, urls)], list[str]()
+        for scheme, most in (("http:", MAX_URLS), ("https:", MAX_LOOKUPS)):     # those of https have names to look up
+            some = [url for url in found if url.startswith(scheme)]
+            for url, why_not in zip(some, concurrent.futures.ThreadPoolExecutor(most).map(fault, some), strict=True):
+                if not why_not:
+                    return url
+                faults.append(f"{name} at {url} {why_not}")
         for each in faults if name else ():
             self.tell(each, "   - ")
         return ""
@@ -5820,11 +5844,15 @@ class Setup:
         servers = {each.identifier: each for each in self.resources if "server" in each.provides}
         if owned := {each.identifier: each.name for each in servers.values() if not each.owner}:
             server = servers[self.choose(owned) if len(owned) > 1 else next(iter(owned))]
-            url, default = self.reach(server.name, (*server.urls, *nearby()), server.identifier), ""
+            url, default = self.reach(server.name, server.urls, server.identifier), ""
+            if not url and (near := self.reach("", nearby(), server.identifier)) and (near == NEARBY or (
+                    not self.yes and self.agree(f"{near} says that it is {server.name}, but plex.tv does not know this "
+                                                "address. Give it the token?", "y/N"))):
+                url = near
         else:
             shared = "".join(f" {each.name} belongs to {each.owner}." for each in servers.values())
             self.tell(f"No server of this account is known.{shared}")
-            url, default = "", self.reach("", nearby(), "")
+            url, default = "", self.reach("", nearby()[:1] if self.yes else nearby(), "")
         while not url:
             word = self.ask("Its address, such as http://192.168.1.5:32400", default)
             try:
@@ -5845,8 +5873,10 @@ class Setup:
         names, playing = dict[str, str](), set[str]()
         def begun() -> str:
             nonlocal playing
-            before, playing = playing, set()
-            for each in sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING):
+            before, playing, found = playing, set(), list[Session]()
+            with contextlib.suppress(PlexError):      # the next look may succeed
+                found = sorted(self.plex.sessions(), key=lambda each: each.state != PLAYING)
+            for each in found:
                 if (key := each.machine_identifier).isprintable():
                     names[key] = (f"{each.player_title or 'a player'} ({each.product}), "
                                   f"{playing_sentence(each.state, each.item)}")
@@ -5894,15 +5924,18 @@ class Setup:
         is_active = has_systemd and not command_fault("systemctl", "--user", "is-active", "--quiet", "streamerbrainz")
         self.choose_port(is_active or not has_systemd)
         self.secrets = self.secrets or (secrets.token_urlsafe(32),)
-        values = {f"-{field.replace('_', '-')}": tilde(str(value)) for field in OWNED
-                  if (value := getattr(self.config, field)) != getattr(Config(), field)}
+        flags, values = self.flags_text(), dict[str, str]()
+        for field in OWNED:
+            flag, value = f"-{field.replace('_', '-')}", getattr(self.config, field)
+            if value != getattr(Config(), field) or re.search(rf"^\s*-?{flag}\b", flags, re.MULTILINE):
+                values[flag] = tilde(str(value))
         files = {self.config.webhook_secret_file: ("".join(f"{each}\n" for each in self.secrets), 0o600),
-                 usual("flags"): (with_flags(read_text(usual("flags")), values), 0o600),
+                 usual("flags"): (with_flags(flags, values), 0o600),
                  self.program: (read_text(__file__), 0o755), unit_path(): (unit_text(self.config) * has_systemd, 0o644)}
         todo: list[Todo] = [
             (f"write {tilde(path)}", functools.partial(write_private, path, content, "setup", mode=mode))
             for path, (content, mode) in files.items() if content and content.strip() != read_text(path).strip()]
-        if self.config.tracker_db and not os.path.exists(self.config.tracker_db):
+        if self.config.tracker_db and self.lacks_library():
             todo.append(("read your library into the tracker", self.fill_tracker))
         if has_systemd and (todo or self.is_new or not is_active):     # systemd hands a token over at the start
             todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
@@ -5911,6 +5944,27 @@ class Setup:
         with self.forgiving(PlexError):
             todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
         return self.propose(todo, PlexError)          # the daemon does without a webhook
+
+    def flags_text(self) -> str:
+        """The flags file as it is, or that of which it takes the place (/etc, @FILE); raises ConfigError."""
+        path = next((each for each in (usual("flags"), self.config.flags_file) if os.path.exists(each)), "")
+        content = read_text(path) if path else ""
+        try:
+            if path and not content and os.path.getsize(path):
+                raise ValueError("it is no UTF-8")
+            for line in content.splitlines():
+                shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ConfigError(f"setup: {tilde(path)} cannot be read ({error}); correct it, or move it away.") from error
+        return content
+
+    def lacks_library(self) -> bool:
+        """Whether the library was not read into the tracker yet, or not to its end."""
+        with contextlib.suppress(ConfigError, TrackerError), \
+                contextlib.closing(Tracker(self.config.tracker_db, write=False)) as tracker:
+            return not (tracker.note("imported") or tracker.one("SELECT EXISTS (SELECT 1 FROM show) AND NOT EXISTS ("
+                                                                "SELECT 1 FROM note WHERE name LIKE 'import %')")[0])
+        return not os.path.exists(self.config.tracker_db)
 
     def fill_tracker(self) -> None:
         """Read the server's library into a new tracker."""
@@ -5941,10 +5995,11 @@ class Setup:
     def is_ours(self, url: str) -> bool:
         """Whether a webhook of the account leads to this daemon, or did so once."""
         parts = url_parts(url)
-        # An address of long ago is one at which no StreamerBrainz answers: else it may be another one.
-        return bool(parts and parts.path.endswith(WEBHOOK_PATH) and (
-            has_secret(url, self.secrets) or parts.netloc == self.right_url().split("/")[2] or
-            (parts.port == self.config.webhooks_port and (is_here(str(parts.hostname)) or self.sent(url) != ARRIVES))))
+        if not parts or has_secret(url, self.secrets) or parts[:3] == url_parts(self.right_url())[:3]:  # type: ignore[index]
+            return bool(parts)
+        # An address of long ago is one at which no StreamerBrainz answers; but one with a secret is another's.
+        return parts.path == WEBHOOK_PATH and parts.port == self.config.webhooks_port and "@" not in parts.netloc and (
+            bool(is_here(str(parts.hostname))) or not (given_secrets(parts.query) or self.sent(url) == ARRIVES))
 
     def planned(self, add: bool) -> tuple[list[str], list[str]]:
         """The URLs of the account's webhooks, and what they should be; raises PlexError."""
@@ -6050,7 +6105,7 @@ class Setup:
             print(f"\n{heading}", flush=True)
             if step():
                 return 1
-        return 0
+        return int(self.failed)
 
     def uninstall(self) -> int:
         """Take back what setup did, each after a yes."""
@@ -6060,12 +6115,23 @@ class Setup:
             systemctl("daemon-reload")
             command_fault("systemctl", "--user", "reset-failed", "streamerbrainz")
             self.tell("Other services of yours still start at boot. If there are none: loginctl disable-linger")
+        needed = list[PlexError]()                    # why the token is needed still
+        def leave_account() -> None:
+            try:
+                self.write_webhook(False)
+            except PlexError as error:
+                needed.extend([error] * (error.fault not in ("pass", "refused")))
+                raise
+        def sign_out() -> None:
+            if needed:
+                raise ConfigError("The token stays: without it nobody could take the webhook out later.")
+            self.sign_out()
         files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
         data = [database, f"{database}-wal", f"{database}-shm"] if database else []
         steps: tuple[tuple[object, str, str, Callable[[], object]], ...] = (
             (os.path.exists(unit_path()), "Stop the daemon, and remove its unit?", "Y/n", stop_daemon),
-            (self.token, "Take our webhook out of your Plex account?", "Y/n", lambda: self.write_webhook(False)),
-            (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", self.sign_out),
+            (self.token, "Take our webhook out of your Plex account?", "Y/n", leave_account),
+            (self.token, "Sign out at plex.tv, and delete the token?", "Y/n", sign_out),
             (os.path.exists(self.program), f"Delete {tilde(self.program)}?", "Y/n", lambda: remove(self.program)),
             (any(map(os.path.exists, files)), "Delete the flags and the secret?", "y/N", lambda: remove(*files)),
             (any(map(os.path.exists, data)), f"Delete {tilde(database)}, all that you have watched?", "y/N",
@@ -6554,8 +6620,10 @@ def play_evening(plex: StandIn, url: str, inbox: Inbox) -> None:
             plex.send_webhook(url, event, item)
     if sys.stdout.isatty():
         print("# The page stays open; Ctrl-C ends it.", flush=True)
-    else:
-        inbox.put(signal.SIGTERM)
+        closed = select.poll()
+        closed.register(sys.stdout, 0)
+        closed.poll()                                 # until the terminal is
+    inbox.put(signal.SIGTERM)
 
 def demo(config: Config) -> int:
     """Play an evening: the stand-in sends real webhooks to the real daemon, which looks at the stand-in's sessions."""
@@ -6749,8 +6817,10 @@ def main(words: Sequence[str]) -> int:        # (Its docstring is the help: see 
     Exit status: 0 success; 1 it failed; 2 wrong use or wrong configuration.
     """
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")        # a title may be in a script that a terminal lacks
+        sys.stdin, sys.stdout = sys.stdin or io.StringIO(), sys.stdout or io.StringIO()       # closed by <&- or >&-
+        for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)     # a title may be in a script that a terminal lacks
         config = parse_config(words)
         set_up_log(config)
         status = COMMANDS[config.command](config)
