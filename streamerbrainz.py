@@ -1572,8 +1572,8 @@ Inbox = queue.SimpleQueue[Message]
 # What a person can correct, and how; each is a warning, once a minute.
 WRONG_PATH = "a Plex server sends webhooks to a wrong path; the URL in Plex must end in /webhooks/plex"
 REFUSALS = {
-    401: "a webhook without the secret, or with a wrong one, was refused; the URL in Plex must be the one that "
-         "`streamerbrainz.py secret` prints",
+    401: "a webhook without the secret, or with a wrong one, was refused; correct the URL in Plex with: "
+         "streamerbrainz.py webhook add",
     404: WRONG_PATH,
     405: WRONG_PATH,
     429: "too many webhooks came from one address (-rate-limit), or without the secret, and were refused"}
@@ -2096,8 +2096,8 @@ def locked_page(nonce: str) -> str:
     """What a browser shows that does not bring the secret."""
     return layout("""<h1>The secret is missing</h1><p>This page is shown to those who know the webhook secret. Enter it,
 or add it to the address once: <code>?token=SECRET</code></p><form><fieldset><input type=password name=token
-placeholder=Secret aria-label=Secret autofocus><button>Open</button></fieldset></form><p class=dim>It is in the file
-of -webhook-secret-file, usually <code>~/.config/streamerbrainz/webhook-secret</code> on our machine.</p>""",
+placeholder=Secret aria-label=Secret autofocus><button>Open</button></fieldset></form><p class=dim>It is in the file of
+-webhook-secret-file, usually <code>~/.config/streamerbrainz/webhook-secret</code>, where the daemon runs.</p>""",
                   nonce, "", None)
 
 # --- the world
@@ -5355,7 +5355,7 @@ def parse_resources(body: bytes) -> list[Resource]:
 def parse_webhooks(body: bytes) -> list[str]:
     """The URLs of the account's webhooks, all of them; in JSON, or in XML all the same."""
     found = json_value(body)
-    with contextlib.suppress(ElementTree.ParseError, MemoryError):
+    with contextlib.suppress(ElementTree.ParseError, MemoryError):       # it is JSON, or neither
         root = ElementTree.fromstring(b"" if b"<!" in body else body, ElementTree.XMLParser(encoding="utf-8"))
         found = [each.attrib if each.tag == "webhook" else None for each in root]
         found = found if found or root.tag == "webhooks" else None
@@ -5726,7 +5726,7 @@ class Setup:
         for words, _ in todo:
             self.tell(words, "   - ")
         if todo and not self.agree("Do all this?"):
-            self.tell("Nothing of it was done.")
+            self.tell("Nothing was done.")
             return 1
         self.failed = False                           # what could not be asked before did no harm
         for words, work in todo:
@@ -5818,7 +5818,7 @@ class Setup:
                 host = urllib.parse.urlsplit(url).hostname or ""
                 is_blocked = host.endswith(".plex.direct") and isinstance(KNOWN.get(host), str)
                 return str(error).removeprefix(f"{url} ") + (
-                    " Routers may block such names: allow plex.direct in its DNS rebind protection." * is_blocked)
+                    " The router may block such names: allow plex.direct in its DNS rebind protection." * is_blocked)
         import concurrent.futures  # here: all else does without
         found, faults = [*filter(None, urls)], list[str]()
         for scheme, most in (("http:", MAX_URLS), ("https:", MAX_LOOKUPS)):     # those of https have names to look up
@@ -6256,9 +6256,7 @@ class Doctor:
                 yield flag, "", functools.partial(self.secret_file, flag, path), ""
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
-        yield "unit", "", self.unit, ("move it to ~/.local/bin, a database to ~/.local/share/streamerbrainz; or run "
-                                      "`systemctl --user edit streamerbrainz`, and enter [Service] and "
-                                      "BindReadOnlyPaths=FOLDER (for a database BindPaths=)")
+        yield "unit", "", self.unit, ""
         yield "daemon", "", self.daemon, ""
         yield "webhooks so far", DAEMON, self.arrivals, ""
         yield "each change with its webhook", DAEMON, self.each_change, ""
@@ -6322,9 +6320,12 @@ class Doctor:
         files += [(os.path.dirname(config.tracker_db), True)] if config.tracker_db else []
         unseen = [each for path, write in files for each in (os.path.abspath(path), os.path.realpath(path))
                   if not unit_shows(unit, home, each, write)]
-        if unseen:
-            raise ConfigError(f"it hides {' and '.join(dict.fromkeys(unseen))} from the daemon")
-        return Finding(OK, "it shows the daemon all that the flags name")
+        if not unseen:
+            return Finding(OK, "it shows the daemon all that the flags name")
+        return Finding(FAIL, f"it hides {' and '.join(dict.fromkeys(unseen))} from the daemon",
+                       "move it to ~/.local/bin, a database to ~/.local/share/streamerbrainz; or run `systemctl "
+                       "--user edit streamerbrainz`, and enter [Service] and BindReadOnlyPaths=FOLDER (for a database "
+                       "BindPaths=)")
 
     def secret_file(self, flag: str, path: str) -> Finding:
         """Does a file hold its secret, and can nobody else read it?"""

@@ -7468,8 +7468,8 @@ def test_a_whole_run_shows_the_token_nowhere(plex, token_file):
 def test_json_lines_of_a_whole_run_can_be_parsed(plex, token_file):
     plex.turn(PLAYING, {**TRACK, "title": 'T\x85 "\\ \u2028 日本'})
     with Process("-plex-server-url", plex.url, "-plex-token-file", token_file, "-plex-machine-id", "m1", "-log-format", "json") as daemon:
-        eventually(lambda: "playing" in daemon.text())
-    assert json.loads(daemon.lines[-1])["title"] == 'T\x85 "\\ \u2028 日本'
+        eventually(lambda: '"state": "playing"' in daemon.text())              # not only "Plex answers: ... is playing ..."
+    assert [fields["title"] for fields in map(json.loads, daemon.lines) if "state" in fields] == ['T\x85 "\\ \u2028 日本']
     assert [list(json.loads(line))[:2] for line in daemon.lines] == [["time", "level"]] * len(daemon.lines)
 
 
@@ -8202,7 +8202,7 @@ def test_a_person_who_says_no_changes_nothing_and_several_servers_and_players_ar
         person.hear("[Y/n]")
         person.type("n\n")
         said, status_ = person.end()
-    assert status_ == 1 and "Nothing of it was done." in said
+    assert status_ == 1 and "Nothing was done." in said
     assert {file.name for file in machine.config.iterdir()} == {"client-id", "plex-token"} and not (home / ".local").exists() and machine.urls == []
 
 
@@ -8536,6 +8536,8 @@ def test_doctor_checks_by_hand_what_the_unit_hides(sick, home):
     for words in (("-on-event", f"{lamp} 17"), ("-on-event", link), ("-tracker-db", home / "bin/x.db"), ("-tmdb-token-file", home / "bin/t")):
         found = said(*words)
         assert found["status"] == "FAIL" and found["evidence"].startswith(f"it hides {home}/bin") and "BindReadOnlyPaths=" in found["remedy"]
+    found = said("-on-event", home / "bin/none")                                # nothing hides what is not there
+    assert found["status"] == "FAIL" and "BindReadOnlyPaths=" not in found["remedy"]
     dropped = unit.with_name("streamerbrainz.service.d")
     dropped.mkdir()
     (dropped / "override.conf").write_text("[Service]\nBindReadOnlyPaths=%h/bin\n")
