@@ -3068,6 +3068,29 @@ def test_at_the_start_it_is_said_once_who_answers_and_what_the_player_does(machi
         assert sum("Plex answers: " in each for each in lines) == 2
 
 
+@pytest.mark.parametrize("about", [{"MediaContainer": {"Server": [{"machineIdentifier": [], "name": {}}, {"machineIdentifier": {}}]}}, {"MediaContainer": []}, []])
+def test_what_a_server_tells_of_itself_may_have_any_shape(about, lines):
+    with Server() as server:
+        server.others["/clients"] = about
+        server.watcher.look()
+        assert lines == ["<6>Plex answers: nas 1.41.3; the player plays nothing now"]
+
+
+def test_a_server_that_is_too_busy_to_tell_of_itself_is_asked_again_and_keeps_nobody_waiting(lines, monkeypatch):
+    monkeypatch.setattr(sb, "ABOUT_S", 0.1)
+    with Server() as server:
+        server.others["/"] = None
+        ask, server.answer = server.answer, lambda connection: time.sleep(0.3) if b"GET / " in server.requests[-1] else ask(connection)
+        begun = time.monotonic()
+        server.watcher.look()
+        assert time.monotonic() - begun < 0.3 and lines == [] and server.watcher.ask_at > begun + 50
+        server.answer = ask
+        del server.others["/"]
+        server.watcher.ask_at = 0.0
+        server.watcher.look()
+        assert [each for each in lines if "Plex answers" in each] == ["<6>Plex answers: nas 1.41.3; the player plays nothing now"]
+
+
 def test_an_old_server_that_tells_nothing_of_itself_is_named_by_its_address(plex, lines):
     watcher = sb.Watcher(sb.Config(plex_machine_id="m1"), queue.SimpleQueue(), sb.PlexServer(plex.url, lambda: TOKEN), lambda *_: None)
     watcher.look()
@@ -3816,6 +3839,16 @@ def test_a_large_body_is_read_whole(listener):
         listener.covers.webhook = ("", b"")
         assert status(exchange(listener, request_)) == 200
         assert eventually(lambda: listener.covers.webhook[1]) == thumb
+
+
+def test_a_refusal_gives_no_cookie_of_who_asked_before_on_the_same_connection(listener, tmp_path):
+    listener.gate.secret, listener.pages.has_secret = webhook_secret(tmp_path), True
+    ask = "GET /{} HTTP/1.1\nHost: x\nAccept: text/html\n"
+    with connect(listener) as connection:                                       # of a proxy
+        connection.sendall(raw(ask.format(f"?token={SECRET}")) + raw(ask.format("") + "Connection: close\n"))
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+    first, _, second = answers.partition(b"HTTP/1.1 401 ")
+    assert b"Set-Cookie: " in first and second and b"Set-Cookie" not in second
 
 
 def test_a_webhook_to_a_wrong_path_is_told_the_right_one_and_warned_of_once_a_minute(lines, listener):
@@ -7829,6 +7862,24 @@ def test_webhook_add_puts_right_what_was_ours_and_leaves_the_others(cloud, signe
     assert call("webhook", "remove", "-yes").status == 0 and ours() not in cloud.urls and len(cloud.urls) == 4
 
 
+@pytest.mark.parametrize("theirs", [
+    "http://192.0.2.50:3001/webhooks/plex?token=another-pi", "http://192.0.2.50:3001/api/webhooks/plex", "http://u:p@192.0.2.50:3001/webhooks/plex",
+    "http://192.0.2.50:3002/webhooks/plex", "https://home.example/other/webhooks/plex", "https://home.example/webhooks/plex?token=another"])
+def test_the_webhook_of_another_program_is_never_taken_for_ours(cloud, signed_in, theirs, monkeypatch):
+    monkeypatch.setattr(sb, "send_to", lambda url: "fails")                  # it is switched off
+    cloud.urls = [theirs]
+    assert call("webhook", "add", "https://home.example/sb/webhooks/plex", "-yes").status == 0
+    assert cloud.urls == [theirs, "https://home.example/sb/webhooks/plex?token=new-secret"]
+    assert "All is as it should be." in call("webhook", "add", "https://home.example/sb/webhooks/plex", "-yes").out
+    assert call("webhook", "remove", "-yes").status == 0 and cloud.urls == [theirs]
+
+
+def test_a_webhook_that_cannot_be_written_back_is_not_read(cloud, signed_in):
+    cloud.instead["GET", "/api/v2/user/webhooks"] = [(200, b'[{"url": "http://\\ud800/"}]')]
+    done = call("webhook", "add", "-yes")
+    assert done.status == 1 and "a list of webhooks that can be read whole" in done.err and not any(method == "POST" for method, *_ in cloud.requests)
+
+
 def test_an_old_address_is_ours_unless_a_streamerbrainz_answers_there(cloud, signed_in, monkeypatch):
     with Site() as other:
         port = ("-webhooks-port", other.port)
@@ -8256,6 +8307,83 @@ def test_uninstall_says_what_it_cannot_do_and_what_stays(script, home):
     done = call("uninstall", "-yes")
     assert done.status == 0 and "loginctl disable-linger" in flat(done.out) and not unit.exists() and not (home / "pid").exists()
     assert (home / "calls").read_text().endswith("disable --now streamerbrainz\nsystemctl --user daemon-reload\nsystemctl --user reset-failed streamerbrainz\n")
+
+
+def test_the_token_goes_to_no_address_that_plex_tv_does_not_know(script, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sb, "nearby", lambda: [sb.NEARBY, script.nas.url])      # somebody there says that it is the server
+    script.resources = [resource("nas", SERVER, connection("127.0.0.2", 9))]
+    monkeypatch.setattr(script.nas, "sessions", lambda query: asked.append(query) or b"<MediaContainer/>")
+    assert script.run().status == 2 and not asked
+
+
+def test_a_flag_that_is_the_default_is_written_where_the_file_says_otherwise(script, monkeypatch):
+    script.config.mkdir(parents=True)
+    (script.config / "flags").write_text(f"-webhooks-port {script.port}\n")
+    for step in ("choose_port", "start_daemon", "prove"):
+        monkeypatch.setattr(sb.Setup, step, lambda *_: 0)
+    script.words = ("-webhooks-port", "3001")
+    assert script.run().status == 0 and (script.config / "flags").read_text().startswith("-webhooks-port 3001\n")
+
+
+def test_flags_from_elsewhere_go_along_and_a_file_that_cannot_be_read_is_left_alone(script, home):
+    (home / "mine").write_text("-active-timeout 20   # the DSP\n")
+    assert script.run(f"@{home}/mine").status == 0
+    assert (script.config / "flags").read_text().startswith("-active-timeout 20   # the DSP\n-plex-server-url ")
+    for content in (b"-plex-machine-id 'm1\n", b"# f\xfcr mich\n"):
+        (script.config / "flags").write_bytes(content)
+        done = script.run(f"@{home}/mine")
+        assert done.status == 2 and "cannot be read (" in done.err and (script.config / "flags").read_bytes() == content
+
+
+def test_a_library_that_was_not_read_to_its_end_is_read_again(script, home):
+    database = home / ".local/share/streamerbrainz/tracker.db"
+    script.nas.answers["/library/sections"] = 500
+    assert script.run("-tracker-db", database).status == 1
+    script.nas.answers |= {"/library/sections": {"Directory": []}, "/accounts": {}}
+    assert "read your library into the tracker" in script.run("-tracker-db", database).out
+    assert "All is as it should be." in script.run("-tracker-db", database).out
+
+
+def test_a_link_stays_one_and_a_file_that_cannot_be_written_whole_leaves_nothing(home, tmp_path, monkeypatch):
+    (tmp_path / "dotfiles").write_text("old\n")
+    (home / "flags").symlink_to(tmp_path / "dotfiles")
+    sb.write_private(str(home / "flags"), "new\n", "setup")
+    assert (home / "flags").is_symlink() and (tmp_path / "dotfiles").read_text() == "new\n"
+    monkeypatch.setattr(sb.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(sb.ConfigError, match=re.escape("cannot be written (No space left on device)")):
+        sb.write_private(str(home / "flags"), "more\n", "setup")
+    assert {file.name for file in [*home.iterdir(), *tmp_path.iterdir()]} >= {"flags", "dotfiles"} and not list(tmp_path.glob("dotfiles?*"))
+
+
+@pytest.mark.parametrize("command", ["setup", "login"])
+def test_a_token_in_the_place_of_its_file_is_not_repeated(cloud, home, command):
+    done = call(command, "-yes", "-plex-token-file", "AbCdEfGhIjKlMnOpQrSt")
+    assert done.status == 2 and "AbCdEf" not in done.out + done.err and "give the name of a file" in done.err
+
+
+@pytest.mark.parametrize("words", ["-tracker-db {home}/x.db", "-webhook-secret-file {home}/a b/secret", "-tracker-db {home}/50%/x.db"])
+def test_a_path_that_the_unit_cannot_show_is_refused(script, home, words):
+    done = script.run(*(word.format(home=home) for word in words.split(" ", 1)))
+    assert done.status == 2 and "the unit cannot show ~/" in done.err and not script.urls
+
+
+def test_a_look_that_fails_does_not_end_setup_while_it_waits_for_the_player(machine):
+    with Terminal("setup", *machine.words, path=machine.tools) as person:
+        person.hear("Press play on your player.")
+        machine.nas.answers["/status/sessions"] = 500
+        time.sleep(0.3)
+        machine.nas.playing["m1"] = PLAYING
+        machine.nas.answers["/status/sessions"] = machine.nas.sessions
+        person.hear("The player is m1.")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_closed_streams_are_no_traceback(home, closed):
+    for words in ("setup", "login -yes", "-h", "webhook list"):
+        done = subprocess.run(f"{shlex.quote(sys.executable)} {PROGRAM} {words} {closed}", shell=True, capture_output=True, text=True, timeout=30,
+                              env={**os.environ, "STREAMERBRAINZ_PLEXTV_URL": "http://127.0.0.1:9"})
+        assert "Traceback" not in done.stderr and done.returncode in (0, 1, 2)
 
 
 def test_uninstall_goes_on_where_plex_tv_fails(script, home):
