@@ -2148,9 +2148,8 @@ class Pages:
     def page(self, query: str, host: str) -> Answer:
         """The status page."""
         board, status, nonce = self.board, self.board.status, secrets.token_urlsafe(16)
-        item = status.player.item
+        item, big = status.player.item, "big" in re.split("[&=]", query)
         has_picture = bool(item and (item.identity == board.brought[0] or (item.thumb and board.plex)))
-        big = "big" in re.split("[&=]", query)
         return html_answer(status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce,
                                        has_picture, self.glance(), local_time, big), nonce)
 
@@ -2222,8 +2221,8 @@ def webhook_url(host: str, port: int) -> str:
 
 # --- the world
 MAX_ADDRESSES = 1000          # whose requests are counted; the one that was silent longest is forgotten
-# A sender's requests a minute without the secret; how late its secrets are compared after more: 16 of them a second.
-MAX_GUESSES, GUESS_S = 30, 1.0
+MAX_GUESSES = 30              # requests a minute of one sender that lack the secret
+GUESS_S = 1.0                 # how late its secrets are compared after more: its 16 threads can send 16 URLs a second
 
 def sender(address: str) -> str:
     """Who sends from an address: an IPv4 address, or the /64 of an IPv6 address, which belongs to one household."""
@@ -2235,9 +2234,8 @@ class Gate:
 
     def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):      # webhooks of one sender; 0: no limit
         self.secret, self.a_minute, self.lock = secret, a_minute, threading.Lock()
-        self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
-        self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
-        self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
+        # Sender -> tokens left, and when: for webhooks; for media.scrobble when those are used up; without the secret.
+        self.tokens, self.scrobbles, self.guesses = (dict[str, tuple[float, float]]() for _ in range(3))
 
     def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
         """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
@@ -2297,11 +2295,9 @@ def configured_url(config: Config, port: int) -> str:
 def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
     """The URL of our webhooks, for the page.  host: the Host header: how the browser reaches this machine."""
     # A browser on this machine says "localhost", which is useless for a Plex server elsewhere.
-    if bound_to in ("127.0.0.1", "::1"):                       # the demo
-        return webhook_url(bound_to, port)
-    here = re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
-    if here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
-        return webhook_url(guess_address(plex_url), port)
+    is_demo, here = bound_to in ("127.0.0.1", "::1"), re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
+    if is_demo or here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
+        return webhook_url(bound_to if is_demo else guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -2311,7 +2307,7 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
     return family, address
 
 # -- Handler: one connection, its requests one after the other
-MAX_BODY, MAX_SCROBBLE = 8 * 2**20, 64 * 1024     # bytes of a webhook (thumbs: 1 MB); of one beyond the rate: 10 kB
+MAX_BODY, MAX_SCROBBLE = 8 * 2**20, 64 * 1024     # bytes of a webhook (a thumb: 1 MB), of one beyond the rate (10 kB)
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4      # bytes, above most thumbs; how many larger ones are in memory at once
 MAX_TRAILERS = 100            # lines after a chunked body; http.server takes as many headers
 NOT_HEADERS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
@@ -2334,8 +2330,7 @@ class LineReader(io.BufferedReader):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection.  Each request is answered at once; only a picture may wait for Plex."""
     protocol_version = "HTTP/1.1"
-    wbufsize = -1                    # head and body of an answer in one packet
-    disable_nagle_algorithm = True
+    wbufsize, disable_nagle_algorithm = -1, True     # head and body of an answer in one packet
     requestline = command = path = cookie = ""      # until a head is read
     server: Listener
     rfile: io.BufferedReader
@@ -2396,7 +2391,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         gate, headers, address = self.server.gate, self.headers, self.client_address[0]
         self.target, _, self.query = re.sub("^https?://[^/?]*", "", self.path).partition("?")    # proxies name the host
         is_webhook = self.target == WEBHOOK_PATH
-        # Every browser sends these with what a website lets it post; Plex and curl never do.
         if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
         if not gate.secret and self.command in ("GET", "HEAD") and any(
@@ -2561,8 +2555,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: the Watcher logs what became of a webhook."""
 
 # -- Listener: the socket, and a thread for each connection
-# Threads at once (each may hold 8 MB of stack, mostly untouched), and of one sender; connections that wait for one, of
-# which each holds a descriptor: there are usually 1024.
+# Threads at once (8 MB of stack each, mostly untouched), and of one sender; what waits (a descriptor each, of 1024).
 MAX_CONNECTIONS, MAX_OF_ONE, MAX_PARKED = 64, 16, 256
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -4884,9 +4877,9 @@ def session_row(session: Session, configured: bool) -> tuple[dict[str, object], 
     lines = (f"{' *'[configured]} {name or 'without a name'}{f' ({made})' if made else ''}",
              f"    {playing_sentence(session.state, item)}", f"    -plex-machine-id {shlex.quote(machine_id)}")
     return {"machine_id": machine_id, "player": name, "product": session.product, "platform": session.platform,
-            "user": session.user, "state": session.state, "type": item.type, "title": item.title, "grandparent_title":
-            item.grandparent_title, "parent_title": item.parent_title, "configured": configured
-            }, "\n".join(map(printable, lines))
+            "user": session.user, "state": session.state, "type": item.type, "title": item.title,
+            "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
+            "configured": configured}, "\n".join(map(printable, lines))
 
 # --- the world
 # -- The log
