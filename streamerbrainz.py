@@ -1839,7 +1839,7 @@ def health(status: Status, tracked: Glance, at: float, is_open: bool = True) -> 
 def metric_lines(status: Status, rows: Mapping[str, int], process: Mapping[str, float], at: float) -> str:
     """All figures, for Prometheus; no title, user or session is in a label.  rows: of the journal, by status."""
     player, us, lines, position_s = status.player, "streamerbrainz", list[str](), position_ms(status.player, at) / 1000
-    states = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}
+    states, last = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}, status.webhook_time
     up: Any = bool(status.looks) and not player.outage if player.has_server else {}
     # Name, kind, help, the names of the labels, and samples by the labels' values (or its one).
     families: list[tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]] = [
@@ -1849,8 +1849,7 @@ def metric_lines(status: Status, rows: Mapping[str, int], process: Mapping[str, 
         (f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s),
         (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
          ("event", "result"), status.webhooks),
-        (f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (),
-         status.webhook_time),
+        (f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last),
         (f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed),
         (f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks),
         (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
@@ -2064,8 +2063,7 @@ class Board:
     def __init__(self, plex: PlexServer | None = None):
         self.status, self.plex = Status(), plex       # status: replaced by the watcher, read by all
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
-        # The last picture that a webhook brought, and the last that we fetched: with Item.identity, replaced as one.
-        self.brought = self.fetched = ("", b"")
+        self.brought = self.fetched = ("", b"")       # by a webhook; by us: Item.identity and picture, replaced as one
         self.lock, self.retry_at = threading.Lock(), 0.0      # monotonic s; not before that the server is asked again
 
     def publish(self, status: Status, changes: Sequence[Change]) -> None:
