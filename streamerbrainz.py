@@ -50,7 +50,8 @@ signals            all signals: the others block them  decides (the inbox gets t
 (`setup` and `demo` start others, too: see there.)
 Threads exchange values that never change: through the inbox (a SimpleQueue) and the queues in Board.streams, or by
 replacing one reference (Board.status; in KNOWN, a name's addresses).  Shared under locks of their own are the Gate (who
-may send), the Listener (its connections), Tracker, Covers.  All use PlexServer; only the watcher changes its token.
+may send), the Listener (its connections), Tracker, Board (pictures).  All use PlexServer; only the watcher changes its
+token.
 
 Vocabulary: Plex's own words, transliterated: rating_key, view_offset, machine_identifier.
   server   Plex Media Server, always        player   the machine that plays
@@ -1776,7 +1777,7 @@ class Watcher:
 # === Page: Status -> page, JSON, health, metrics (status_page, health, metric_lines, Board, Pages) ===
 # What for: to show a person, curl and Prometheus what plays, whether all is well, and whether webhooks arrive.
 # Way: Status -> Board -> a method of Pages -> Answer, which the Listener sends
-# Threads: the watcher puts each new Status on the Board; request threads read it there.  The Covers have a lock.
+# Threads: the watcher puts each new Status on the Board; request threads read it there.  The pictures have a lock.
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms, strangers_sentence
 
 # -- Status -> words, JSON, metrics
@@ -1848,8 +1849,7 @@ def now_fields(status: Status, at: float) -> dict[str, object]:
                          "refused": {result: n for (_, result), n in status.webhooks.items() if result != "ok"},
                          "arrived": proof.arrived, "missed": proof.missed, "in_a_row_missed": proof.in_a_row,
                          "median_delay_s": next(iter(sorted(proof.delays_s)[len(proof.delays_s) // 2:]), None)},
-            "changes": [{"at": iso_time(when), **change_fields(change, name_machine=True), "by": change.by}
-                        for when, change in status.changes]}
+            "changes": [{"at": iso_time(when), **change_fields(change, True, True)} for when, change in status.changes]}
 
 def health(status: Status, tracked: Glance, at: float, is_open: bool = True) -> tuple[int, dict[str, object]]:
     """The HTTP status of /healthz and its JSON: 503 with its reasons when a person should come."""
@@ -1872,33 +1872,27 @@ def health(status: Status, tracked: Glance, at: float, is_open: bool = True) -> 
     word = "failing" if reasons else "degraded" if degraded else "ok"
     return (503 if reasons else 200), {"status": word, "version": VERSION, "reasons": reasons, "degraded": degraded}
 
-# Prometheus' metrics: name, kind, help, the names of the labels, and samples by the labels' values (or its one).
-Families = Iterable[tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]]
-
-def metric_families(status: Status, rows: Mapping[str, int], process: Mapping[str, float], at: float) -> Families:
-    """All figures; no title, user or session is in a label.  rows: of the tracker's journal, by status."""
-    player, us, position_s = status.player, "streamerbrainz", position_ms(status.player, at) / 1000
-    if player.has_server:
-        up = bool(status.looks) and not player.outage
-        yield "plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up
-    yield f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}
+def metric_lines(status: Status, rows: Mapping[str, int], process: Mapping[str, float], at: float) -> str:
+    """All figures, for Prometheus; no title, user or session is in a label.  rows: of the journal, by status."""
+    player, us, lines, position_s = status.player, "streamerbrainz", list[str](), position_ms(status.player, at) / 1000
     states, last = {each: each == player.state for each in (PLAYING, PAUSED, STOPPED)}, status.webhook_time
-    yield f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states
-    yield f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s
-    yield (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
-           ("event", "result"), status.webhooks)
-    yield f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last
-    yield f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed
-    yield f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks
-    yield (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
-           ("state", "by"), status.reported)
-    yield f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), rows
-    for name, value in process.items():
-        yield name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), value
-
-def metric_lines(families: Families) -> str:
-    """Metrics in Prometheus' text format."""
-    lines = []
+    up: Any = bool(status.looks) and not player.outage if player.has_server else {}
+    # Name, kind, help, the names of the labels, and samples by the labels' values (or its one).
+    families: list[tuple[str, str, str, tuple[str, ...], Mapping[Any, float] | float]] = [
+        ("plex_up", "gauge", "Whether the last look at the sessions succeeded.", (), up),
+        (f"{us}_build_info", "gauge", "The version.", ("version",), {VERSION: 1}),
+        (f"{us}_player_state", "gauge", "1 for what the player does.", ("state",), states),
+        (f"{us}_player_position_seconds", "gauge", "Where the player is in its item.", (), position_s),
+        (f"{us}_webhooks_total", "counter", "Webhooks by event and result: ok, or the status of a refusal.",
+         ("event", "result"), status.webhooks),
+        (f"{us}_webhook_last_timestamp_seconds", "gauge", "When the last webhook came; 0: none yet.", (), last),
+        (f"{us}_webhook_missed_total", "counter", "Changes that came without their webhook.", (), player.proof.missed),
+        (f"{us}_looks_total", "counter", "Queries of the sessions by result.", ("result",), status.looks),
+        (f"{us}_changes_total", "counter", "Reported changes by state and by what made us believe them.",
+         ("state", "by"), status.reported),
+        (f"{us}_tracker_rows_total", "gauge", "Entries of the tracker's journal by status.", ("status",), rows),
+        *((name, "counter" if name.endswith("_total") else "gauge", "Of this process.", (), figure)
+          for name, figure in process.items())]
     for name, kind, words, labels, samples in families:
         lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"] if samples != {} else []
         for key, value in samples.items() if isinstance(samples, Mapping) else [((), samples)]:
@@ -2101,24 +2095,27 @@ placeholder=Secret aria-label=Secret autofocus><button>Open</button></fieldset><
                   nonce, "", None)
 
 # --- the world
-# -- Board: what the watcher tells the request threads
+# -- Board: what the request threads show
 # Of /events: subscribers (each holds a thread), what one may leave unread, the silence until a comment keeps it open.
 MAX_STREAMS, MAX_UNREAD, EVENT_ALIVE_S = 16, 20, 15.0
+MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0    # bytes of a picture; pause after none came, for each try may take PLEX_S
 
 class Board:
-    """The latest Status, and a queue for each subscriber of /events."""
+    """The latest Status, the pictures of what plays, and a queue for each subscriber of /events."""
 
-    def __init__(self) -> None:
-        self.status = Status()                        # replaced by the watcher, read by all
+    def __init__(self, plex: PlexServer | None = None):
+        self.status, self.plex = Status(), plex       # status: replaced by the watcher, read by all
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
+        self.brought = self.fetched = ("", b"")       # by a webhook; by us: Item.identity and picture, replaced as one
+        self.lock, self.retry_at = threading.Lock(), 0.0      # monotonic s; not before that the server is asked again
 
     def publish(self, status: Status, changes: Sequence[Change]) -> None:
         """Replace the Status, and tell each stream of the changes.  A stream that reads too slowly is ended."""
         self.status = status
         for change in changes:
-            fields = json_line({**change_fields(change, name_machine=True), "by": change.by})
+            event = f"event: change\ndata: {json_line(change_fields(change, True, True))}\n\n".encode()
             for stream in self.streams[:]:
-                stream.put(f"event: change\ndata: {fields}\n\n".encode() if stream.qsize() < MAX_UNREAD else None)
+                stream.put(event if stream.qsize() < MAX_UNREAD else None)
 
     def events(self) -> Iterator[bytes]:
         """The body of /events: each change, until the subscriber is too slow; its first item may raise WebhookError."""
@@ -2136,22 +2133,10 @@ class Board:
         finally:
             self.streams.remove(stream)
 
-# -- Pages: a path -> an Answer
-MAX_COVER, COVER_RETRY_S = 4 * 2**20, 10.0    # bytes of a picture; pause after none came, for each try may take PLEX_S
-PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
-
-class Covers:
-    """The pictures of what plays: the last one that a webhook brought, and the last one that we fetched."""
-
-    def __init__(self, plex: PlexServer | None):
-        self.plex, self.lock = plex, threading.Lock()
-        self.webhook = self.fetched = ("", b"")       # Item.identity and picture; replaced as one
-        self.retry_at = 0.0                           # monotonic s; not before that the server is asked again
-
-    def get(self, item: Item) -> bytes:
+    def cover(self, item: Item) -> bytes:
         """The picture of an item; b"": none."""
-        if (webhook := self.webhook)[0] == item.identity:
-            return webhook[1]
+        if (brought := self.brought)[0] == item.identity:
+            return brought[1]
         with self.lock:          # one request thread at a time asks the server for a picture; the others wait for it
             if self.fetched[0] != item.identity and item.thumb and self.plex and time.monotonic() >= self.retry_at:
                 self.retry_at = time.monotonic() + PLEX_S + COVER_RETRY_S       # those who wait now must not ask again
@@ -2159,6 +2144,9 @@ class Covers:
                     if picture := self.plex.get(item.thumb, room=MAX_COVER).body:
                         self.fetched, self.retry_at = (item.identity, picture), 0.0
             return self.fetched[1] if self.fetched[0] == item.identity else b""
+
+# -- Pages: a path -> an Answer
+PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}       # by how they begin
 
 def process_figures(started_at: float) -> dict[str, float]:
     """The figures of this process, by Prometheus' names."""
@@ -2179,7 +2167,7 @@ class Answer(NamedTuple):
 
 def html_answer(content: str, nonce: str) -> Answer:
     """A page as an Answer.  It may load nothing but its own style, script and picture."""
-    # With "no-referrer" a browser would send its own forms without an Origin; see Handler.check_change().
+    # With "no-referrer" a browser would send its own forms without an Origin; see Handler.own_form().
     policy = ("default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; "
               f"frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'")
     return Answer(200, content.encode("utf-8", "replace"), "text/html; charset=utf-8", {
@@ -2188,10 +2176,9 @@ def html_answer(content: str, nonce: str) -> Answer:
 class Pages:
     """What each path shows.  Its methods run in request threads, and change nothing; forms are of other chapters."""
 
-    def __init__(self, board: Board, covers: Covers, has_secret: bool, own_url: Callable[[str], str]):
-        """own_url: our webhooks' URL, from a request's Host header."""
-        self.board, self.covers, self.has_secret, self.own_url = board, covers, has_secret, own_url
-        self.glance: Callable[[], Glance] | None = None       # reads the tracker; None: there is none
+    def __init__(self, board: Board, has_secret: bool, own_url: Callable[[str], str]):
+        self.board, self.has_secret, self.own_url = board, has_secret, own_url      # of webhooks, from a Host header
+        self.glance: Callable[[], Glance | None] = lambda: None      # reads the tracker; None: there is none
         self.started_at = time.time()
         # A path may end in /ID: then the number that is asked for follows the query and the Host, or the form.
         self.forms: dict[str, Callable[..., Answer]] = {}
@@ -2201,12 +2188,11 @@ class Pages:
 
     def page(self, query: str, host: str) -> Answer:
         """The status page."""
-        status, nonce = self.board.status, secrets.token_urlsafe(16)
-        item, known = status.player.item, self.covers.webhook[0]
-        has_picture = bool(item and (item.identity == known or (item.thumb and self.covers.plex)))
-        big = "big" in re.split("[&=]", query)
+        board, status, nonce = self.board, self.board.status, secrets.token_urlsafe(16)
+        item, big = status.player.item, "big" in re.split("[&=]", query)
+        has_picture = bool(item and (item.identity == board.brought[0] or (item.thumb and board.plex)))
         return html_answer(status_page(status, time.monotonic(), self.own_url(host), self.has_secret, nonce,
-                                       has_picture, self.glance and self.glance(), local_time, big), nonce)
+                                       has_picture, self.glance(), local_time, big), nonce)
 
     def now(self, query: str, host: str) -> Answer:
         """What plays, as JSON."""
@@ -2216,22 +2202,21 @@ class Pages:
     def cover(self, query: str, host: str) -> Answer:
         """The picture of what plays.  key: of the item that the asking page shows."""
         item, key = self.board.status.player.item, urllib.parse.parse_qs(query).get("key", [""])[0]
-        picture = self.covers.get(item) if item and key in ("", item.identity) else b""
+        picture = self.board.cover(item) if item and key in ("", item.identity) else b""
         if not (media_type := next((kind for begin, kind in PICTURES.items() if picture.startswith(begin)), "")):
             raise WebhookError(404, "There is no picture of what plays.")
         return Answer(200, picture, media_type, {"Cache-Control": "private, max-age=3600"})
 
     def healthz(self, query: str, host: str) -> Answer:
         """Whether all is well, as JSON; 503 with the reasons if it is not."""
-        tracked = self.glance() if self.glance else Glance()
-        code, fields = health(self.board.status, tracked, time.monotonic(), not self.has_secret)
+        code, fields = health(self.board.status, self.glance() or Glance(), time.monotonic(), not self.has_secret)
         return Answer(code, f"{json_line(fields)}\n".encode("utf-8", "replace"), "application/json")
 
     def metrics(self, query: str, host: str) -> Answer:
         """All figures, for Prometheus."""
-        entries = self.glance().entries if self.glance else {}
-        families = metric_families(self.board.status, entries, process_figures(self.started_at), time.monotonic())
-        return Answer(200, metric_lines(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
+        rows, process = (self.glance() or Glance()).entries, process_figures(self.started_at)
+        lines = metric_lines(self.board.status, rows, process, time.monotonic())
+        return Answer(200, lines.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 # === Listener: sockets -> webhooks; pages -> sockets (spend, Gate, Handler, Listener, secret) ===
 # What for: to answer every request at once and with a true status, whoever sends it and whatever it is.
@@ -2239,7 +2224,7 @@ class Pages:
 #                                        -> a method of Pages -> Answer -----------------------------> 200
 # Threads: "listener" accepts; each connection has a thread of its own, 64 at most, 16 for one sender; the others are
 #   parked.  A thread owns its socket and its bytes.  All share the Gate and the list of connections, under their locks.
-# Needs of Player: MAX_HEAD, REST_S, Body, BoundedReader, Refused, TooMuch, Webhook, find_addresses, parse_webhook;
+# Needs of Player: MAX_HEAD, REST_S, Body, BoundedReader, Refused, TooMuch, find_addresses, parse_webhook;
 #   of Page: Answer, Pages, html_answer, locked_page
 
 # -- Who may send, and how often
@@ -2252,8 +2237,7 @@ FORM_TYPE, MAX_FORM = "application/x-www-form-urlencoded", 4096       # bytes of
 
 def spend(tokens: float, since_s: float, a_minute: int) -> tuple[float, float]:
     """A token bucket: what an address has left after one webhook, and how long it must wait in s (0: it may pass)."""
-    # tokens: what it had since_s seconds ago; a_minute: how many it gets back in a minute, and can have at most.
-    tokens = min(a_minute, tokens + since_s * a_minute / 60)
+    tokens = min(a_minute, tokens + since_s * a_minute / 60)      # it had these since_s ago; at most a_minute
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) * 60 / a_minute)
 
 def is_foreign(host: str, own_name: str) -> bool:
@@ -2291,9 +2275,8 @@ class Gate:
 
     def __init__(self, secret: SecretFile | None = None, a_minute: int = 0):      # webhooks of one sender; 0: no limit
         self.secret, self.a_minute, self.lock = secret, a_minute, threading.Lock()
-        self.scrobbles: dict[str, tuple[float, float]] = {}  # as tokens, for media.scrobble when those are used up
-        self.tokens: dict[str, tuple[float, float]] = {}     # sender -> tokens left, and when
-        self.guesses: dict[str, tuple[float, float]] = {}    # the same, for requests without the secret
+        # Sender -> tokens left, and when: for webhooks; for media.scrobble when those are used up; without the secret.
+        self.tokens, self.scrobbles, self.guesses = (dict[str, tuple[float, float]]() for _ in range(3))
 
     def count(self, buckets: dict[str, tuple[float, float]], address: str, a_minute: int, what: str) -> None:
         """Take a token from a sender's bucket; raises WebhookError 429 if it is empty."""
@@ -2315,8 +2298,7 @@ class Gate:
         return path if path in (WEBHOOK_PATH, *ours) else f"{WEBHOOK_PATH if path.startswith(WEBHOOK_PATH) else '/'}..."
 
     def check(self, query: str, address: str, cookies: Iterable[str] | None = None) -> str:
-        """Check the secret in a URL's query, or a cookie; raises WebhookError 401, or 429 after many wrong ones."""
-        # -> the cookie that proves the query's secret; "": the query has none.
+        """Check the secret in a URL's query or a cookie; -> a cookie that proves the former.  Raises WebhookError."""
         if self.secret is None:
             return ""
         tokens, at = self.guesses.get(sender(address), (math.inf, 0.0))
@@ -2354,11 +2336,9 @@ def configured_url(config: Config, port: int) -> str:
 def own_url(bound_to: str, port: int, plex_url: str, host: str) -> str:
     """The URL of our webhooks, for the page.  host: the Host header: how the browser reaches this machine."""
     # A browser on this machine says "localhost", which is useless for a Plex server elsewhere.
-    if bound_to in ("127.0.0.1", "::1"):                       # the demo
-        return webhook_url(bound_to, port)
-    here = re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
-    if here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
-        return webhook_url(guess_address(plex_url), port)
+    is_demo, here = bound_to in ("127.0.0.1", "::1"), re.fullmatch(r"(localhost|127\.[\d.]+|\[::1\])(:\d+)?", host)
+    if is_demo or here or not re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9A-Fa-f:]+\](:\d+)?", host, re.ASCII):
+        return webhook_url(bound_to if is_demo else guess_address(plex_url), port)
     return f"http://{host}{WEBHOOK_PATH}"
 
 def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
@@ -2368,8 +2348,7 @@ def listening_address(host: str, port: int) -> tuple[socket.AddressFamily, tuple
     return family, address
 
 # -- Handler: one connection, its requests one after the other
-MAX_BODY = 8 * 2**20          # bytes of a webhook; the largest thumb seen is about 1 MB
-MAX_SCROBBLE = 64 * 1024      # bytes of one that comes in excess of the rate; usual are 10 kB
+MAX_BODY, MAX_SCROBBLE = 8 * 2**20, 64 * 1024     # bytes of a webhook (a thumb: 1 MB), of one beyond the rate (10 kB)
 LARGE_BODY, MAX_LARGE_BODIES = 128 * 1024, 4      # bytes, above most thumbs; how many larger ones are in memory at once
 MAX_TRAILERS = 100            # lines after a chunked body; http.server takes as many headers
 NOT_HEADERS = email.errors.MissingHeaderBodySeparatorDefect, email.errors.FirstHeaderLineIsContinuationDefect
@@ -2392,8 +2371,7 @@ class LineReader(io.BufferedReader):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection.  Each request is answered at once; only a picture may wait for Plex."""
     protocol_version = "HTTP/1.1"
-    wbufsize = -1                    # head and body of an answer in one packet
-    disable_nagle_algorithm = True
+    wbufsize, disable_nagle_algorithm = -1, True     # head and body of an answer in one packet
     requestline = command = path = cookie = ""      # until a head is read
     server: Listener
     rfile: io.BufferedReader
@@ -2440,11 +2418,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except WebhookError as error:
                 self.refuse(error)
 
-    # The path decides which methods are allowed.  http.server reports any other method by send_error(501).
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = respond  # noqa: N815
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server refuses a broken head or an unknown method: in plain text, and never as 5xx."""
+        """http.server refuses a broken head (never as 5xx), or an unknown method (501): the path decides on those."""
         self.close_connection, self.request_version = True, self.protocol_version
         if code == 501:
             return self.respond()
@@ -2456,7 +2433,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.cookie = ""                              # a proxy may send what many people ask on one connection
         self.target, _, self.query = re.sub("^https?://[^/?]*", "", self.path).partition("?")    # proxies name the host
         is_webhook = self.target == WEBHOOK_PATH
-        # Every browser sends these with what a website lets it post; Plex and curl never do.
         if is_webhook and ("Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")):
             raise WebhookError(403, "A website may not send webhooks; Plex sends them without an Origin.")
         if not gate.secret and self.command in ("GET", "HEAD") and any(
@@ -2483,11 +2459,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command not in allowed.split(", "):
             hint = f" Plex sends its webhooks to {WEBHOOK_PATH}." * (self.target == "/")
             raise WebhookError(405, f"Only {allowed} is answered here.{hint}", {"Allow": allowed})
-        if key in pages.paths and self.command == "POST":
-            self.check_change(body)
-            return self.send(pages.forms[key](f"{self.query}&{bytes(body).decode('utf-8', 'replace')}", *ids))
         if key in pages.paths:
-            return self.send(pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
+            return self.send(pages.forms[key](self.own_form(body), *ids) if self.command == "POST" else
+                             pages.paths[key](self.query, self.headers.get("Host", ""), *ids))
         webhook, thumb = parse_webhook(self.headers.get("Content-Type", ""), body)
         if self.excess:
             gate, scrobble = self.server.gate, webhook.event == "media.scrobble"
@@ -2497,8 +2471,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.keep(webhook, thumb)
         return self.send(Answer(headers={}))
 
-    def check_change(self, body: Body) -> None:
-        """Refuse a form from somewhere else than our own pages, or of who knows no secret; raises WebhookError."""
+    def own_form(self, body: Body) -> str:
+        """The query, and the form of our own page, from somebody who knows the secret; raises WebhookError."""
         # Browsers tell Sec-Fetch-Site to https and localhost only, and with each form its Origin.
         site, host, origin = (self.headers.get(name, "") for name in ("Sec-Fetch-Site", "Host", "Origin"))
         if not self.server.gate.secret:
@@ -2507,6 +2481,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise WebhookError(403, "Only our own pages may change something here.")
         if len(body) > MAX_FORM or not self.headers.get("Content-Type", "").startswith(FORM_TYPE):
             raise WebhookError(400, f"This is no form ({FORM_TYPE}) of at most {MAX_FORM} bytes.")
+        return f"{self.query}&{bytes(body).decode('utf-8', 'replace')}"
 
     def refuse(self, error: WebhookError) -> None:
         """Answer what is wrong, and tell of it."""
@@ -2532,7 +2507,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.command == "POST" and agent.startswith("PlexMediaServer/")
         return self.target == WEBHOOK_PATH and agent != USER_AGENT        # doctor's tests are nobody's fault
 
-    # -- the body
     def length(self) -> int | None:
         """Bytes of the body; None: it comes in chunks.  Raises WebhookError if missing, ambiguous or too many."""
         lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
@@ -2542,13 +2516,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise WebhookError(400, "A body is either chunked or has a Content-Length.")
         if not (codings or lengths) and self.command in ("POST", "PUT", "PATCH"):
             raise WebhookError(411, "The request has no Content-Length.")
-        if not lengths:
-            return None if codings else 0
-        if len(set(lengths)) > 1 or not (lengths[0].isascii() and lengths[0].isdigit() and len(lengths[0]) < 20):
+        if lengths and (len({*lengths}) > 1 or not re.fullmatch("[0-9]{1,19}", lengths[0])):
             raise WebhookError(400, "The Content-Length is not a number.")
-        if int(lengths[0]) > MAX_BODY:
+        if (length := int(lengths[0]) if lengths else 0) > MAX_BODY:
             raise WebhookError(413, f"The body is larger than {MAX_BODY} bytes.")
-        return int(lengths[0])
+        return None if codings else length
 
     def fill(self, body: bytearray | mmap.mmap, start: int, stop: int, held: contextlib.ExitStack) -> bool:
         """Read the bytes of a body from start to stop; -> whether all came."""
@@ -2592,7 +2564,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
         return True
 
-    # -- the answer
     def send(self, answer: Answer) -> None:
         """Send an answer; all go through here, except for "100 Continue".  Events are sent until one side ends them."""
         events, content = answer.events, answer.body
@@ -2603,16 +2574,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.serving[self.connection] = "events"      # nobody's: MAX_STREAMS is limit enough
         self.close_connection |= time.monotonic() > self.opened_at + self.server.patience_s(self.connection)
         self.send_response_only(answer.status)
-        headers = {"Server": USER_AGENT, "Date": self.date_time_string()}     # a second start knows the first by Server
-        headers |= {} if events else {"Content-Length": str(len(content))}
-        headers["Cross-Origin-Resource-Policy"] = "same-origin"           # no website may use it, as an image say
-        if content:
-            headers |= {"Content-Type": answer.media_type, "X-Content-Type-Options": "nosniff"}
-        if self.cookie and answer.status == 200 and answer.media_type.startswith("text/html"):
-            headers["Set-Cookie"] = f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"
-        closing = {"Connection": "close"} if self.close_connection else {}
-        for name, value in {**headers, **answer.headers, **closing}.items():
-            self.send_header(name, value)
+        shows = self.cookie and answer.status == 200 and answer.media_type.startswith("text/html")
+        cookie = f"{COOKIE}={self.cookie}; Path=/; Max-Age={COOKIE_S}; HttpOnly; SameSite=Strict"
+        headers = {"Server": USER_AGENT, "Date": self.date_time_string(),     # a second start knows the first by Server
+                   "Content-Length": "" if events else str(len(content)),
+                   "Cross-Origin-Resource-Policy": "same-origin",             # no website may use it, as an image say
+                   "Content-Type": answer.media_type if content else "",
+                   "X-Content-Type-Options": "nosniff" if content else "", "Set-Cookie": cookie if shows else "",
+                   **answer.headers, "Connection": "close" if self.close_connection else ""}
+        for name in filter(headers.get, headers):
+            self.send_header(name, headers[name])
         self.end_headers()
         if self.command != "HEAD":
             self.connection.settimeout(PLEX_S)
@@ -2634,18 +2605,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: the Watcher logs what became of a webhook."""
 
 # -- Listener: the socket, and a thread for each connection
-MAX_CONNECTIONS = 64          # threads at once; each may hold 8 MB of stack, mostly untouched
-MAX_OF_ONE = 16               # of them for one sender
-MAX_PARKED = 256              # connections that wait for a thread; each holds a descriptor, of usually 1024
+# Threads at once (8 MB of stack each, mostly untouched), and of one sender; what waits (a descriptor each, of 1024).
+MAX_CONNECTIONS, MAX_OF_ONE, MAX_PARKED = 64, 16, 256
 
 class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """The HTTP listener.  It listens as soon as it is made; what comes waits for serve()."""
+    """The HTTP listener.  It listens as soon as it is made (or raises OSError); what comes waits for serve()."""
     # A thousand slow connections of one sender keep no other out: beyond its MAX_OF_ONE they are accepted and parked.
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024        # a burst of connections waits here, instead of for TCP to try again
 
     def __init__(self, host: str, port: int):
-        """host "": all addresses, of IPv6 too if the machine has it.  port 0: any free one.  Raises OSError."""
         self.serving: dict[Any, str] = {}                # each connection that has a thread -> its sender
         self.parked: dict[Any, tuple[str, Any]] = {}     # that waits for one, the oldest first -> sender, address
         self.lock, self.closing = threading.Lock(), threading.Event()      # lock: for both; see changing()
@@ -2661,10 +2630,9 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
-    def serve(self, gate: Gate, pages: Pages, keep: Callable[[Webhook, memoryview], object],
-              tell: Callable[[Refused | BaseException], object]) -> None:
+    def serve(self, gate: Gate, pages: Pages, keep: Callable[..., object], tell: Callable[..., object]) -> None:
         """Answer requests until close(); then free the port.  For a thread of its own, it wakes for requests only."""
-        # keep: makes a webhook and its thumb safe, or raises WebhookError; tell: hears of refusals and of our bugs.
+        # keep(Webhook, thumb): makes both safe, or raises WebhookError; tell(): hears of refusals and of our bugs.
         self.gate, self.pages, self.keep, self.tell = gate, pages, keep, tell
         while not self.closing.is_set():
             self.handle_request()
@@ -2678,8 +2646,6 @@ class Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def patience_s(self, request: Any) -> float:
         """How old a connection may become, as far as others need its thread; inf: as it likes."""
-        if not self.parked and len(self.serving) < min(MAX_CONNECTIONS, MAX_OF_ONE // 2 + 1):      # as nearly always
-            return math.inf
         with self.lock:
             who, threads = self.serving[request], list(self.serving.values())
             waits = who in (each for each, _ in self.parked.values())
@@ -2771,7 +2737,7 @@ def plain_environment(values: Mapping[str, object]) -> dict[str, str]:
 class Amplifier(NamedTuple):
     """Whether the hook was told `active`, and when it must be told `inactive`."""
     playing: frozenset[str] = frozenset()     # machine_identifiers
-    off_at: float | None = None   # monotonic s, once nothing plays any more; None: not before something changes
+    off_at: float = math.inf      # monotonic s, once nothing plays any more; inf: not before something changes
 
 def after_change(amplifier: Amplifier, change: Change, at: float, active_timeout_s: float) -> tuple[Amplifier, bool]:
     """The amplifier after a change of a player, and whether the hook must be told `active` first."""
@@ -2858,10 +2824,9 @@ class Hooks:
         while not self.ended:
             with contextlib.suppress(queue.Empty):
                 while True:                           # take all that came; wait for more only if no command waits
-                    off_at = self.amplifier.off_at
-                    left_s = None if off_at is None else max(0.0, off_at - time.monotonic())
-                    self.take(self.inbox.get(not self.waiting, left_s))
-            if self.amplifier.off_at is not None and time.monotonic() >= self.amplifier.off_at:
+                    left_s = max(0.0, self.amplifier.off_at - time.monotonic())
+                    self.take(self.inbox.get(not self.waiting, min(left_s, threading.TIMEOUT_MAX)))
+            if time.monotonic() >= self.amplifier.off_at:
                 self.amplifier, self.waiting = Amplifier(), enqueue(self.waiting, "inactive", self.latest)
             if self.waiting:
                 with self.running:
@@ -4935,9 +4900,9 @@ def add_pages(pages: Pages, tracker: Tracker, written: threading.Event) -> None:
 # Way: Config -> Listener, PlexServer, Hooks, Tracker -> serve() starts their threads -> Watcher.run() until SIGTERM
 # Threads: "signals" waits for signals, which all others block.  A bug in any thread ends the process, with a traceback.
 # Needs of Player: CLAIMS, Inbox, PlexServer, Reply, Session, Status, Watcher, Webhook, exchange, origin, put_message,
-#   server_of, watch_stream; of Page: MAX_COVER, Board, Covers, Pages, status_sentence; of Listener: LARGE_BODY, Gate,
-#   Listener, configured_url, own_url, webhook_url; of Hooks: Hooks, hook_command, plain_environment; of Tracker: Entry,
-#   Journal, Tracker, Worker, glance; of Browse: add_pages
+#   server_of, watch_stream; of Page: MAX_COVER, Board, Pages, status_sentence; of Listener: LARGE_BODY, Gate, Listener,
+#   configured_url, own_url, webhook_url; of Hooks: Hooks, hook_command, plain_environment; of Tracker: Entry, Journal,
+#   Tracker, Worker, glance; of Browse: add_pages
 
 def check_complete(config: Config) -> None:
     """Raise ConfigError if flags that need each other are not all there."""
@@ -4952,19 +4917,16 @@ def check_complete(config: Config) -> None:
     if config.tmdb_token_file and not config.tracker_db:
         raise ConfigError("-tmdb-token-file is given, but no -tracker-db; only the tracker uses it.")
 
-def session_fields(session: Session, configured: bool) -> dict[str, object]:
-    """A Session as `players -json` prints it, with the log's and Plex's words."""
-    return {"machine_id": session.machine_identifier, "player": session.player_title, "product": session.product,
-            "platform": session.platform, "user": session.user, "state": session.state, "type": session.item.type,
-            "title": session.item.title, "grandparent_title": session.item.grandparent_title,
-            "parent_title": session.item.parent_title, "configured": configured}
-
-def session_lines(session: Session, configured: bool) -> str:
-    """A Session as `players` prints it: three short lines; the last one is a flag to copy."""
+def session_row(session: Session, configured: bool) -> tuple[dict[str, object], str]:
+    """A Session as `players` prints it: with the log's and Plex's words; in three lines, the last a flag to copy."""
+    item, name, machine_id = session.item, session.player_title, session.machine_identifier
     made = ", ".join(filter(None, (session.product, session.platform, "configured" if configured else "")))
-    name = f"{' *'[configured]} {session.player_title or 'without a name'}{f' ({made})' if made else ''}"
-    return "\n".join(map(printable, (name, f"    {playing_sentence(session.state, session.item)}",
-                                     f"    -plex-machine-id {shlex.quote(session.machine_identifier)}")))
+    lines = (f"{' *'[configured]} {name or 'without a name'}{f' ({made})' if made else ''}",
+             f"    {playing_sentence(session.state, item)}", f"    -plex-machine-id {shlex.quote(machine_id)}")
+    return {"machine_id": machine_id, "player": name, "product": session.product, "platform": session.platform,
+            "user": session.user, "state": session.state, "type": item.type, "title": item.title,
+            "grandparent_title": item.grandparent_title, "parent_title": item.parent_title,
+            "configured": configured}, "\n".join(map(printable, lines))
 
 # --- the world
 # -- The log
@@ -4975,12 +4937,10 @@ def log_line(as_json: bool, journal: bool, record: logging.LogRecord) -> str:
     """A record of say() as a line of the log.  journal (systemd's): with its priority and no time."""
     sentence, fields = record.getMessage(), getattr(record, "fields", {})
     level, priority = next((name, priority) for name, (no, priority) in LEVELS.items() if no <= record.levelno)
-    if as_json:
-        stamp = {} if journal else {"time": local_time("%Y-%m-%dT%H:%M:%S%z", record.created)}
-        line = json_line({**stamp, "level": level, **({"msg": sentence} if sentence else {}), **fields})
-    else:
-        now = "" if journal else f"{local_time('%Y-%m-%d %H:%M:%S', record.created)} {level.upper():5} "
-        line = f"{now}{text_line(sentence, fields)}"
+    at = "" if journal else local_time("%Y-%m-%dT%H:%M:%S%z" if as_json else "%Y-%m-%d %H:%M:%S", record.created)
+    head = {key: word for key, word in (("time", at), ("level", level), ("msg", sentence)) if word}
+    begin = f"{at} {level.upper():5} " if at else ""
+    line = json_line({**head, **fields}) if as_json else f"{begin}{text_line(sentence, fields)}"
     return f"<{priority}>{line}" if journal else line
 
 def in_journal(environ: Mapping[str, str]) -> bool:
@@ -4998,9 +4958,8 @@ class LogHandler(logging.Handler):
         self.descriptor, self.encoding, self.room = stream.fileno(), stream.encoding, select.poll()
         self.dropped, self.torn = 0, b""              # torn: what ends a line that was cut off
         # A terminal may have room for half of a line, and block.  Opened anew, it does not; nor do others notice.
-        with contextlib.suppress(OSError):
-            if os.isatty(self.descriptor):
-                self.descriptor = os.open(os.ttyname(self.descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        with contextlib.suppress(OSError):            # it is no terminal
+            self.descriptor = os.open(os.ttyname(self.descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.room.register(self.descriptor, select.POLLOUT)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -5032,9 +4991,8 @@ def set_up_log(config: Config) -> None:
         handler = LogHandler(sys.stderr)
     handler.format = functools.partial(  # type: ignore[method-assign]
         log_line, config.log_format == "json", in_journal(os.environ))
-    log.handlers[:] = [handler]
+    log.handlers[:], log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level][0])
-    log.propagate = False
 
 # -- systemd
 class Systemd:
@@ -5126,7 +5084,7 @@ def watched_environment(entry: Entry) -> dict[str, str]:
     return plain_environment({"PLAYER_EVENT": "watched", "NAME": entry.title, "SHOW": entry.show_title, **number_of,
                               "PLEX_TYPE": entry.type, "PLEX_RATING_KEY": entry.rating_key, "TRACK_ID": entry.guid})
 
-def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_id: str, webhook: Webhook,
+def keep_webhook(inbox: Inbox, journal: Journal | None, board: Board, machine_id: str, webhook: Webhook,
                  thumb: memoryview) -> None:
     """Give a webhook to the watcher, and put it into the journal; raises WebhookError 503 if it is not safe there."""
     if not put_message(inbox, webhook):
@@ -5137,17 +5095,17 @@ def keep_webhook(inbox: Inbox, journal: Journal | None, covers: Covers, machine_
         except TrackerError as error:
             raise WebhookError(503, "The watch tracker cannot be written now; try again later.") from error
     ours = machine_id in ("", webhook.player_uuid) and webhook.event in CLAIMS and len(thumb) <= MAX_COVER
-    if thumb and ours and webhook.item and webhook.item.identity != covers.webhook[0]:
-        covers.webhook = webhook.item.identity, bytes(thumb)
+    if thumb and ours and webhook.item and webhook.item.identity != board.brought[0]:
+        board.brought = webhook.item.identity, bytes(thumb)
 
 def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | None, hooks: Hooks | None,
           inbox: Inbox) -> Callable[[], None]:
     """Start all threads; -> what is left to do: to watch the player, until SIGTERM is in the inbox."""
-    systemd, board, covers, trackers, journal = Systemd(os.environ), Board(), Covers(plex), list[Tracker](), None
+    systemd, board, trackers, journal = Systemd(os.environ), Board(plex), list[Tracker](), None
     end = functools.partial(say_goodbye, listener, systemd, hooks, trackers, threading.Lock())
     start("signals", inbox, take_signals, block_signals(), inbox, end)
     own = functools.partial(own_url, str(listener.server_address[0]), listener.port, config.plex_server_url)
-    pages = Pages(board, covers, bool(gate.secret), own)
+    pages = Pages(board, bool(gate.secret), own)
     if config.tracker_db:
         trackers.append(tracker := Tracker(config.tracker_db, create=True, patient=True))
         tracker.plex = plex
@@ -5157,7 +5115,7 @@ def serve(config: Config, listener: Listener, gate: Gate, plex: PlexServer | Non
         start("worker", inbox, worker.run, journal.written)
         pages.glance = functools.partial(glance, tracker, journal)
         add_pages(pages, tracker, journal.written)
-    keep = functools.partial(keep_webhook, inbox, journal, covers, config.plex_machine_id)
+    keep = functools.partial(keep_webhook, inbox, journal, board, config.plex_machine_id)
     start("listener", inbox, listener.serve, gate, pages, keep, functools.partial(put_message, inbox))
     address = announce(config, listener.port, "?token=..." if gate.secret else "")
     next(address)
@@ -5273,11 +5231,10 @@ def players(config: Config) -> int:
                  bare_token(getpass.getpass("Plex token (it is not shown): ")))
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError("players: a token is one word of plain characters.")
-    sessions = PlexServer(url, lambda: token, config.plex_ca_file).sessions()
-    rows = [(session, session.machine_identifier == config.plex_machine_id) for session in sessions]
+    rows = [session_row(session, session.machine_identifier == config.plex_machine_id)
+            for session in PlexServer(url, lambda: token, config.plex_ca_file).sessions()]
     nothing = f"Nothing plays on {origin(url)}. A player shows up only while it plays: press play, then try again."
-    return print_rows(config, [session_fields(*row) for row in rows],
-                      "\n\n".join(session_lines(*row) for row in rows) or nothing)
+    return print_rows(config, [fields for fields, _ in rows], "\n\n".join(lines for _, lines in rows) or nothing)
 
 # === Setup: one file -> a daemon that was seen to work (ask_plextv, Setup, login, webhook, setup, uninstall) ===
 # What for: nobody should have to find a token, an identifier or an address, or to edit a file.  `setup` goes the whole

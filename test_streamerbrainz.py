@@ -358,12 +358,12 @@ class Site:
     """A listener in a thread, with all its pages, and an inbox that nobody empties."""
 
     def __init__(self, host="127.0.0.1", plex=None, machine_id="m1", gate=None, journal=None):
-        self.inbox, self.board, self.covers, self.gate = queue.SimpleQueue(), sb.Board(), sb.Covers(plex), gate or sb.Gate()
+        self.inbox, self.board, self.gate = queue.SimpleQueue(), sb.Board(plex), gate or sb.Gate()
         self.server = sb.Listener(host, 0)
         self.port = self.server.port
         own_url = functools.partial(sb.own_url, host, self.port, "")
-        self.pages = sb.Pages(self.board, self.covers, bool(self.gate.secret), own_url)
-        keep = functools.partial(sb.keep_webhook, self.inbox, journal, self.covers, machine_id)
+        self.pages = sb.Pages(self.board, bool(self.gate.secret), own_url)
+        keep = functools.partial(sb.keep_webhook, self.inbox, journal, self.board, machine_id)
         tell = functools.partial(sb.put_message, self.inbox)
         self.threads = [threading.Thread(target=self.server.serve, args=(self.gate, self.pages, keep, tell), daemon=True)]
 
@@ -3353,7 +3353,7 @@ def test_metrics_are_what_prometheus_reads():
     parser = pytest.importorskip("prometheus_client.parser")
     status = status_of(known_player(proof=sb.Proof(missed=2)), has_server=True, webhook_at=90.0, webhook_time=1700000000.0,
                        webhooks={("media.play", "ok"): 3, ("other", "401"): 1}, looks={"ok": 5, "unreachable": 1}, reported={(PLAYING, "webhook"): 2})
-    said = sb.metric_lines(sb.metric_families(status, {"success": 4, "waiting": 1}, sb.process_figures(1.0), 102.0))
+    said = sb.metric_lines(status, {"success": 4, "waiting": 1}, sb.process_figures(1.0), 102.0)
     samples = {(each.name, *each.labels.values()): each.value for family in parser.text_string_to_metric_families(said) for each in family.samples}
     assert samples["plex_up",] == 1 and samples["streamerbrainz_build_info", sb.VERSION] == 1 and samples["streamerbrainz_player_position_seconds",] == 63
     assert [samples["streamerbrainz_player_state", each] for each in (PLAYING, PAUSED, STOPPED)] == [1, 0, 0]
@@ -3362,7 +3362,7 @@ def test_metrics_are_what_prometheus_reads():
     assert samples["streamerbrainz_looks_total", "unreachable"] == 1 and samples["streamerbrainz_changes_total", PLAYING, "webhook"] == 2
     assert samples["streamerbrainz_tracker_rows_total", "success"] == 4 and samples["process_resident_memory_bytes",] > 1e6
     assert "Karma" not in said and "Living" not in said
-    assert "plex_up" not in sb.metric_lines(sb.metric_families(sb.Status(), {}, {}, 1.0))
+    assert "plex_up" not in sb.metric_lines(sb.Status(), {}, {}, 1.0)
 
 
 @pytest.mark.parametrize("seconds, words", [(0, "0 s ago"), (59.6, "60 s ago"), (119, "119 s ago"), (240, "4 min ago"), (7199, "120 min ago"),
@@ -3497,7 +3497,7 @@ def test_the_page_shows_what_plays_and_no_secret(listener, tmp_path):
     seen_everywhere(listener)
     code, said = get(listener, "/?token=0123456789abcdef")
     assert code == 200 and "Karma Police" in said and "http://pi.lan:3001/webhooks/plex" in said and "0123456789abcdef" not in said
-    listener.covers.webhook = ("101", THUMB)
+    listener.board.brought = ("101", THUMB)
     assert '<img alt="" data-src="cover?key=101">' in get(listener, "/?token=0123456789abcdef")[1]      # the script adds the secret
     answer = exchange(listener, raw("GET /?token=0123456789abcdef HTTP/1.1\nHost: x\n"))
     assert b"\r\nContent-Security-Policy: default-src 'none'; " in answer and b"unsafe" not in answer
@@ -3541,12 +3541,12 @@ def test_the_picture_is_the_webhooks_else_the_servers_without_its_token(listener
     publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
     assert "<img" not in get(listener)[1]                           # nobody to ask
     with RawServer(answer) as server:
-        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        listener.board.plex = sb.PlexServer(server.url, secret_file(token_file).first)
         publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
         for _ in range(2):
             assert exchange(listener, raw("GET /cover?key=101 HTTP/1.1\nHost: x\n")).endswith(jpeg)
         assert len(asked) == 1 and server.requests[0].startswith(b"GET /library/metadata/1/thumb/2 HTTP/1.1\r\n")
-        listener.covers.webhook = ("101", b"\xff\xd8\xffwebhook")
+        listener.board.brought = ("101", b"\xff\xd8\xffwebhook")
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"webhook")
 
 
@@ -3555,12 +3555,12 @@ def test_a_picture_that_is_cut_short_or_missing_is_not_shown_nor_kept_and_asked_
     answers = [broken, http_answer(b"\xff\xd8\xffwhole")]
     publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
     with RawServer(lambda connection: answers[0](connection)) as server:
-        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        listener.board.plex = sb.PlexServer(server.url, secret_file(token_file).first)
         for _ in range(2):
             assert get(listener, "/cover")[0] == 404
         assert len(server.requests) == 1                            # nobody waits for it twice
         answers.pop(0)
-        listener.covers.retry_at = 0.0                              # the pause is over
+        listener.board.retry_at = 0.0                              # the pause is over
         assert exchange(listener, raw("GET /cover HTTP/1.1\nHost: x\n")).endswith(b"whole")
 
 
@@ -3568,7 +3568,7 @@ def test_pictures_of_a_server_that_hangs_hold_their_threads_for_one_answers_time
     monkeypatch.setattr(sb, "PLEX_S", 0.4)
     publish(listener, item={**SONG, "thumb": "/library/metadata/1/thumb/2"})
     with RawServer(hang) as server:
-        listener.covers.plex = sb.PlexServer(server.url, secret_file(token_file).first)
+        listener.board.plex = sb.PlexServer(server.url, secret_file(token_file).first)
         began, codes = time.monotonic(), []
         threads = [threading.Thread(target=lambda: codes.append(get(listener, "/cover")[0])) for _ in range(70)]
         for work in (threading.Thread.start, threading.Thread.join):
@@ -3674,7 +3674,7 @@ def test_a_page_whose_daemon_is_gone_says_so_and_its_clock_stops(listener):
         shown.wait(20)
         raise sb.WebhookError(404, "No.")
     listener.pages.paths |= {"/": page, "/cover": late}
-    listener.covers.webhook = ("101", THUMB)
+    listener.board.brought = ("101", THUMB)
     listener.board.publish(status_of(known_player()._replace(view_offset=0, moved_at=time.monotonic())), [])
     browser = subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--timeout=20000", "--dump-dom",
                                 f"http://127.0.0.1:{listener.port}/"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -3723,14 +3723,14 @@ def test_a_webhook_is_answered_and_in_the_inbox(listener):
     answer = exchange(listener, post())
     assert status(answer) == 200 and b"\r\nServer: StreamerBrainz/" + sb.VERSION.encode() + b"\r\n" in answer
     assert listener.inbox.get(timeout=5) == sb.parse_webhook(MULTIPART, BODY)[0]
-    assert listener.covers.webhook == ("101", THUMB)
+    assert listener.board.brought == ("101", THUMB)
 
 
 def test_only_the_latest_picture_of_our_player_is_kept(listener):
     for metadata, uuid, thumb in ((SONG, "m1", b"one"), (OTHER, "m1", b"two"), (SONG, "m2", b"three"), (OTHER, "m1", b"")):
         content_type, body = sb.encode_webhook(payload(uuid=uuid, metadata=metadata), thumb)
         assert status(exchange(listener, post(body, content_type))) == 200
-    assert listener.covers.webhook == ("102", b"two")
+    assert listener.board.brought == ("102", b"two")
 
 
 @pytest.mark.parametrize("request_, expected, body", [
@@ -3836,9 +3836,9 @@ def test_a_large_body_is_read_whole(listener):
     thumb = random.Random(1).randbytes(3_000_000)
     content_type, body = sb.encode_webhook(payload(), thumb)
     for request_ in (post(body, content_type), raw(f"POST /webhooks/plex HTTP/1.1\nContent-Type: {content_type}\n{CHUNKED}", chunked(body, 65536))):
-        listener.covers.webhook = ("", b"")
+        listener.board.brought = ("", b"")
         assert status(exchange(listener, request_)) == 200
-        assert eventually(lambda: listener.covers.webhook[1]) == thumb
+        assert eventually(lambda: listener.board.brought[1]) == thumb
 
 
 def test_a_refusal_gives_no_cookie_of_who_asked_before_on_the_same_connection(listener, tmp_path):
@@ -4177,7 +4177,7 @@ def test_no_website_in_a_real_browser_sends_or_reads(listener):
         def log_message(self, *_):
             pass
     publish(listener)
-    listener.covers.webhook = ("101", PNG)
+    listener.board.brought = ("101", PNG)
     with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website)) as website:
         port = website.server_address[1]
         browsers = [subprocess.Popen([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0",
@@ -4316,7 +4316,7 @@ def test_an_amplifier_is_told_active_once_and_inactive_after_the_last_playing():
     assert after(amplifier, PLAYING, 11.0) == (sb.Amplifier(frozenset({"m1"})), False)
     assert after(sb.Amplifier(), PAUSED, 0.0) == (sb.Amplifier(), False)
     both = after(after(sb.Amplifier(), PLAYING, 0.0)[0], PLAYING, 1.0, "m2")[0]
-    assert after(both, STOPPED, 2.0, "m2")[0].off_at is None        # the other one plays on
+    assert after(both, STOPPED, 2.0, "m2")[0].off_at == math.inf    # the other one plays on
 
 
 # --- the world
