@@ -1764,7 +1764,7 @@ def test_a_change_without_its_webhook_is_missed_when_its_time_is_up_though_nothi
     judge.wait(9)                                          # the looks after the change are over
     assert judge.player.proof.missed == 0 and sb.proof_due(judge.player) == changed_at + sb.PROOF_S
     judge.at = sb.proof_due(judge.player)
-    judge.observe(sb.Tick())
+    judge.observe(None)
     assert judge.player.proof.missed == 1 and sb.proof_due(judge.player) == math.inf
 
 
