@@ -619,7 +619,6 @@ class Session(NamedTuple):
 _CONTROLS, _NO_CHARACTERS = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20))), re.compile(b"\xef\xbf[\xbe\xbf]")
 _REFERENCES = re.compile(rb"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
 
-
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
     if 2 * sum(map(xml.count, b"<=&")) > MAX_VALUES:
@@ -734,10 +733,9 @@ MAX_CLAIMS, MAX_SESSIONS = 16, 16     # claims that may wait (a skip makes three
 WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
 # No more than MAX_LOOKS in any BUDGET_S.  One claim may have FREE_LOOKS at once, a whole series; the rest is spread.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
-# What plays shows life in that time: Plex renews its position, and repeats its notification, each 10 to 15 s.
-LIFE_S = 16.0
-# How long a playing view_offset stands still before its player is taken for dead (two renewals and more; a prime, for a
-# track on repeat is there again, too, if its length divides the wait), and from one such look to the next at least.
+LIFE_S = 16.0     # what plays shows life in it: Plex renews its position, and repeats its notification, each 10 to 15 s
+# How long a playing view_offset stands still until its player counts as dead: two renewals and more, and a prime, for a
+# track on repeat is there again if its length divides it; and until the next look at least: it may have begun again.
 FROZEN_S, STILL_S = 41.0, 14.0
 PROOF_S, PROOF_MISSES = 10.0, 3   # between a change and its webhook; missing in a row for a warning, as one may be lost
 MAX_STRANGERS = 5             # other players that are named when ours is not seen
@@ -792,7 +790,7 @@ class Trace(NamedTuple):
     born: tuple[float, int]       # when its session_key was first seen, and that as a number; 0: it is none
     seen_at: float                # when the last look was that showed it
     told: bool = False            # a witness told of its state, too: that is no pause that a crash left behind
-    said: tuple[tuple[float, int], ...] = ()      # the view_offset that the stream told last, and when; (): none
+    said: tuple[float, int] = (-math.inf, 0)      # when the stream told its view_offset last, and that; ms
     stale: bool = False           # a newer session began after its last sign of life; until the next such sign
 
 class Expected(NamedTuple):
@@ -832,7 +830,7 @@ class PlayerState(NamedTuple):
     changed_at: float = -math.inf  # when state or item changed last
     claims: tuple[Claim, ...] = ()    # what webhooks and notifications say, and the sessions do not yet; newest first
     looked: tuple[tuple[float, bool], ...] = ()   # when the last MAX_LOOKS looks were, and whether each found a change
-    look_at: float | None = None  # when to look next; None: not before something is heard
+    look_at: float = math.inf     # when to look next; infinity: not before something is heard
     look_why: str = "sessions"    # "poll": the next look is a slow look; "sessions": there is a reason for it
     proof: Proof = Proof()
     traces: tuple[Trace, ...] = ()
@@ -865,15 +863,13 @@ def position_ms(player: PlayerState, at: float) -> int:
 
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
-    is_sooner = player.look_at is not None and player.look_at <= at
-    return player if is_sooner else player._replace(look_at=at, look_why="sessions")
+    return player if player.look_at <= at else player._replace(look_at=at, look_why="sessions")
 
 def within_budget(player: PlayerState) -> PlayerState:
     """The player, with its next look put off until the budget allows it; not if nearly each look finds a change."""
-    if player.look_at is None or 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS:     # so short only in a quick demo
-        return player
     recent = [each for each in player.looked if each[0] > player.look_at - BUDGET_S]
-    if len(recent) < FREE_LOOKS or sum(found for _, found in recent) > 0.7 * len(recent):
+    is_demo = 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS       # so short only in a quick one
+    if is_demo or len(recent) < FREE_LOOKS or sum(found for _, found in recent) > 0.7 * len(recent):
         return player
     gap_s = (recent[0][0] + BUDGET_S - recent[-1][0]) / (MAX_LOOKS + 1 - len(recent))
     return player._replace(look_at=max(player.look_at, recent[-1][0] + gap_s))
@@ -895,7 +891,7 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     key = claim.session_key or (player.session_key if player.state != STOPPED else None)
     return player if claim.state == STOPPED else player._replace(traces=tuple(
         trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False,
-                       said=trace.said if claim.view_offset is None else ((at, claim.view_offset),))
+                       said=trace.said if claim.view_offset is None else (at, claim.view_offset))
         if trace.session.session_key == key and claim.about(trace.session) else trace for trace in player.traces))
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
@@ -936,8 +932,7 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     if not ours or state is None:
         return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    # It may tell what was reported before it came, and is over since: a claim for one look.
-    known = player.state == state and player.plays(claim.identity)
+    known = player.state == state and player.plays(claim.identity)      # else it may tell what is over: for one look
     late = not known and any(each.matches(claim) for each in player.proof.changes)
     return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
@@ -991,7 +986,7 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
         alive_at = at if moved_s < 0 else min(at, max(before.alive_at, before.seen_at, before.since + moved_s))
     born = same[0].born if same else (at, number(session.session_key) or 0)
-    return Trace(session, at, alive_at, born, at, told, before.said if before else ())
+    return Trace(session, at, alive_at, born, at, told, before.said if before else (-math.inf, 0))
 
 def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
@@ -999,8 +994,7 @@ def frozen(trace: Trace, at: float) -> bool:
 
 def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
     """A session's trace, stale if a newer session of the player began after its last sign of life."""
-    # A player that crashed and was started again has two sessions: when the new one ends, the old one, which stands
-    # still, must not be reported as playing.  A photo is no new one: people look at photos while a track is paused.
+    # As after a crash and a new start.  A photo is no newer session: people look at photos while a track is paused.
     still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
     newer = still and any(each.born > trace.born and each.born[0] >= trace.alive_at and each.session.item.type != PHOTO
                           for each in traces)
@@ -1008,8 +1002,7 @@ def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
 
 def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
     """Whether a session counts.  What is believed to play does until it is frozen, another that plays for LIFE_S."""
-    # One player can have two that play (a cast, several rooms).  When the newest ends, the other one is what it does
-    # then, if it lives.  If it is stale, we wait until it shows life: nobody knows yet whether it was left by a crash.
+    # Of two that play (a cast, several rooms), the other one is what the player does when the newest ends, if it lives.
     if not trace.session.must_move:
         return not trace.stale
     believed = player.state == PLAYING and player.session_key == trace.session.session_key and not trace.stale
@@ -1017,7 +1010,7 @@ def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
 
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live."""
-    begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
+    begun = min(player.look_at, at)                   # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
     met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
            ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
@@ -1025,7 +1018,6 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     over = max((each.at for each in met if each.by == "webhook"), default=-math.inf)     # with it, those before it are
     claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1]
                    and (each.by != "webhook" or each.at > over))
-    slow = at + player.poll_interval_s if player.poll_interval_s else None
     due = [trace.alive_at + LIFE_S for trace in traces if trace.stale]      # by then it has shown life, or is dead
     for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
         first = min(each.at for each in claims if each[:2] == claim[:2])      # who says the same begins no new series
@@ -1033,12 +1025,12 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
         due.append(next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):
         due.append(at + LAG_S)                        # a doubled, older claim may agree with sessions that lag
-    if slow and chosen and chosen.session.must_move and chosen.since < at:
+    if player.poll_interval_s and chosen and chosen.session.must_move and chosen.since < at:
         due.append(max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + STILL_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
         due.append(at + BUFFERING_S)
-    player = player._replace(claims=claims, look_at=slow, look_why="poll")
-    return look_no_later(player, min(due)) if due else player
+    slow = at + (player.poll_interval_s or math.inf)
+    return look_no_later(player._replace(claims=claims, look_at=slow, look_why="poll"), min(due, default=math.inf))
 
 def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
     """After a look that shows what the player does.  Its position is the latest that a witness said."""
@@ -1052,10 +1044,9 @@ def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
         said_at = player.moved_at if player.session_key == session.session_key else -math.inf
         moved_at = player.moved_at if player.state == state else at
         view_offset = position_ms(player, moved_at)
-    told = [*chosen.said, *((claim.at, claim.view_offset) for claim in about if claim.view_offset is not None)]
-    told_at, told_offset = max(told, default=(-math.inf, 0))
-    if told and said_at <= told_at:
-        said_at, view_offset, moved_at = told_at, told_offset, told_at
+    told_at, told = max([chosen.said, *((each.at, each.view_offset) for each in about if each.view_offset is not None)])
+    if said_at <= told_at > -math.inf:
+        said_at, view_offset, moved_at = told_at, told, told_at
     if session.view_offset is not None and since > max(said_at, told_at + LAG_S):
         behind_s = since - moved_at + (view_offset - session.view_offset) / 1000
         if state != PLAYING or since >= said_at + LIFE_S or not 0 <= behind_s < LIFE_S:      # else not renewed since
@@ -1067,8 +1058,8 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     """After a look: the sessions decide, except for those of a player that crashed."""
     # Of our player's sessions that live, the chosen one is what the player does.  If there is none, it has stopped: its
     # session is gone, or frozen.  If the chosen one is stale, nobody knows yet what the player does: nothing changes.
-    reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     changes: tuple[Report, ...] = ()
+    back: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     ours = [session for session in look.sessions if session.machine_identifier == player.machine_identifier]
     keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
     traces = [follow(player, session, at) for session in ours[-MAX_SESSIONS:]]
@@ -1083,7 +1074,7 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
         player, changes = become(player, STOPPED, player.item, player.view_offset if died else position_ms(player, at),
                                  at, at, "", *(("silence", "frozen") if died else (by,)))
     player = player._replace(outage=None, retries=0, foreign_keys=keys, traces=tuple(traces))
-    return schedule(player, [*live.values()], chosen, at), reports + changes
+    return schedule(player, [*live.values()], chosen, at), back + changes
 
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
     """After a look that failed: look again, after longer and longer waits."""
@@ -1162,13 +1153,12 @@ def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> st
             f"them, give its flag: -plex-machine-id {shlex.quote(next(iter(others)))}")
 
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {Webhook: after_webhook, Outage: after_outage,
-    Notification: after_notification, Stream: after_stream, Look: after_look,
-    type(None): lambda player, *_: (player, ())}
+    Notification: after_notification, Stream: after_stream, Look: after_look}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what to report, in order."""
     # at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
-    player, reports = AFTER[type(observation)](before, observation, at)
+    player, reports = AFTER[type(observation)](before, observation, at) if observation else (before, ())
     if isinstance(observation, (Look, Outage)):
         found = any(isinstance(report, Change) for report in reports)
         player = player._replace(looked=(*player.looked, (at, found))[-MAX_LOOKS:])
@@ -1241,8 +1231,7 @@ class BoundedReader(io.RawIOBase):
         super().close()
 
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
-# getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
-# thread.  The names are few: they come from the flags, and doctor's from the account.
+# getaddrinfo() knows no deadline, and can take 40 s: so each lookup has a thread.  Flags and account name few hosts.
 MAX_LOOKUPS, NAME_S = 4, 1.0  # at once; s until we take the last good addresses (the C library asks again after 5 s)
 KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
 _LOOKUPS = threading.Lock()                   # for who starts one
@@ -1579,7 +1568,7 @@ class Watcher:
                     raise message
                 self.handlers[type(message)](message)
             now = time.monotonic()
-            if any(player.look_at is not None and player.look_at <= now for player in self.players.values()):
+            if any(player.look_at <= now for player in self.players.values()):
                 self.look()
             elif self.due() <= now:
                 self.judge(None)
@@ -1594,8 +1583,7 @@ class Watcher:
 
     def due(self) -> float:
         """When the next look or proof is due; infinity: not before something is heard."""
-        return min((when for player in self.players.values() for when in (player.look_at, proof_due(player))
-                    if when is not None), default=math.inf)
+        return min((min(player.look_at, proof_due(player)) for player in self.players.values()), default=math.inf)
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1629,15 +1617,16 @@ class Watcher:
     def note_stream(self, stream: Stream) -> None:
         """The event stream opened or broke.  A missing stream is said once; a break is usual, and DEBUG."""
         self.judge(stream)
-        missing = WITHOUT_STREAM.get(stream.fault) if stream.event == "failed" else None
-        if missing and not self.status.stream_missing:
+        was_missing, is_open = self.status.stream_missing, stream.event == "opened"
+        is_missing = stream.event == "failed" and (was_missing or stream.fault in WITHOUT_STREAM)
+        if is_missing and not was_missing:
+            missing = WITHOUT_STREAM[stream.fault]
             say(logging.INFO, f"no event stream, {missing}: a change without a webhook is found by the next slow look")
-        elif stream.event == "opened" and self.status.stream_missing:
+        elif is_open and was_missing:
             say(logging.INFO, "the event stream is there now")
         else:
             say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
-        still = self.status.stream_missing and stream.event == "failed"
-        self.status = self.status._replace(stream_open=stream.event == "opened", stream_missing=bool(missing) or still)
+        self.status = self.status._replace(stream_open=is_open, stream_missing=is_missing)
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""
