@@ -858,8 +858,7 @@ def clamp(view_offset: int, item: Item | None) -> int:
 
 def position_ms(player: PlayerState, at: float) -> int:
     """Where the player is in its item at a time: the last position that Plex gave, plus the time since then; ms."""
-    ran_on = int((at - player.moved_at) * 1000) if player.state == PLAYING else 0
-    return clamp(player.view_offset + ran_on, player.item)
+    return clamp(player.view_offset + int((at - player.moved_at) * 1000) * (player.state == PLAYING), player.item)
 
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
@@ -926,11 +925,9 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook: a reason to look, at once for our player, soon for another one."""
     if not player.has_server:
         return after_webhook_alone(player, webhook, at)
-    if not webhook.player_uuid:
-        return player, ()
     state, ours = CLAIMS.get(webhook.event), webhook.player_uuid == player.machine_identifier
     if not ours or state is None:
-        return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
+        return look_soon(player, at, 0.0 if ours else FOREIGN_S) if webhook.player_uuid else player, ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
     known = player.state == state and player.plays(claim.identity)      # else it may tell what is over: for one look
     late = not known and any(each.matches(claim) for each in player.proof.changes)
@@ -1092,14 +1089,13 @@ def documented(change: Change, before: PlayerState) -> bool:
     skip = change.state == PLAYING and change.old_state != STOPPED
     return not (change.reason or (back if same else skip) or change.state == change.old_state)
 
-def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
-          at: float) -> Verdict:
-    """The player with its Proof after an observation."""
+def prove(before: PlayerState, after: Verdict, observation: Observation, at: float) -> Verdict:
+    """The player with its Proof after an observation, and what that adds to the reports."""
     # Each documented change must have its webhook, whichever comes first, and under any player's uuid: it reached us.
     # What an outage hid proves nothing.  No alarm while any of our player's come: a change may be too short to be seen.
-    proof, delays_s = player.proof, list[float]()
-    changes, webhooks = ([each for each in waiting if at - each.at < PROOF_S]
-                         for waiting in (proof.changes, proof.webhooks))
+    (player, reports), proof, delays_s = after, before.proof, list[float]()
+    changes = [each for each in proof.changes if at - each.at < PROOF_S]
+    webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
     missed = [each for each in proof.changes if each.documented and at - each.at >= PROOF_S]
     heard = observation if isinstance(observation, Webhook) else Webhook("")
     ours = heard.player_uuid == player.machine_identifier
@@ -1125,7 +1121,7 @@ def prove(before: PlayerState, player: PlayerState, observation: Observation, re
     proof = Proof(tuple(changes), tuple(webhooks[-MAX_EARLY:]), proof.arrived + len(delays_s),
                   proof.missed + len(missed), in_a_row, at if ours else proof.heard_at, others,
                   (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
-    return player._replace(proof=proof), news
+    return player._replace(proof=proof), reports + news
 
 def proof_due(player: PlayerState) -> float:
     """When the next change counts as one without its webhook; infinity: each has its own."""
@@ -1164,8 +1160,7 @@ def advance(before: PlayerState, observation: Observation, at: float) -> Verdict
         player = player._replace(looked=(*player.looked, (at, found))[-MAX_LOOKS:])
     if not player.has_server:
         return player, reports                        # the webhooks are the only witness: nothing proves them
-    player, news = prove(before, within_budget(player), observation, reports, at)
-    return player, reports + news
+    return prove(before, (within_budget(player), reports), observation, at)
 
 # -- Status: what the Watcher knows, for the other chapters
 EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
@@ -1252,8 +1247,7 @@ def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...
     with _LOOKUPS, contextlib.suppress(RuntimeError):             # this machine has no more threads
         running = {each.name: each for each in threading.enumerate() if each.name.startswith("names ")}
         if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
-            lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
-            lookup.start()
+            (lookup := threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)).start()
     if lookup and lookup.is_alive() and left > 0:
         lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
     if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
