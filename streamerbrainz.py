@@ -498,8 +498,7 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
-    # The history has no year, but a day: 2021-10-07.
-    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])
+    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])    # 2021-10-07
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
                     item_guids(attributes), year or None, time_of(attributes.get("lastViewedAt")))
 
@@ -910,7 +909,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
 
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook, where there is no server to ask: it is believed, unless it is late."""
-    # Late: a pause of the item before this one, or a resume of what has stopped, which Plex sent before that change.
+    # Late: a pause of the item before this one, or a resume of what has stopped, that Plex sent before the last change.
     state, item = CLAIMS.get(webhook.event), webhook.item or player.item
     if state is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
@@ -1074,8 +1073,7 @@ def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     return schedule(player, [*live.values()], chosen, at), back + changes
 
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
-    """After a look that failed: look again, after longer and longer waits."""
-    # Nothing that is believed changes, and a claim is kept until the server is back.
+    """After a look that failed: nothing that is believed changes, and the next looks come after longer waits."""
     wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(player.retries, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
     since = player.outage_at if player.outage else at
@@ -1092,7 +1090,7 @@ def documented(change: Change, before: PlayerState) -> bool:
 def prove(before: PlayerState, after: Verdict, observation: Observation, at: float) -> Verdict:
     """The player with its Proof after an observation, and what that adds to the reports."""
     # Each documented change must have its webhook, whichever comes first, and under any player's uuid: it reached us.
-    # What an outage hid proves nothing.  No alarm while any of our player's come: a change may be too short to be seen.
+    # What an outage hid proves nothing.  No alarm while our player's come: one may be of a change too short to be seen.
     (player, reports), proof, delays_s = after, before.proof, list[float]()
     changes = [each for each in proof.changes if at - each.at < PROOF_S]
     webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
