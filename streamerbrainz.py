@@ -211,8 +211,7 @@ class WebhookError(Exception):
 
 class PlexError(Exception):
     """The fault of a server that was asked (Plex, plex.tv, TMDB) or of the network, as a sentence."""
-    # fault: unreachable, starting (503), refused (401: bad token), forbidden (403: not the owner's), pass (no Plex
-    # Pass), missing, nonsense
+    # fault: unreachable, starting (503), refused (401), forbidden (403: not owner's), pass (no Pass), missing, nonsense
 
     def __init__(self, fault: str, sentence: str):
         super().__init__(sentence)
@@ -225,8 +224,7 @@ class TrackerError(Exception):
 # JSON and XML have the same names, and numbers may be strings.  Any other shape counts as missing: nothing here raises.
 MAX_TEXT = 500                # characters kept of a title or a name; 200 are many
 LAST_TIME = 2**31 - 1         # the last second that every system can show: a clock of 32 bits ends here, in 2038
-# How many values an answer may hold: each costs up to 80 bytes in JSON, and 200 in XML.  A library's page has 50,000.
-MAX_VALUES = 100_000
+MAX_VALUES = 100_000          # of an answer: each costs up to 80 bytes in JSON, 200 in XML; a library's page has 50,000
 
 def text(value: object, most: int = MAX_TEXT) -> str:
     """A foreign value as text of limited length; "" for anything but text and numbers."""
@@ -238,8 +236,7 @@ def number(value: object) -> int | None:
     """A foreign value as an int from 0 to 2**53; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
         value = int(value)
-    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 2**53 \
-        else None
+    return int(value) if isinstance(value, (int, float)) and type(value) is not bool and 0 <= value <= 2**53 else None
 
 def json_object(value: object) -> Mapping[str, Any]:
     """A foreign value as a JSON object; empty for anything else."""
@@ -512,8 +509,7 @@ def item_guids(attributes: Mapping[str, Any]) -> tuple[str, ...]:
 
 def parse_scrobble(attributes: Mapping[str, Any]) -> Scrobble:
     """The Scrobble in Plex's attributes (JSON Metadata)."""
-    # The history has no year, but a day: 2021-10-07.
-    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])
+    year = number(attributes.get("year")) or number(text(attributes.get("originallyAvailableAt"))[:4])    # 2021-10-07
     return Scrobble(text(attributes.get("grandparentRatingKey")), text(attributes.get("grandparentGuid")),
                     item_guids(attributes), year or None, time_of(attributes.get("lastViewedAt")))
 
@@ -535,8 +531,7 @@ Body = bytes | bytearray | mmap.mmap      # of a request: small, in chunks, larg
 def parameter(message: email.message.Message, name: str, header: str) -> str:
     """A parameter of a header; "" if it is missing, or in a form that Plex never uses (RFC 2231)."""
     with contextlib.suppress(ValueError, TypeError, LookupError):     # email.message's, on broken RFC 2231 forms
-        if isinstance(value := message.get_param(name, "", header), str):
-            return value
+        return value if isinstance(value := message.get_param(name, "", header), str) else ""
     return ""
 
 # The name in a part's header; "": it has none.  Plex sends the same two headers each time.
@@ -634,19 +629,6 @@ class Session(NamedTuple):
 _CONTROLS, _NO_CHARACTERS = bytes((*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20))), re.compile(b"\xef\xbf[\xbe\xbf]")
 _REFERENCES = re.compile(rb"&#(?:0*(?:[0-8]|11|12|1[4-9]|2\d|3[01])|x0*(?:[0-8bBcCeEfF]|1[0-9a-fA-F]|[fF]{3}[eEfF]));")
 
-def parse_session(element: ElementTree.Element) -> Session | None:
-    """The Session of a Track, Video, Photo or other element; None if it has no player."""
-    player, user = element.find("Player"), element.find("User")
-    if player is None or not player.get("machineIdentifier") or player.get("state") == STOPPED:
-        return None
-    state, item = player.get("state"), parse_item(element.attrib)
-    if (audio := element.find("Media/Part/Stream[@streamType='2']")) is not None:
-        item = item._replace(sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
-    return Session(text(element.get("sessionKey")), text(player.get("machineIdentifier")),
-                   state if state in (PLAYING, PAUSED) else BUFFERING, item, number(element.get("viewOffset")),
-                   text(player.get("title")), text(player.get("product")), text(player.get("platform")),
-                   text(user.get("title")) if user is not None else "")
-
 def parse_xml(xml: bytes) -> ElementTree.Element:
     """The MediaContainer of an answer; raises PlexError if there is none."""
     if 2 * sum(map(xml.count, b"<=&")) > MAX_VALUES:
@@ -665,8 +647,19 @@ def parse_xml(xml: bytes) -> ElementTree.Element:
     return root
 
 def parse_sessions(xml: bytes) -> tuple[Session, ...]:
-    """The sessions in an answer of /status/sessions; raises PlexError if it is not such an answer."""
-    return tuple(session for element in parse_xml(xml) if (session := parse_session(element)))
+    """The sessions that have a player in an answer of /status/sessions; raises PlexError if it is no such answer."""
+    found = []
+    for element in parse_xml(xml):                    # a Track, a Video, a Photo or another one
+        player, user, audio = ({} if (child := element.find(path)) is None else child.attrib
+                               for path in ("Player", "User", "Media/Part/Stream[@streamType='2']"))
+        state, item = player.get("state"), parse_item(element.attrib)._replace(
+            sample_rate=number(audio.get("samplingRate")), bit_depth=number(audio.get("bitDepth")))
+        if player.get("machineIdentifier") and state != STOPPED:
+            found.append(Session(
+                text(element.get("sessionKey")), text(player["machineIdentifier"]), state if state in (PLAYING, PAUSED)
+                else BUFFERING, item, number(element.get("viewOffset")), text(player.get("title")),
+                text(player.get("product")), text(player.get("platform")), text(user.get("title"))))
+    return tuple(found)
 
 def find_session(sessions: Sequence[Session]) -> Session | None:
     """Which of one player's sessions shows what it does: a playing one first, a photo last, then the newest."""
@@ -724,10 +717,10 @@ def parse_notifications(data: bytes) -> tuple[Notification, ...]:
 # All that decides what is reported stands here.  There are three witnesses:
 #   a webhook       says that something happened.  It can be lost, doubled, late or out of order.
 #   a notification  of the event stream says each change at once.  The stream can break.
-#   a look          at /status/sessions says what is so now.  Sessions lag behind by up to LAG_S, their positions by up
-#                   to LIFE_S, and a player that crashed stays in them for 3 to 30 minutes.
-# Where there is a server to ask, only a look changes what is believed.  A webhook or a notification is
-# a reason to look at once, and a Claim.  Where there is no server, the webhooks decide.  Three rules do the most:
+#   a look          says what is so now.  Sessions lag behind by up to LAG_S, their positions by up to LIFE_S, and a
+#                   player that crashed stays in them for 3 to 30 minutes.
+# Where there is a server to ask, only a look changes what is believed; a webhook or a notification is a reason to look
+# at once, and a Claim.  Where there is none, the webhooks decide.  Three rules do the most:
 #   A claim waits for the sessions that it is about: until they agree, we look again for some seconds.
 #   A session counts while it lives: while it moves, or a witness speaks of it.  Others stand still: a crash left them.
 #   Of positions, the latest that a witness said counts.
@@ -739,26 +732,20 @@ TRANSITIONS = {      # (what is believed, what a witness says) -> what is believ
 # What a webhook's event claims about its player; all other events claim nothing.
 CLAIMS = {"media.play": PLAYING, "media.resume": PLAYING, "playback.started": PLAYING,
           "media.pause": PAUSED, "media.stop": STOPPED}
-# From a look that failed to the next one: the first time, and at most; it doubles each time.  A witness that speaks
-# shows that the server lives: it brings the next look to within RETRY_HEARD_S; the waits after that go on as before.
+# From a look that failed to the next: first; at most, as it doubles; after a witness, for that shows the server lives.
 RETRY_MIN_S, RETRY_MAX_S, RETRY_HEARD_S = 0.25, 16.0, 1.0
 FOREIGN_S = 1.0     # from another player's webhook to a look: on some servers webhooks have another uuid for our player
 LAG_S, LATE_S = 2.0, 10.0     # how late sessions show a change, seldom later; how late a webhook comes (5 s were seen)
 BUFFERING_S = 2.0             # from one look to the next while a player buffers; for FROZEN_S, no longer
-# When to look again, after a claim, while the sessions do not agree with it: for LAG_S and somewhat longer.
-# Steps of 0.4 s find a change that lasts only 2 s; steps that double would miss it, and shorter ones use up MAX_LOOKS.
+# When to look after a claim, until sessions agree: often enough to see a change of 2 s, seldom enough for MAX_LOOKS.
 RELOOK_S = (0.1, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.5)
 MAX_CLAIMS, MAX_SESSIONS = 16, 16     # claims that may wait (a skip makes three); a player's sessions, the last ones
 WHOSE_S = (FOREIGN_S, 2.5)    # the same after a notification that does not say whose it is, until a look shows that
-# No more than MAX_LOOKS in any BUDGET_S, whatever the witnesses say.  One claim alone may have FREE_LOOKS at once, for
-# that is a whole series; after that the rest is spread evenly, so that what is due does not wait for long.
+# No more than MAX_LOOKS in any BUDGET_S.  One claim may have FREE_LOOKS at once, a whole series; the rest is spread.
 MAX_LOOKS, BUDGET_S, FREE_LOOKS = 20, 10.01, 12
-# A session that plays shows life after LIFE_S at the latest: Plex renews its position, and repeats its notification,
-# each 10 to 15 s.  What is silent for longer beside a newer session was left behind by a crash.
-LIFE_S = 16.0
-# How long a playing view_offset must stand still before the player is taken for dead: two renewals and more.  After a
-# look that sees it stand still the next one comes STILL_S later at the soonest, for it may have just begun again, at 0.
-# On repeat it is there again, too, if the track's length divides the wait: 10, 20 and 40 s divide 40; 41 is a prime.
+LIFE_S = 16.0     # what plays shows life in it: Plex renews its position, and repeats its notification, each 10 to 15 s
+# How long a playing view_offset stands still until its player counts as dead: two renewals and more, and a prime, for a
+# track on repeat is there again if its length divides it; and until the next look at least: it may have begun again.
 FROZEN_S, STILL_S = 41.0, 14.0
 PROOF_S, PROOF_MISSES = 10.0, 3   # between a change and its webhook; missing in a row for a warning, as one may be lost
 MAX_STRANGERS = 5             # other players that are named when ours is not seen
@@ -779,10 +766,7 @@ class Stream(NamedTuple):
     fault: str = ""               # as in PlexError; "": opened
     sentence: str = ""            # as in PlexError
 
-class Tick(NamedTuple):
-    """Time has passed, and nothing else has happened."""
-
-Observation = Webhook | Look | Outage | Notification | Stream | Tick
+Observation = Webhook | Look | Outage | Notification | Stream | None      # None: nothing but that time has passed
 
 class Recovery(NamedTuple):
     """The server answers again."""
@@ -805,19 +789,18 @@ class Claim(NamedTuple):
 
     def met_by(self, sessions: Iterable[Session]) -> bool:
         """Whether the player's sessions agree.  One that buffers is about to play."""
-        states = {each.state for each in sessions if self.about(each)}
-        agreeing = {PLAYING, BUFFERING} if self.state == PLAYING else {self.state}
-        return not states if self.state == STOPPED else not states.isdisjoint(agreeing)
+        states = {PLAYING if each.state == BUFFERING else each.state for each in sessions if self.about(each)}
+        return self.state in (states or {STOPPED})
 
 class Trace(NamedTuple):
     """What is remembered of a session from one look to the next."""
     session: Session              # as the last look showed it
     since: float                  # when this state at this view_offset was first seen
     alive_at: float               # its last sign of life, as far as known: a change in it, or a witness's word
-    born: float                   # when its session_key was first seen
+    born: tuple[float, int]       # when its session_key was first seen, and that as a number; 0: it is none
     seen_at: float                # when the last look was that showed it
     told: bool = False            # a witness told of its state, too: that is no pause that a crash left behind
-    said: tuple[tuple[float, int], ...] = ()      # the view_offset that the stream told last, and when; (): none
+    said: tuple[float, int] = (-math.inf, 0)      # when the stream told its view_offset last, and that; ms
     stale: bool = False           # a newer session began after its last sign of life; until the next such sign
 
 class Expected(NamedTuple):
@@ -833,7 +816,6 @@ class Expected(NamedTuple):
 
 class Proof(NamedTuple):
     """Whether webhooks arrive, as far as the other witnesses can tell."""
-    armed: bool = False           # after the first look: what that showed had begun before us
     changes: tuple[Expected, ...] = ()    # still without their webhook
     webhooks: tuple[Expected, ...] = ()   # still without their change
     arrived: int = 0
@@ -858,7 +840,7 @@ class PlayerState(NamedTuple):
     changed_at: float = -math.inf  # when state or item changed last
     claims: tuple[Claim, ...] = ()    # what webhooks and notifications say, and the sessions do not yet; newest first
     looked: tuple[tuple[float, bool], ...] = ()   # when the last MAX_LOOKS looks were, and whether each found a change
-    look_at: float | None = None  # when to look next; None: not before something is heard
+    look_at: float = math.inf     # when to look next; infinity: not before something is heard
     look_why: str = "sessions"    # "poll": the next look is a slow look; "sessions": there is a reason for it
     proof: Proof = Proof()
     traces: tuple[Trace, ...] = ()
@@ -886,20 +868,17 @@ def clamp(view_offset: int, item: Item | None) -> int:
 
 def position_ms(player: PlayerState, at: float) -> int:
     """Where the player is in its item at a time: the last position that Plex gave, plus the time since then; ms."""
-    ran_on = int((at - player.moved_at) * 1000) if player.state == PLAYING else 0
-    return clamp(player.view_offset + ran_on, player.item)
+    return clamp(player.view_offset + int((at - player.moved_at) * 1000) * (player.state == PLAYING), player.item)
 
 def look_no_later(player: PlayerState, at: float) -> PlayerState:
     """The player, with its next look no later than a time."""
-    is_sooner = player.look_at is not None and player.look_at <= at
-    return player if is_sooner else player._replace(look_at=at, look_why="sessions")
+    return player if player.look_at <= at else player._replace(look_at=at, look_why="sessions")
 
 def within_budget(player: PlayerState) -> PlayerState:
     """The player, with its next look put off until the budget allows it; not if nearly each look finds a change."""
-    if player.look_at is None or 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS:     # so short only in a quick demo
-        return player
     recent = [each for each in player.looked if each[0] > player.look_at - BUDGET_S]
-    if len(recent) < FREE_LOOKS or sum(found for _, found in recent) > 0.7 * len(recent):
+    is_demo = 0 < player.poll_interval_s < BUDGET_S / MAX_LOOKS       # so short only in a quick one
+    if is_demo or len(recent) < FREE_LOOKS or sum(found for _, found in recent) > 0.7 * len(recent):
         return player
     gap_s = (recent[0][0] + BUDGET_S - recent[-1][0]) / (MAX_LOOKS + 1 - len(recent))
     return player._replace(look_at=max(player.look_at, recent[-1][0] + gap_s))
@@ -921,7 +900,7 @@ def revived(player: PlayerState, claim: Claim, at: float) -> PlayerState:
     key = claim.session_key or (player.session_key if player.state != STOPPED else None)
     return player if claim.state == STOPPED else player._replace(traces=tuple(
         trace._replace(alive_at=at, told=trace.told or claim.state == trace.session.state, stale=False,
-                       said=trace.said if claim.view_offset is None else ((at, claim.view_offset),))
+                       said=trace.said if claim.view_offset is None else (at, claim.view_offset))
         if trace.session.session_key == key and claim.about(trace.session) else trace for trace in player.traces))
 
 def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: int, moved_at: float, at: float,
@@ -941,8 +920,7 @@ def become(player: PlayerState, witnessed: str, item: Item | None, view_offset: 
 
 def after_webhook_alone(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook, where there is no server to ask: it is believed, unless it is late."""
-    # Late is a pause of the track before this one, or a resume of what has stopped, within LATE_S of the change: Plex
-    # sent it before the webhook that made the change.
+    # Late: a pause of the item before this one, or a resume of what has stopped, that Plex sent before the last change.
     state, item = CLAIMS.get(webhook.event), webhook.item or player.item
     if state is None or item is None or webhook.player_uuid != player.machine_identifier:
         return player, ()
@@ -957,14 +935,11 @@ def after_webhook(player: PlayerState, webhook: Webhook, at: float) -> Verdict:
     """After a webhook: a reason to look, at once for our player, soon for another one."""
     if not player.has_server:
         return after_webhook_alone(player, webhook, at)
-    if not webhook.player_uuid:
-        return player, ()
     state, ours = CLAIMS.get(webhook.event), webhook.player_uuid == player.machine_identifier
     if not ours or state is None:
-        return look_soon(player, at, 0.0 if ours else FOREIGN_S), ()
+        return look_soon(player, at, 0.0 if ours else FOREIGN_S) if webhook.player_uuid else player, ()
     claim = Claim(state, webhook.item.identity if webhook.item else "", "webhook", "", at)
-    # It may tell what was reported before it came, and is over since: a claim for one look.
-    known = player.state == state and player.plays(claim.identity)
+    known = player.state == state and player.plays(claim.identity)      # else it may tell what is over: for one look
     late = not known and any(each.matches(claim) for each in player.proof.changes)
     return claimed(revived(player, claim, at), claim._replace(at=at - RELOOK_S[-1]) if late else claim, at), ()
 
@@ -976,9 +951,8 @@ def after_notification(player: PlayerState, notification: Notification, at: floa
     if named not in ("", player.machine_identifier) or (not named and key in player.foreign_keys):
         return player, ()
     state = TRANSITIONS[player.state if key == player.session_key else STOPPED, notification.state] or PAUSED
-    said = Claim(state, notification.rating_key, "events", key, at, notification.view_offset)
-    if named and state == STOPPED and key not in keys:      # it may come without a key, or under a new one
-        said = said._replace(session_key="")
+    keyless = named and state == STOPPED and key not in keys      # it may come without a key, or under a new one
+    said = Claim(state, notification.rating_key, "events", "" if keyless else key, at, notification.view_offset)
     known = [trace for trace in player.traces if said.about(trace.session)]
     if not named and key not in keys and (key or not known):
         return claimed(player, said._replace(ours=False), at, FOREIGN_S), ()
@@ -1000,6 +974,7 @@ def repeats(player: PlayerState, session: Session, said: str) -> bool:
     believed = player.state if reported else PLAYING if session.state == BUFFERING else session.state
     return TRANSITIONS[believed, said] in (believed, None) and (reported or said != PLAYING or player.state == PLAYING)
 
+
 def after_stream(player: PlayerState, stream: Stream, at: float) -> Verdict:
     """After the event stream opened or broke: a look, for changes may have happened while nobody listened."""
     return (player if stream.event == "failed" or not player.has_server else look_soon(player, at)), ()
@@ -1017,7 +992,8 @@ def follow(player: PlayerState, session: Session, at: float) -> Trace:
         # It played on, and the last look may be long ago: where it was renewed last tells when, if it did not pause.
         moved_s = ((session.view_offset or 0) - (before.session.view_offset or 0)) / 1000
         alive_at = at if moved_s < 0 else min(at, max(before.alive_at, before.seen_at, before.since + moved_s))
-    return Trace(session, at, alive_at, same[0].born if same else at, at, told, before.said if before else ())
+    born = same[0].born if same else (at, number(session.session_key) or 0)
+    return Trace(session, at, alive_at, born, at, told, before.said if before else (-math.inf, 0))
 
 def frozen(trace: Trace, at: float) -> bool:
     """Whether a session says that it plays, but nothing has moved for FROZEN_S: its player crashed."""
@@ -1025,19 +1001,15 @@ def frozen(trace: Trace, at: float) -> bool:
 
 def outlast(trace: Trace, traces: Sequence[Trace]) -> Trace:
     """A session's trace, stale if a newer session of the player began after its last sign of life."""
-    # A player that crashed and was started again has two sessions: when the new one ends, the old one, which stands
-    # still, must not be reported as playing.  A photo is no new one: people look at photos while a track is paused.
-    def age(each: Trace) -> tuple[float, int]:
-        return each.born, number(each.session.session_key) or 0
+    # As after a crash and a new start.  A photo is no newer session: people look at photos while a track is paused.
     still = trace.session.must_move or (trace.session.state == PAUSED and not trace.told)
-    newer = still and any(age(each) > age(trace) and each.born >= trace.alive_at and each.session.item.type != PHOTO
+    newer = still and any(each.born > trace.born and each.born[0] >= trace.alive_at and each.session.item.type != PHOTO
                           for each in traces)
     return trace._replace(stale=True) if newer else trace
 
 def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
     """Whether a session counts.  What is believed to play does until it is frozen, another that plays for LIFE_S."""
-    # One player can have two that play (a cast, several rooms).  When the newest ends, the other one is what it does
-    # then, if it lives.  If it is stale, we wait until it shows life: nobody knows yet whether it was left by a crash.
+    # Of two that play (a cast, several rooms), the other one is what the player does when the newest ends, if it lives.
     if not trace.session.must_move:
         return not trace.stale
     believed = player.state == PLAYING and player.session_key == trace.session.session_key and not trace.stale
@@ -1045,9 +1017,7 @@ def may_live(player: PlayerState, trace: Trace, at: float) -> bool:
 
 def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None, at: float) -> PlayerState:
     """The player after a successful look, with the time of the next one.  traces: of the sessions that live."""
-    # A claim that is not met: again after RELOOK_S.  One that is met: once more after LAG_S.  A position that has not
-    # moved (if there are slow looks): when FROZEN_S and STILL_S are over.  A player that buffers: after BUFFERING_S.
-    begun = at if player.look_at is None else min(player.look_at, at)     # a look may take PLEX_S
+    begun = min(player.look_at, at)                   # a look may take PLEX_S
     keys = {trace.session.session_key for trace in traces}
     met = [each for each in player.claims if (each.session_key or None) in player.foreign_keys or
            ((each.ours or each.session_key in keys) and each.met_by(trace.session for trace in traces))]
@@ -1055,80 +1025,66 @@ def schedule(player: PlayerState, traces: Sequence[Trace], chosen: Trace | None,
     over = max((each.at for each in met if each.by == "webhook"), default=-math.inf)     # with it, those before it are
     claims = tuple(each for each in player.claims if each not in met and begun < each.at + waits_s[each.ours][-1]
                    and (each.by != "webhook" or each.at > over))
-    slow = at + player.poll_interval_s if player.poll_interval_s else None
-    player = player._replace(claims=claims, look_at=slow, look_why="poll")
+    due = [trace.alive_at + LIFE_S for trace in traces if trace.stale]      # by then it has shown life, or is dead
     for claim in {each.ours: each for each in claims[::-1]}.values():       # the newest of each kind serves all others
         first = min(each.at for each in claims if each[:2] == claim[:2])      # who says the same begins no new series
         marks = (*(first + wait_s for wait_s in waits_s[claim.ours]), claim.at + waits_s[claim.ours][-1])
-        player = look_no_later(player, next((mark for mark in marks if mark > at), at))
+        due.append(next((mark for mark in marks if mark > at), at))
     if any(claim.ours for claim in met):
-        player = look_no_later(player, at + LAG_S)    # a doubled, older claim may agree with sessions that lag
-    if slow and chosen and chosen.session.must_move and chosen.since < at:
-        player = look_no_later(player, max(max(chosen.since, chosen.alive_at) + FROZEN_S, at + STILL_S))
+        due.append(at + LAG_S)                        # a doubled, older claim may agree with sessions that lag
+    if player.poll_interval_s and chosen and chosen.session.must_move and chosen.since < at:
+        due.append(max(chosen.since + FROZEN_S, chosen.alive_at + FROZEN_S, at + STILL_S))
     if chosen and chosen.session.state == BUFFERING and at - chosen.since < FROZEN_S:
-        player = look_no_later(player, at + BUFFERING_S)
-    for trace in (each for each in traces if each.stale):       # by then it has shown life, or is dead
-        player = look_no_later(player, trace.alive_at + LIFE_S)
-    return player
-
-def last_position(player: PlayerState, chosen: Trace, about: list[Claim], state: str, at: float) -> tuple[int, float]:
-    """The latest position that a witness said of the session that is chosen: ms, and when it was there."""
-    said_at, view_offset, moved_at = -math.inf, 0, at
-    if player.state != STOPPED and player.plays(chosen.session.item.identity):      # what was stopped begins at 0
-        said_at = player.moved_at if player.session_key == chosen.session.session_key else -math.inf
-        moved_at = player.moved_at if player.state == state else at
-        view_offset = position_ms(player, moved_at)
-    told_at, told = max((*chosen.said, *((claim.at, claim.view_offset) for claim in about
-                                         if claim.view_offset is not None)), default=(-math.inf, 0))
-    if said_at <= told_at > -math.inf:
-        said_at, view_offset, moved_at = told_at, told, told_at
-    shown, since = chosen.session.view_offset, chosen.since
-    if shown is None or since <= max(said_at, told_at + LAG_S):
-        return view_offset, moved_at
-    behind_s = since - moved_at + (view_offset - shown) / 1000      # Plex renews it each 10 to 15 s
-    renewed_before = state == PLAYING and since < said_at + LIFE_S and 0 <= behind_s < LIFE_S
-    return (view_offset, moved_at) if renewed_before else (shown, since)
+        due.append(at + BUFFERING_S)
+    slow = at + (player.poll_interval_s or math.inf)
+    return look_no_later(player._replace(claims=claims, look_at=slow, look_why="poll"), min(due, default=math.inf))
 
 def believe(player: PlayerState, chosen: Trace, at: float) -> Verdict:
-    """After a look that shows what the player does."""
-    session, state = chosen.session, chosen.session.state
+    """After a look that shows what the player does.  Its position is the latest that a witness said."""
+    session, state, since = chosen.session, chosen.session.state, chosen.since
     about = [claim for claim in player.claims if claim.about(session)]
     if state == BUFFERING and any(claim.state == PLAYING for claim in about):
         state = PLAYING                               # two witnesses agree: it is starting
     by = next((claim.by for claim in about if claim.state == state), player.look_why)
-    view_offset, moved_at = last_position(player, chosen, about, state, at)
+    said_at, view_offset, moved_at = -math.inf, 0, at
+    if player.state != STOPPED and player.plays(session.item.identity):      # what was stopped begins at 0
+        said_at = player.moved_at if player.session_key == session.session_key else -math.inf
+        moved_at = player.moved_at if player.state == state else at
+        view_offset = position_ms(player, moved_at)
+    told_at, told = max([chosen.said, *((each.at, each.view_offset) for each in about if each.view_offset is not None)])
+    if said_at <= told_at > -math.inf:
+        said_at, view_offset, moved_at = told_at, told, told_at
+    if session.view_offset is not None and since > max(said_at, told_at + LAG_S):
+        behind_s = since - moved_at + (view_offset - session.view_offset) / 1000
+        if state != PLAYING or since >= said_at + LIFE_S or not 0 <= behind_s < LIFE_S:      # else not renewed since
+            view_offset, moved_at = session.view_offset, since
     return become(player._replace(session_key=session.session_key), state, session.item, view_offset, moved_at, at,
                   session.player_title, by)
 
 def after_look(player: PlayerState, look: Look, at: float) -> Verdict:
     """After a look: the sessions decide, except for those of a player that crashed."""
-    # Of our player's sessions, those that are stale or frozen do not count.  Of the others one is chosen: it is what
-    # the player does.  If there is none, the player has stopped: its session is gone, as Plex says it, or the item that
-    # plays is in a frozen one.  If the best one may be stale, nobody knows yet what the player does: nothing changes.
-    reports: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
+    # Of our player's sessions that live, the chosen one is what the player does.  If there is none, it has stopped: its
+    # session is gone, or frozen.  If the chosen one is stale, nobody knows yet what the player does: nothing changes.
     changes: tuple[Report, ...] = ()
-    player = player._replace(outage=None, retries=0)
+    back: tuple[Report, ...] = (Recovery(at - player.outage_at),) if player.outage else ()
     ours = [session for session in look.sessions if session.machine_identifier == player.machine_identifier]
+    keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
     traces = [follow(player, session, at) for session in ours[-MAX_SESSIONS:]]
     traces = [outlast(trace, traces) for trace in traces]
     live = {trace.session: trace for trace in traces if may_live(player, trace, at)}
-    session = find_session([*live])
-    chosen = live[session] if session else None
+    chosen = live[session] if (session := find_session([*live])) else None
     if chosen and not chosen.stale:
         player, changes = believe(player, chosen, at)
-    elif player.item and not chosen:
+    elif not chosen:
         died = any(frozen(trace, at) and player.plays(trace.session.item.identity) for trace in traces)
         by = next((each.by for each in player.claims if each.state == STOPPED and each.ours), player.look_why)
-        view_offset = player.view_offset if died else position_ms(player, at)
-        player, changes = become(player, STOPPED, player.item, view_offset, at, at, "", "silence" if died else by,
-                                 "frozen" if died else "")
-    keys = frozenset(each.session_key for each in look.sessions if each.machine_identifier != player.machine_identifier)
-    player = player._replace(foreign_keys=keys, traces=tuple(traces))
-    return schedule(player, [*live.values()], chosen, at), reports + changes
+        player, changes = become(player, STOPPED, player.item, player.view_offset if died else position_ms(player, at),
+                                 at, at, "", *(("silence", "frozen") if died else (by,)))
+    player = player._replace(outage=None, retries=0, foreign_keys=keys, traces=tuple(traces))
+    return schedule(player, [*live.values()], chosen, at), back + changes
 
 def after_outage(player: PlayerState, outage: Outage, at: float) -> Verdict:
-    """After a look that failed: look again, after longer and longer waits."""
-    # Nothing that is believed changes, and a claim is kept until the server is back.
+    """After a look that failed: nothing that is believed changes, and the next looks come after longer waits."""
     wait_s = min(RETRY_MAX_S, RETRY_MIN_S * 2 ** min(player.retries, 10))
     news = () if player.outage and player.outage.fault == outage.fault else (outage,)
     since = player.outage_at if player.outage else at
@@ -1138,47 +1094,43 @@ def documented(change: Change, before: PlayerState) -> bool:
     """Whether Plex documents a webhook for a change: start, pause, resume and stop."""
     # There is none for a skip within the queue, for a crash (reason), and for one that was no crash: it plays on.
     same = before.plays(change.item.identity)
-    left = any(before.plays(trace.session.item.identity) for trace in before.traces)
-    back = same and left and change.old_state == STOPPED
-    skip = not same and change.state == PLAYING and change.old_state != STOPPED
-    return not (change.reason or back or skip or change.state == change.old_state)
+    back = change.old_state == STOPPED and any(before.plays(each.session.item.identity) for each in before.traces)
+    skip = change.state == PLAYING and change.old_state != STOPPED
+    return not (change.reason or (back if same else skip) or change.state == change.old_state)
 
-def prove(before: PlayerState, player: PlayerState, observation: Observation, reports: tuple[Report, ...],
-          at: float) -> Verdict:
-    """The player with its Proof after an observation."""
-    # Each documented change must have its webhook, whichever comes first.  A webhook proves as much under another
-    # player's uuid: the Plex server reached us.  Changes that an outage hid prove nothing.  And no alarm while webhooks
-    # of our player come at all: one may be of a change too short to be seen.
-    proof, delays_s = player.proof, list[float]()
-    changes, webhooks = (list(itertools.dropwhile(lambda each: at - each.at >= PROOF_S, waiting))
-                         for waiting in (proof.changes, proof.webhooks))      # oldest first
-    ours = isinstance(observation, Webhook) and observation.player_uuid == player.machine_identifier
-    missed = [each for each in proof.changes[:len(proof.changes) - len(changes)] if each.documented]
-    if isinstance(observation, Webhook) and observation.event in CLAIMS:
-        webhook = Expected(CLAIMS[observation.event], observation.item.identity if observation.item else "", at)
+def prove(before: PlayerState, after: Verdict, observation: Observation, at: float) -> Verdict:
+    """The player with its Proof after an observation, and what that adds to the reports."""
+    # Each documented change must have its webhook, whichever comes first, and under any player's uuid: it reached us.
+    # What an outage hid proves nothing.  No alarm while our player's come: one may be of a change too short to be seen.
+    (player, reports), proof, delays_s = after, before.proof, list[float]()
+    changes = [each for each in proof.changes if at - each.at < PROOF_S]
+    webhooks = [each for each in proof.webhooks if at - each.at < PROOF_S]
+    missed = [each for each in proof.changes if each.documented and at - each.at >= PROOF_S]
+    heard = observation if isinstance(observation, Webhook) else Webhook("")
+    ours = heard.player_uuid == player.machine_identifier
+    if heard.event in CLAIMS:
+        webhook = Expected(CLAIMS[heard.event], heard.item.identity if heard.item else "", at)
         if met := next((each for each in changes if each.matches(webhook)), None):
             changes.remove(met)
             delays_s.append(at - met.at)
         else:
             webhooks.append(webhook)
-    just_back = not proof.armed or any(isinstance(report, Recovery) for report in reports)
-    for change in reports:
-        if isinstance(change, Change) and not just_back:
+    for change in reports:                            # what the first look shows had begun before us
+        if isinstance(change, Change) and before.looked and not before.outage:
             seen = Expected(change.state, change.item.identity, at, documented(change, before))
             if any(each.matches(seen) for each in webhooks):
                 webhooks = [each for each in webhooks if not each.matches(seen)]
                 delays_s.append(0.0)
             else:
                 changes.append(seen)
-    alone = [each for each in missed if each.at - PROOF_S > proof.heard_at]
-    in_a_row = 0 if delays_s or ours else proof.in_a_row + len(alone)
+    in_a_row = 0 if delays_s or ours else proof.in_a_row + sum(each.at - PROOF_S > proof.heard_at for each in missed)
     is_news = (in_a_row >= PROOF_MISSES) != (proof.in_a_row >= PROOF_MISSES)
-    others = not ours and (proof.others or (isinstance(observation, Webhook) and bool(observation.player_uuid)))
+    others = not ours and (proof.others or bool(heard.player_uuid))
     news = (WebhooksMissing(in_a_row or proof.in_a_row, not in_a_row, others),) if is_news else ()
-    proof = Proof(proof.armed or isinstance(observation, Look), tuple(changes), tuple(webhooks[-MAX_EARLY:]),
-                  proof.arrived + len(delays_s), proof.missed + len(missed), in_a_row, at if ours else proof.heard_at,
-                  others, (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
-    return player._replace(proof=proof), news
+    proof = Proof(tuple(changes), tuple(webhooks[-MAX_EARLY:]), proof.arrived + len(delays_s),
+                  proof.missed + len(missed), in_a_row, at if ours else proof.heard_at, others,
+                  (*proof.delays_s, *delays_s)[-MAX_DELAYS:])
+    return player._replace(proof=proof), reports + news
 
 def proof_due(player: PlayerState) -> float:
     """When the next change counts as one without its webhook; infinity: each has its own."""
@@ -1212,19 +1164,18 @@ def strangers_sentence(machine_identifier: str, others: Mapping[str, str]) -> st
             f"them, give its flag: -plex-machine-id {shlex.quote(next(iter(others)))}")
 
 AFTER: dict[type, Callable[[PlayerState, Any, float], Verdict]] = {Webhook: after_webhook, Outage: after_outage,
-    Notification: after_notification, Stream: after_stream, Look: after_look, Tick: lambda player, *_: (player, ())}
+    Notification: after_notification, Stream: after_stream, Look: after_look}
 
 def advance(before: PlayerState, observation: Observation, at: float) -> Verdict:
     """The judge: the player after an observation, and what to report, in order."""
     # at: monotonic seconds; observations come in the order of `at`.  The new state's look_at says when to look next.
-    player, reports = AFTER[type(observation)](before, observation, at)
+    player, reports = AFTER[type(observation)](before, observation, at) if observation else (before, ())
     if isinstance(observation, (Look, Outage)):
         found = any(isinstance(report, Change) for report in reports)
         player = player._replace(looked=(*player.looked, (at, found))[-MAX_LOOKS:])
     if not player.has_server:
         return player, reports                        # the webhooks are the only witness: nothing proves them
-    player, news = prove(before, within_budget(player), observation, reports, at)
-    return player, reports + news
+    return prove(before, (within_budget(player), reports), observation, at)
 
 # -- Status: what the Watcher knows, for the other chapters
 EVENTS = frozenset((*CLAIMS, "media.rate", "media.scrobble", "library.new", "library.on.deck", "admin.database.backup",
@@ -1290,8 +1241,7 @@ class BoundedReader(io.RawIOBase):
         super().close()
 
 # -- Names: a name -> its addresses, however silent the name servers are (find_addresses)
-# getaddrinfo() knows no deadline: with two silent name servers and a search domain it takes 40 s.  So each lookup has a
-# thread.  The names are few: they come from the flags, and doctor's from the account.
+# getaddrinfo() knows no deadline, and can take 40 s: so each lookup has a thread.  Flags and account name few hosts.
 MAX_LOOKUPS, NAME_S = 4, 1.0  # at once; s until we take the last good addresses (the C library asks again after 5 s)
 KNOWN: dict[str, list[tuple[Any, ...]] | str] = {}        # of each name, what getaddrinfo() gave last, or why nothing
 _LOOKUPS = threading.Lock()                   # for who starts one
@@ -1312,8 +1262,7 @@ def find_addresses(host: str, port: int, deadline: float) -> list[tuple[Any, ...
     with _LOOKUPS, contextlib.suppress(RuntimeError):             # this machine has no more threads
         running = {each.name: each for each in threading.enumerate() if each.name.startswith("names ")}
         if (lookup := running.get(f"names {host}")) is None and len(running) < MAX_LOOKUPS and left > 0:
-            lookup = threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)
-            lookup.start()
+            (lookup := threading.Thread(target=look_up, args=(host,), name=f"names {host}", daemon=True)).start()
     if lookup and lookup.is_alive() and left > 0:
         lookup.join(min(left, NAME_S) if isinstance(KNOWN.get(host), list) else left)
     if isinstance(found := KNOWN.get(host, "the name servers do not answer"), str):
@@ -1610,9 +1559,8 @@ class Watcher:
         """tell: hears of each new Status, and of the Changes since the last one.  wake_s: the longest sleep."""
         self.config, self.inbox, self.plex, self.tell, self.wake_s = config, inbox, plex, tell, wake_s
         self.latest = config.plex_machine_id         # the player that changed last
-        # By machine_identifier: the configured one, or all heard of.
-        self.players = {self.latest: PlayerState(self.latest, has_server=True, look_at=time.monotonic(),
-                                                 poll_interval_s=config.poll_interval_s)} if plex else {}
+        self.players = {self.latest: PlayerState(    # by machine_identifier: the configured one, or all heard of
+            self.latest, True, config.poll_interval_s, look_at=time.monotonic())} if plex else {}
         self.status = Status(stream_missing=not config.plex_events)
         self.news: list[Change] = []                 # not told yet
         self.server = ""                             # its name and version, as said last; "": not said yet
@@ -1639,10 +1587,10 @@ class Watcher:
                     raise message
                 self.handlers[type(message)](message)
             now = time.monotonic()
-            if any(player.look_at is not None and player.look_at <= now for player in self.players.values()):
+            if any(player.look_at <= now for player in self.players.values()):
                 self.look()
             elif self.due() <= now:
-                self.judge(Tick())
+                self.judge(None)
             time.sleep(REST_S)
 
     def publish(self, busy_since: float | None) -> None:
@@ -1654,8 +1602,7 @@ class Watcher:
 
     def due(self) -> float:
         """When the next look or proof is due; infinity: not before something is heard."""
-        return min((when for player in self.players.values() for when in (player.look_at, proof_due(player))
-                    if when is not None), default=math.inf)
+        return min((min(player.look_at, proof_due(player)) for player in self.players.values()), default=math.inf)
 
     def refuse(self, refused: Refused) -> None:
         """A line for a request that was refused: a warning, once a minute, if a person can correct it."""
@@ -1667,39 +1614,40 @@ class Watcher:
         say(logging.DEBUG, "refused", status=refused.status, path=refused.path, address=refused.address,
             result=refused.sentence)
 
-    def meet(self, webhook: Webhook) -> PlayerState:
+    def meet(self, key: str, title: str) -> PlayerState:
         """Without a server: a new player becomes one of ours, and its flag is said, for a newcomer to copy."""
         if crowded := len(self.players) >= MAX_PLAYERS:     # forget the one silent longest, rather a stopped one
-            del self.players[min(self.players, key=lambda key: self.players[key].state != STOPPED)]
-        say(logging.DEBUG if crowded else logging.INFO, "new player; to watch only this one, add "
-            f"-plex-machine-id {shlex.quote(webhook.player_uuid)}", player=webhook.player_title)
-        return PlayerState(webhook.player_uuid, has_server=False)
+            del self.players[min(self.players, key=lambda each: self.players[each].state != STOPPED)]
+        say(logging.DEBUG if crowded else logging.INFO,
+            f"new player; to watch only this one, add -plex-machine-id {shlex.quote(key)}", player=title)
+        return PlayerState(key, has_server=False)
 
     def hear(self, webhook: Webhook) -> None:
         """A webhook: let each player that it may concern be judged, and say what became of it (but for the tracker)."""
-        event = webhook.event if webhook.event in EVENTS else "other"
+        event, key, title = webhook.event, webhook.player_uuid, webhook.player_title
         has_pass = self.status.has_pass if self.status.has_pass is None or event not in CLAIMS else True
-        self.status = self.status._replace(webhook_at=time.monotonic(), webhook_time=time.time(), has_pass=has_pass,
-                                           webhooks=counted(self.status.webhooks, (event, "ok")))
-        chosen, key = self.config.plex_machine_id in ("", webhook.player_uuid), webhook.player_uuid
-        if not self.plex and key and webhook.event in CLAIMS and chosen:
-            self.players[key] = self.players.pop(key) if key in self.players else self.meet(webhook)
+        self.status = self.status._replace(
+            webhook_at=time.monotonic(), webhook_time=time.time(), has_pass=has_pass,
+            webhooks=counted(self.status.webhooks, (event if event in EVENTS else "other", "ok")))
+        if not self.plex and key and event in CLAIMS and self.config.plex_machine_id in ("", key):
+            self.players[key] = self.players.pop(key) if key in self.players else self.meet(key, title)
         result = "reported" if self.judge(webhook) else "a look" if self.plex and key else "nothing new"
-        say(logging.DEBUG, "webhook", event=webhook.event, player=webhook.player_title, machine_id=webhook.player_uuid,
+        say(logging.DEBUG, "webhook", event=event, player=title, machine_id=key,
             title=webhook.item.title if webhook.item else "", result=result)
 
     def note_stream(self, stream: Stream) -> None:
         """The event stream opened or broke.  A missing stream is said once; a break is usual, and DEBUG."""
         self.judge(stream)
-        missing = WITHOUT_STREAM.get(stream.fault) if stream.event == "failed" else None
-        if missing and not self.status.stream_missing:
+        was_missing, is_open = self.status.stream_missing, stream.event == "opened"
+        is_missing = stream.event == "failed" and (was_missing or stream.fault in WITHOUT_STREAM)
+        if is_missing and not was_missing:
+            missing = WITHOUT_STREAM[stream.fault]
             say(logging.INFO, f"no event stream, {missing}: a change without a webhook is found by the next slow look")
-        elif stream.event == "opened" and self.status.stream_missing:
+        elif is_open and was_missing:
             say(logging.INFO, "the event stream is there now")
         else:
             say(logging.DEBUG, f"the event stream {stream.event}", reason=stream.sentence)
-        still = self.status.stream_missing and stream.event == "failed"
-        self.status = self.status._replace(stream_open=stream.event == "opened", stream_missing=bool(missing) or still)
+        self.status = self.status._replace(stream_open=is_open, stream_missing=is_missing)
 
     def look(self) -> None:
         """Ask the server, and let the answer be judged."""

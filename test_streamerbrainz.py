@@ -1059,7 +1059,7 @@ class Judge:
     def wait(self, seconds=0.0):
         """Let time go by, looking when a look is due."""
         end = self.at + seconds
-        while self.player.look_at is not None and self.player.look_at <= end:
+        while self.player.look_at <= end:
             self.at = max(self.at, self.player.look_at)
             self.looks += 1
             assert self.looks < 10000
@@ -1106,7 +1106,7 @@ def test_music_that_plays_at_the_start_is_reported():
 
 
 def test_a_webhook_is_a_reason_to_look_at_once_and_nothing_more():
-    judge = Judge(look_at=None, poll_interval_s=0.0)
+    judge = Judge(look_at=math.inf, poll_interval_s=0.0)
     judge.hear("media.play")
     assert judge.said() == [] and judge.player.look_at == judge.at
     judge.wait(60)
@@ -1756,7 +1756,7 @@ def test_a_change_without_its_webhook_is_missed_when_its_time_is_up_though_nothi
     judge = Judge(poll_interval_s=0.0)
     judge.show()
     judge.wait(20)
-    assert judge.player.look_at is None and sb.proof_due(judge.player) == math.inf
+    assert judge.player.look_at == math.inf and sb.proof_due(judge.player) == math.inf
     judge.show(session_xml())
     judge.note()
     judge.wait()
@@ -1764,7 +1764,7 @@ def test_a_change_without_its_webhook_is_missed_when_its_time_is_up_though_nothi
     judge.wait(9)                                          # the looks after the change are over
     assert judge.player.proof.missed == 0 and sb.proof_due(judge.player) == changed_at + sb.PROOF_S
     judge.at = sb.proof_due(judge.player)
-    judge.observe(sb.Tick())
+    judge.observe(None)
     assert judge.player.proof.missed == 1 and sb.proof_due(judge.player) == math.inf
 
 
@@ -1918,7 +1918,7 @@ def test_a_webhook_under_another_uuid_proves_as_much():
 # Webhooks alone
 
 def alone():
-    return Judge(has_server=False, look_at=None, poll_interval_s=0.0)
+    return Judge(has_server=False, look_at=math.inf, poll_interval_s=0.0)
 
 
 @pytest.mark.parametrize("events, said", [
@@ -1932,7 +1932,7 @@ def test_without_a_server_the_webhooks_decide(events, said):
     for event in events.split():
         judge.hear(f"media.{event}")
     assert judge.said() == [(state, A) for state in said]
-    assert judge.player.look_at is None
+    assert judge.player.look_at == math.inf
 
 
 def test_without_a_server_what_comes_too_late_is_passed_over():
