@@ -337,6 +337,10 @@ def change_fields(change: Change, name_machine: bool, say_why: bool = False) -> 
     return {"state": change.state, "title": item.title, **of, "position_ms": change.position_ms, "duration_ms":
             item.duration or 0, "player": change.player_title, **{key: each for key, wanted, each in more if wanted}}
 
+def were(count: int) -> str:
+    """The verb of so many things."""
+    return "was" if count == 1 else "were"
+
 def playing_sentence(state: str, item: Item | None) -> str:
     """What a player does, in words: 'playing "Karma Police" by Radiohead'."""
     if item is None:
@@ -1387,7 +1391,7 @@ WITHOUT_STREAM = {"missing": "the server has none (404)",
                   "refused": "the server refuses the token in the X-Plex-Token header for it (401)"}
 
 STATUSES = {                  # what an HTTP status means: (fault, what stands after the URL)
-    401: ("refused", "refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
+    401: ("refused", "refuses the token (401): run `streamerbrainz.py login` as the server's owner."),
     403: ("forbidden", "does not show its sessions to this token (403): it must be the server owner's."),
     404: ("missing", "answers {status} to {path}. " + IS_PLEX),
     503: ("starting", "is still starting, or in maintenance (503)."),
@@ -1711,11 +1715,13 @@ class Watcher:
                                                reported=counted(self.status.reported, (report.state, report.by)))
         elif isinstance(report, Outage):
             level = {"unreachable": logging.INFO, "starting": logging.INFO, "nonsense": logging.WARNING}
-            say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}")
+            hint = " Is -plex-server-url right? To find out: streamerbrainz.py doctor" * (
+                not self.server and report.fault == "unreachable")
+            say(level.get(report.fault, logging.ERROR), f"no answer from Plex: {report.sentence}{hint}")
         elif isinstance(report, Recovery):
             say(logging.INFO, f"Plex answers again after {report.after_s:.0f} s")
         elif report.over:
-            say(logging.INFO, f"webhooks arrive again; {report.in_a_row} were missing")
+            say(logging.INFO, f"webhooks arrive again; {report.in_a_row} {were(report.in_a_row)} missing")
         elif self.status.has_pass is not False:       # without Plex Pass none come, and nothing is wrong
             reach = ("" if report.others else
                      " Else the Plex server cannot reach the URL, or it is missing in the account's webhooks.")
@@ -1769,7 +1775,8 @@ def proof_sentence(status: Status, at: float) -> str:
         words = missing_sentence(proof.in_a_row, proof.others)
         return f"{words} `streamerbrainz.py doctor` finds out why ({heard})."
     if proof.delays_s:
-        return f"Webhooks arrive ({proof.arrived} came with their change, {proof.missed} were missing; {heard})."
+        return (f"Webhooks arrive ({proof.arrived} came with {'its' if proof.arrived == 1 else 'their'} change, "
+                f"{proof.missed} {were(proof.missed)} missing; {heard}).")
     return "not sent without Plex Pass" if status.has_pass is False else \
         f"Whether webhooks arrive is not known yet ({heard})."
 
@@ -1911,7 +1918,7 @@ const refresh = async () => {
     if (!answer.ok || !page.querySelector("main")) throw 0;             // a proxy's page
     all("main")[0].replaceWith(page.querySelector("main"));
     document.title = page.title; since = performance.now(); dress(); lose(false);
-  } catch { lose(true); }
+  } catch { lose(true); document.title = "Connection lost"; }
   clearTimeout(timer);
 };
 document.addEventListener("click", event => {
@@ -1963,7 +1970,7 @@ def item_words(item: Item) -> tuple[str, str]:
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
     return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
-SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u23f8\ufe0e", STOPPED: "\u23f9\ufe0e"}       # U+FE0E: as text, no emoji
+SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u2016", STOPPED: "\u25a0"}     # every font has these; U+FE0E: no emoji
 
 def page_title(player: PlayerState) -> str:
     """What the tab of the page is called: what plays."""
@@ -1992,7 +1999,7 @@ def banners(status: Status, tracked: Glance) -> list[str]:
     """What needs a person, in sentences."""
     outage, found = status.player.outage, list[str]()
     if outage and outage.fault in ("refused", "forbidden"):
-        found.append(f"{outage.sentence} `streamerbrainz.py login` makes a token.")
+        found.append(outage.sentence)
     if status.strangers:
         found.append(strangers_sentence(status.player.machine_identifier, status.strangers))
     return found + [f"The watch tracker cannot be used: {tracked.broken}"] * bool(tracked.broken)
@@ -2656,7 +2663,8 @@ def make_secret(config: Config) -> int:
     secret = secrets.token_urlsafe(32)
     write_private(path, "\n".join((secret, *before)) + "\n", "secret", new_folder=not config.webhook_secret_file)
     print(f"{configured_url(config, config.webhooks_port)}?token={secret}")
-    print(f"Paste this URL into Plex: Settings > Webhooks.{' The old URL still works.' if before else ''}\nThe secret "
+    print("This is the URL for Plex: streamerbrainz.py webhook add, or in Plex Web: Settings > Account > Webhooks."
+          f"{' The old URL still works.' if before else ''}\nThe secret "
           f"is in {path}.\nGive the daemon this flag: -webhook-secret-file {shlex.quote(path)}", file=sys.stderr)
     return 0
 
@@ -2827,7 +2835,7 @@ def hook(config: Config) -> int:
     if len(config.words) != 1 or config.words[0] not in HOOK_EVENTS:
         raise ConfigError(f"hook: name one event of {', '.join(HOOK_EVENTS)}, as in: hook playing -on-event COMMAND")
     if not config.on_event:
-        raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', or the @FILE that has its flag.")
+        raise ConfigError("hook: give the command, -on-event 'COMMAND ARGS', here or in the flags file.")
     event, command = config.words[0], hook_command(config.on_event)
     before = STOPPED if event in (PLAYING, "active") else PLAYING
     change = Change(event, before, SAMPLE, 61000, "Living Room", "sample-player", "hook")
@@ -4326,7 +4334,7 @@ def import_library(tracker: Tracker, plex: PlexServer) -> None:
             left.update(import_section(tracker, plex, show_type, path, note, f"{title}: {name}"))
     for what, count in left.items():
         noun, _, which = what.partition(" ")
-        print(f"{plural(count, noun)} {which} {'was' if count == 1 else 'were'} left out.", file=sys.stderr)
+        print(f"{plural(count, noun)} {which} {were(count)} left out.", file=sys.stderr)
     with tracker.transaction():
         tracker.write("DELETE FROM note WHERE name LIKE 'import %'")
         tracker.take_note("imported", 1)
@@ -4601,7 +4609,7 @@ def tracker_correct(config: Config, tracker: Tracker) -> int:
     row = {table: no, "show_id": show_id or None}
     if table == "mapping":
         return print_rows(config, [{**row, "moved": moved}], f"Mapping {no} is corrected;{plays}")
-    said = f"{plural(done, 'waiting webhook')} {'was' if done == 1 else 'were'} processed.{plays if moved else ''}"
+    said = f"{plural(done, 'waiting webhook')} {were(done)} processed.{plays if moved else ''}"
     return print_rows(config, [{**row, "done": done}], f"Conflict {no} is resolved. {said}")
 
 def tracker_backup(config: Config, tracker: Tracker) -> int:
@@ -4683,7 +4691,7 @@ def tracker_command(config: Config) -> int:
     if not most - words.count("[") <= len(given) <= (99 if "..." in words else most):
         raise ConfigError(f"tracker {name}: call it as: tracker {name} {words}".rstrip())
     if not config.tracker_db:
-        raise ConfigError("tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag.")
+        raise ConfigError("tracker: name the database with -tracker-db FILE, or turn it on: setup -tracker-db FILE.")
     with contextlib.closing(Tracker(config.tracker_db, name == "import", may_write)) as tracker, tracker.guarded():
         return command(config, tracker)
 
@@ -5556,10 +5564,11 @@ class Setup:
 
     def __init__(self, config: Config):
         """Raises ConfigError if nobody can answer, or the webhook secret cannot be read."""
-        asks = config.command != "webhook" or config.words[:1] not in ((), ("list",))
+        asks = config.command != "webhook" or config.words[:1] in (("add",), ("remove",))
         if asks and not config.yes and not sys.stdin.isatty():
+            flags = ", and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db)"
             raise ConfigError(f"{config.command}: it asks, but there is no terminal to answer on; give -yes for all "
-                              "defaults, and other answers as flags (-plex-server-url, -plex-machine-id, -tracker-db).")
+                              f"defaults{flags * (config.command == 'setup')}.")
         if re.fullmatch(TOKEN_LIKE, config.plex_token_file) and not os.path.exists(config.plex_token_file):
             raise ConfigError("-plex-token-file: give the name of a file, and no token.")
         new_secret = usual("webhook-secret") if config.command == "setup" else ""
@@ -5802,13 +5811,15 @@ class Setup:
         """Step 4: whether to keep what is watched is known."""
         path = tilde(self.config.tracker_db or usual("tracker.db"))
         if not (self.config.tracker_db or self.config.flags_file) and self.agree(
-                f"Keep which episodes and movies you watch, in {path}? (It needs Plex Pass.)", "y/N"):
+                f"Keep which episodes and movies you watch, in {path}?", "y/N"):
             self.config = self.config._replace(tracker_db=usual("tracker.db"))
         self.tell(f"What you watch is kept in {path}" if self.config.tracker_db else
                   f"What you watch is not kept. To keep it: setup -tracker-db {path}")
+        if self.config.tracker_db and not self.has_webhooks:
+            self.tell("Without Plex Pass, it is read from the server's history, each hour.")
 
-    def choose_port(self, is_ours: bool) -> None:
-        """The port is the first that is free, or has the daemon (is_ours: a StreamerBrainz there is the one)."""
+    def choose_port(self, is_ours: bool) -> bool:
+        """The port is the first that is free, or has the daemon (is_ours: a StreamerBrainz there): then True."""
         for port in range(self.config.webhooks_port, 65536):
             self.config = self.config._replace(webhooks_port=port)
             try:
@@ -5817,17 +5828,18 @@ class Setup:
                 elif not is_ours:
                     raise ConfigError(f"setup: another StreamerBrainz ({port_holder(port) or 'of another user'}) "
                                       f"listens on {port}; end it, and remove its cron lines.")
-                return
+                return listener is None
             except ConfigError as error:
                 if " is held by " not in str(error):
                     raise
                 self.tell(f"{error} Trying {port + 1} now.")
+        raise ConfigError("setup: no port is free; give one with -webhooks-port.")
 
     def install(self) -> int:
         """Steps 5 to 7, after a yes: what is still to be written and started is."""
         has_systemd = not command_fault("systemctl", "--user", "show-environment")
         is_active = has_systemd and not command_fault("systemctl", "--user", "is-active", "--quiet", "streamerbrainz")
-        self.choose_port(is_active or not has_systemd)
+        listens = self.choose_port(is_active or not has_systemd)
         self.secrets = self.secrets or (secrets.token_urlsafe(32),)
         flags, values = self.flags_text(), dict[str, str]()
         for field in OWNED:
@@ -5844,8 +5856,9 @@ class Setup:
             todo.append(("read your library into the tracker", self.fill_tracker))
         if has_systemd and (todo or self.is_new or not is_active):     # systemd hands a token over at the start
             todo.append(("start the daemon, now and at each boot", functools.partial(self.start_daemon, is_active)))
-        elif todo:
-            todo.append(("show you the lines for cron (systemd is not here for users)", self.show_cron))
+        elif not has_systemd and (todo or not listens):
+            todo.append(("show you the lines for cron (systemd is not here for users)",
+                         functools.partial(self.show_cron, listens)))
         with self.forgiving(PlexError):
             todo += [(change, self.write_webhook)] if (change := self.change(add=True)) else []
         return self.propose(todo, PlexError)          # the daemon does without a webhook
@@ -5883,11 +5896,13 @@ class Setup:
                 fault := command_fault("loginctl", "enable-linger", str(os.getuid()))):
             self.tell(f"It will end when you log out ({fault}). Run: sudo loginctl enable-linger $USER")
 
-    def show_cron(self) -> None:
-        """Tell a person what to enter into the crontab, and wait until that is done."""
-        line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1"
-        self.tell("Run `crontab -e`, enter these two lines, and save:")
-        print(f"\n@reboot {line}\n* * * * * {line}\n")
+    def show_cron(self, listens: bool) -> None:
+        """Tell a person what to enter into the crontab, and wait until that is done.  listens: a daemon does so now."""
+        lock = "flock -no .sb.lock " * bool(shutil.which("flock"))       # so that no Python starts while a daemon runs
+        self.tell("Run `crontab -e`, enter this line if it is not there, and save:")
+        print(f"\n* * * * * {lock}python3 .local/bin/streamerbrainz.py >>sb.log 2>&1\n")
+        if listens:
+            self.tell("A daemon runs with the old flags. End it: pkill -f streamerbrainz.py; cron starts it anew.")
         self.ask("Then press", "Enter")
 
     # -- The webhook of the account
@@ -5921,7 +5936,8 @@ class Setup:
             raise PlexError("pass", NO_PASS)
         before, after = map(collections.Counter, self.planned(add))
         old, new = (", ".join(map(without_secrets, each.elements())) for each in (before - after, after - before))
-        words = f"replace {old} by {new} in" if old and new else f"take {old} out of" if old else f"add {new} to"
+        words = f"put the new secret into {new} in" if old == new else f"add {new} to" if not old else \
+            f"replace {old} by {new} in" if new else f"take {old} out of"
         others = f" ({plural(count, 'other')} stay{'s' * (count == 1)})" if (count := (before & after).total()) else ""
         return f"{words} the webhooks of your Plex account{others}" if old or new else ""
 
@@ -5948,6 +5964,8 @@ class Setup:
         if name == "list":
             urls = [*map(without_secrets, parse_webhooks(self.call(WEBHOOKS)))]
             return print_rows(self.config, [{"url": each} for each in urls], "\n".join(urls) or "There is no webhook.")
+        if given and "is the server itself there" in "".join(differences(given[0], self.config, ())[:1]):
+            raise ConfigError(f"webhook: {differences(given[0], self.config, ())[0]}; give that.")
         change, work = self.change(name == "add"), functools.partial(self.write_webhook, name == "add")
         return self.propose([(change, work)] if change else [])
 
@@ -5956,11 +5974,13 @@ class Setup:
         """Step 8: show what the daemon witnesses of its player now; -> the exit status."""
         tries = self.tries("waiting for the daemon to listen", START_S)
         if not (before := next(filter(None, (self.witnessed() for _ in tries)), None)):
-            raise PlexError("unreachable", f"The daemon does not answer. See: {JOURNAL}")
+            raise PlexError("unreachable", "The daemon does not answer. See: " + (
+                JOURNAL if os.path.exists(unit_path()) else "~/sb.log, which the line for cron makes"))
         self.tell("The daemon listens." + " Press pause on your player, and play again." * (not self.yes))
         status = 0 if self.yes else self.watch(before)
         page = self.right_url().replace(WEBHOOK_PATH, "/")
-        self.tell(f"What plays, in a browser: {page if sys.stdout.isatty() else page.partition('?')[0]}")
+        secret = f" (with ?token= and the first line of {tilde(self.config.webhook_secret_file)})" * ("?" in page)
+        self.tell(f"What plays, in a browser: {page if sys.stdout.isatty() else page.partition('?')[0] + secret}")
         return status
 
     def witnessed(self) -> Witnessed | None:
@@ -5999,6 +6019,7 @@ class Setup:
             if error.fault != "refused":              # it has ended already
                 raise
         remove(self.config.plex_token_file)
+        self.tell("Signed out; the token is deleted.")
 
     # -- The commands
     def setup(self) -> int:
@@ -6045,7 +6066,8 @@ class Setup:
             if is_there and self.agree(question, default):
                 with self.forgiving(PlexError, ConfigError, OSError):
                     work()
-        self.tell("All else stays as it is, also the lines of a crontab, and a daemon that they started.")
+        self.tell("All else stays as it is, also the lines of a crontab (crontab -e), and a daemon that they started "
+                  "(pkill -f streamerbrainz.py).")
         return int(self.failed)
 
 def guided(config: Config) -> int:
@@ -6158,7 +6180,8 @@ class Doctor:
         yield "flags", "", self.flags, "streamerbrainz.py setup   # or give doctor the daemon's flags"
         for flag in SECRETS:
             if path := getattr(config, flag[1:].replace("-", "_")):       # Config.plex_token_file, and so on
-                yield flag, "", functools.partial(self.secret_file, flag, path), ""
+                login = "streamerbrainz.py login" * (flag == "-plex-token-file" and not os.path.exists(path))
+                yield flag, "", functools.partial(self.secret_file, flag, path), login
         if config.on_event:
             yield "-on-event", "", lambda: Finding(OK, shlex.join(hook_command(config.on_event))), ""
         yield "unit", "", self.unit, ""
@@ -6250,7 +6273,8 @@ class Doctor:
             holder = port_holder(self.port)
             return Finding(FAIL, f"port {self.port} is held by {holder}, which does not answer as StreamerBrainz does"
                            if holder else f"nothing listens on port {self.port}",
-                           "systemctl --user restart streamerbrainz   # or: streamerbrainz.py setup", 8)
+                           "systemctl --user restart streamerbrainz   # or: streamerbrainz.py setup"
+                           if os.path.exists(unit_path()) else "streamerbrainz.py setup   # it starts the daemon", 8)
         program, _, version = str(reply.headers.get("Server", "")).partition("/")
         if program != "StreamerBrainz":
             return Finding(FAIL, f"port {self.port} is held by {port_holder(self.port) or 'another program'}",
@@ -6326,8 +6350,9 @@ class Doctor:
         if not wrong or (self.url and foreign and send_to(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         remedy = f"streamerbrainz.py webhook add   # it enters {self.right_url}"
-        if foreign and has_secret(closest, self.secrets):
-            remedy = f"start the tunnel or proxy there; or, without one: {remedy}"
+        if has_secret(closest, self.secrets) and re.match("https://[a-z]", closest):
+            wrong, remedy = [f"nothing of ours answers there: it {send_to(closest)}"], \
+                f"start the tunnel or proxy there; or, without one: {remedy}"
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
                        remedy, 9)
 

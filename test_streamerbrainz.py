@@ -2597,7 +2597,7 @@ NO_PLEX = "Does -plex-server-url point to Plex Media Server?"
 
 @pytest.mark.parametrize("answer, fault, sentence", [
     (http_answer(b"<html>401</html>", "401 Unauthorized"), "refused",
-     "{} refuses the token (401): put a valid one of the server's owner into the -plex-token-file."),
+     "{} refuses the token (401): run `streamerbrainz.py login` as the server's owner."),
     (http_answer(b"", "403 Forbidden"), "forbidden",
      "{} does not show its sessions to this token (403): it must be the server owner's."),
     (http_answer(b'<Response code="503" title="Maintenance"/>', "503 Service Unavailable"), "starting",
@@ -3378,7 +3378,7 @@ def test_positions_have_hours_where_there_are_any(ms, words):
 
 @pytest.mark.parametrize("player, title", [
     (sb.PlayerState("m1", True), "StreamerBrainz"), (known_player(STOPPED), "StreamerBrainz"),
-    (known_player(), "\u25b6\ufe0e Karma Police \u2013 Radiohead"), (known_player(PAUSED), "\u23f8\ufe0e Karma Police \u2013 Radiohead"),
+    (known_player(), "\u25b6\ufe0e Karma Police \u2013 Radiohead"), (known_player(PAUSED), "\u2016 Karma Police \u2013 Radiohead"),
     (known_player(item={"type": "movie", "title": "</title><b>"}), "\u25b6\ufe0e </title><b>")])
 def test_the_tab_is_called_what_plays(player, title):
     assert sb.page_title(player) == title
@@ -3393,7 +3393,7 @@ def test_what_needs_a_person_comes_first():
     player = known_player()._replace(outage=Outage("refused", "nas refuses the token (401)."), machine_identifier="m1")
     seen = sb.Glance(conflicts=((4, "The Office", "multiple_matches"),), broken="it is gone")
     said = page_of(status_of(player, strangers={"m2": "Den"}), seen)
-    places = [said.index(word) for word in ("refuses the token (401). `streamerbrainz.py login`", "The watch tracker cannot be used: it is gone",
+    places = [said.index(word) for word in ("refuses the token (401).", "The watch tracker cannot be used: it is gone",
                                             "Which show is it?", '<a href="/questions/4">', "<section class", "How it knows")]
     assert places == sorted(places) and "-plex-machine-id m2" in said[:places[-2]]
     assert "class=banner>" not in page_of(status_of(known_player())).replace("<p id=lost class=banner hidden>", "")
@@ -6815,7 +6815,7 @@ def test_a_file_with_a_mistake_is_refused_whole_with_its_place(tmp_path, content
 @pytest.mark.parametrize("words, sentence", [
     ("tracker", f"tracker: say one of {', '.join(sb.TRACKER_COMMANDS)}; see: streamerbrainz.py -h"),
     ("tracker frob", f"tracker: say one of {', '.join(sb.TRACKER_COMMANDS)}; see: streamerbrainz.py -h"),
-    ("tracker shows", "tracker: name the database with -tracker-db FILE, or give the @FILE that has this flag."), ("tracker show -tracker-db {}", "tracker show: call it as: tracker show ID|WORDS..."),
+    ("tracker shows", "tracker: name the database with -tracker-db FILE, or turn it on: setup -tracker-db FILE."), ("tracker show -tracker-db {}", "tracker show: call it as: tracker show ID|WORDS..."),
     ("tracker resolve 1 -tracker-db {}", "tracker resolve: call it as: tracker resolve ID SHOW|new|ignore"),
     ("tracker resolve 7 new -tracker-db {}", "there is no such conflict; `tracker conflicts` prints their ids."),
     ("tracker show 99 -tracker-db {}", "there is no such show; `tracker shows` prints their ids."),
@@ -7536,7 +7536,7 @@ def test_players_helps_when_nothing_plays_and_when_the_server_does_not_answer(pl
     assert call(*words, "-json") == (0, "[]\n", "")
     token_file.write_text("wrong")
     assert call(*words) == (
-        1, "", f"streamerbrainz: {plex.url} refuses the token (401): put a valid one of the server's owner into the -plex-token-file.\n")
+        1, "", f"streamerbrainz: {plex.url} refuses the token (401): run `streamerbrainz.py login` as the server's owner.\n")
 
 
 def test_players_asks_for_the_token_on_a_terminal(plex, monkeypatch):
@@ -8208,9 +8208,11 @@ def test_without_systemd_the_lines_for_cron_are_shown(script):
     script_port = script.port
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sb, "START_S", 0.1)
-        done = script.run()
-    line = "python3 .local/bin/streamerbrainz.py >>streamerbrainz.log 2>&1\n"
-    assert f"\n@reboot {line}* * * * * {line}" in done.out and done.status == 1 and "The daemon does not answer." in done.err
+        done, again = script.run(), script.run()
+    line = f"* * * * * {'flock -no .sb.lock ' if shutil.which('flock') else ''}python3 .local/bin/streamerbrainz.py >>sb.log 2>&1"
+    assert f"\n\n{line}\n\n" in done.out and done.status == 1 and "The daemon does not answer. See: ~/sb.log" in done.err
+    assert f"    {line}\n" in pathlib.Path(HERE, "README.md").read_text() or not shutil.which("flock")
+    assert "show you the lines for cron" in " ".join(again.out.split()) and "write" not in again.out      # until a daemon listens
     assert not (script.config.parent / "systemd").exists() and script_port
 
 
