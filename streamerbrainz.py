@@ -38,7 +38,7 @@ Hooks.  If you do not want the tracker, skip Tracker and Browse: no chapter befo
 
 thread             owns                                never
 main               nothing: it starts the others       stays: its end frees memory (see outlive_main)
-watcher            the PlayerStates and when to look   waits over PLEX_S for one answer of Plex
+watcher            the PlayerStates and when to look   waits for Plex over PLEX_S
 listener           the listening socket                reads from a connection
 request (0 to 64)  one connection and its bytes        queries Plex (but for a picture), decides (but for corrections)
 worker             the tracker's shows and marks       asks a server within a transaction
