@@ -1970,7 +1970,7 @@ def item_words(item: Item) -> tuple[str, str]:
     season = f"Season {item.parent_index}, episode {item.index}" if item.index is not None else item.parent_title
     return {EPISODE: (item.grandparent_title, season), TRACK: (item.artist, item.parent_title)}.get(item.type, ("", ""))
 
-SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u2016", STOPPED: "\u25a0"}     # every font has these; U+FE0E: no emoji
+SIGNS = {PLAYING: "\u25b6\ufe0e", PAUSED: "\u275a\u275a", STOPPED: "\u25a0"}      # U+FE0E: as text, no emoji
 
 def page_title(player: PlayerState) -> str:
     """What the tab of the page is called: what plays."""

@@ -3378,7 +3378,7 @@ def test_positions_have_hours_where_there_are_any(ms, words):
 
 @pytest.mark.parametrize("player, title", [
     (sb.PlayerState("m1", True), "StreamerBrainz"), (known_player(STOPPED), "StreamerBrainz"),
-    (known_player(), "\u25b6\ufe0e Karma Police \u2013 Radiohead"), (known_player(PAUSED), "\u2016 Karma Police \u2013 Radiohead"),
+    (known_player(), "\u25b6\ufe0e Karma Police \u2013 Radiohead"), (known_player(PAUSED), "\u275a\u275a Karma Police \u2013 Radiohead"),
     (known_player(item={"type": "movie", "title": "</title><b>"}), "\u25b6\ufe0e </title><b>")])
 def test_the_tab_is_called_what_plays(player, title):
     assert sb.page_title(player) == title
