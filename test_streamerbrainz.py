@@ -8751,6 +8751,19 @@ def test_the_demo_waits_on_a_terminal_with_its_page_open(home):
     assert code == 0 and "stopped listening" in said and "Traceback" not in said
 
 
+def test_the_demo_ends_with_its_terminal(home, tmp_path):
+    master, slave = os.openpty()
+    demo = subprocess.Popen([sys.executable, PROGRAM, "demo", "-webhooks-port", str(free_port()), "-speed", "100"], stdin=slave, stdout=slave, stderr=slave,
+                            start_new_session=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    os.close(slave)
+    said = b""
+    while b"# The page stays open" not in said:
+        said += os.read(master, 65536)
+    os.close(master)                                       # the ssh that it ran in has gone
+    demo.wait(10)
+    assert not list(tmp_path.glob("tmp*"))                 # and its tracker with it
+
+
 def test_the_demo_takes_another_port_where_a_daemon_has_it():
     with Process() as daemon:
         done = start("demo", "-webhooks-port", daemon.port, "-webhooks-host", "127.0.0.1", "-speed", "100")
