@@ -3333,7 +3333,8 @@ def foreign_rows(content: bytes, form: str, place: str, said: list[str]) -> Iter
                 if None in row or None in row.values() or not row.keys() >= YAMTRACK:
                     raise csv.Error("a row has too many or too few columns")
                 yield row
-    except (csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (csv.Error, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, RuntimeError,
+            OverflowError) as error:                  # an offset in the zip that a system of 32 bits cannot take
         reason = printable(text(why(error), 100))
         raise ConfigError(f"tracker import: {place} is damaged ({reason}); export it again.") from error
 
