@@ -246,6 +246,12 @@ def time_of(value: object) -> int:
     """A foreign Unix time, bounded: from 0 to LAST_TIME; 0 for anything else."""
     return min(number(value) or 0, LAST_TIME)
 
+def http_time(date: object) -> float | None:
+    """The Unix time in a Date header; None for anything else."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):       # what email.utils raises on other words
+        return email.utils.parsedate_to_datetime(str(date)).timestamp()
+    return None
+
 def json_value(content: bytes, most: int = MAX_VALUES) -> object:
     """The value in foreign JSON; None also if it is not JSON, nested too deep, or has too many values."""
     try:
@@ -1428,9 +1434,8 @@ class PlexServer:
         """What is at a path: a Reply with status 200, as exchange() gives it; raises PlexError."""
         reply = exchange(self.url + path, {"X-Plex-Token": self.current_token, **headers}, timeout_s=timeout_s,
                          room=room, context=self.context)
-        with contextlib.suppress(ValueError, TypeError, OverflowError):       # for a Date that is not one
-            now = email.utils.parsedate_to_datetime(str(reply.headers.get("Date"))).timestamp()
-            self.ahead_s = now - boot_s() if now > BUILT else self.ahead_s
+        if (now := http_time(reply.headers.get("Date")) or 0) > BUILT:
+            self.ahead_s = now - boot_s()
         check_status(reply.status, self.url, path)
         return reply
 
@@ -1735,7 +1740,7 @@ class Watcher:
 # Needs of Player: PROOF_MISSES, PlayerState, PlexServer, Status, missing_sentence, position_ms, strangers_sentence
 
 # -- Status -> words, JSON, metrics
-# How long the watcher is busy (a look takes PLEX_S, the first one 2 * ABOUT_S more); an outage, or a webhook's wait.
+# How long the watcher is busy (a look takes PLEX_S); an outage, or a webhook's wait.
 STALL_S, UNHEALTHY_S = 15.0, 300.0
 
 class Glance(NamedTuple):
@@ -5448,6 +5453,7 @@ def nearby() -> list[str]:
 # What is said of a URL in the account.  NOT_HERE ends what is said of another machine: it may forward to us, as a proxy
 # does.  Then a webhook is sent there, and ARRIVES proves it.
 NO_URL, NOT_HERE, ARRIVES = "it is not an http URL", "nor a way to it", "arrives"
+ITSELF = "is the server itself there"         # is said of localhost
 
 def is_here(host: str) -> bool | None:
     """Whether a host is this machine: no socket can be bound to another one's address.  None: it has no address."""
@@ -5481,7 +5487,7 @@ def differences(url: str, config: Config, valid: Sequence[str]) -> list[str]:
     here = is_here((urllib.parse.urlsplit(config.plex_server_url).hostname or host) if is_local else host)
     port, path = parts.port or (443 if parts.scheme == "https" else 80), urllib.parse.urlsplit(shown).path or "/"
     differs = {
-        f"{host} is the server itself there; the address of this machine is {address}": is_local and not here,
+        f"{host} {ITSELF}; the address of this machine is {address}": is_local and not here,
         f"the host {host} has no address (a container's name?); this machine is {address}":
             not is_local and here is None,
         f"the host {host} is not this machine, {address}, {NOT_HERE}": not is_local and here is False,
@@ -5529,12 +5535,12 @@ def unit_path() -> str:
 
 def unit_text(config: Config) -> str:
     """The unit for this machine and these flags: its Python, our places, and what else of the home is read."""
-    home, files = os.path.expanduser("~"), [config.plex_ca_file, config.webhook_secret_file, config.tracker_db]
-    for each in (config.plex_token_file, usual("flags"), *files):
-        if re.search(r"[\s%\"'\\]", each) or os.path.dirname(config.tracker_db) == home:
+    home, files = os.path.expanduser("~"), [each for each in (config.plex_ca_file, config.webhook_secret_file) if each]
+    for each in (config.plex_token_file, usual("flags"), *files, config.tracker_db):
+        if re.search(r"[\s%\"'\\]", each) or (each == config.tracker_db and os.path.dirname(each) == home):
             raise ConfigError(f"setup: the unit cannot show {tilde(each)} alone: give it a folder of its own, and no "
                               "blank or sign of systemd (% \" ' \\) in its path.")
-    unit, read = UNIT, [os.path.dirname(each) if os.path.dirname(each) != home else each for each in files[:2] if each]
+    unit, read = UNIT, [each if os.path.dirname(each) == home else os.path.dirname(each) for each in files]
     if command_fault("/usr/bin/python3", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
         unit = unit.replace("/usr/bin/python3", os.path.realpath(sys.executable))
         read.append(sys.base_prefix)                  # it may be in the home, as pyenv's
@@ -5544,7 +5550,7 @@ def unit_text(config: Config) -> str:
                         ("%h/.config/streamerbrainz", here), ("%h/.local/share/streamerbrainz", data),
                         ("ReadOnlyPaths=", "".join(("ReadOnlyPaths=", *more)))):
         unit = unit.replace(place, path)
-    return unit.replace(os.path.expanduser("~/"), "%h/")
+    return unit.replace(f"{home}/", "%h/")
 
 # -- setup, step by step
 JOURNAL = "journalctl --user-unit streamerbrainz"
@@ -5842,6 +5848,7 @@ class Setup:
         is_active = has_systemd and not command_fault("systemctl", "--user", "is-active", "--quiet", "streamerbrainz")
         listens = self.choose_port(is_active or not has_systemd)
         self.secrets = self.secrets or (secrets.token_urlsafe(32),)
+        unit = unit_text(self.config) if has_systemd else ""          # cron shows the daemon all files
         flags, values = self.flags_text(), dict[str, str]()
         for field in OWNED:
             flag, value = f"-{field.replace('_', '-')}", getattr(self.config, field)
@@ -5849,7 +5856,7 @@ class Setup:
                 values[flag] = tilde(str(value))
         files = {self.config.webhook_secret_file: ("".join(f"{each}\n" for each in self.secrets), 0o600),
                  usual("flags"): (with_flags(flags, values), 0o600),
-                 self.program: (read_text(__file__), 0o755), unit_path(): (unit_text(self.config) * has_systemd, 0o644)}
+                 self.program: (read_text(__file__), 0o755), unit_path(): (unit, 0o644)}
         todo: list[Todo] = [
             (f"write {tilde(path)}", functools.partial(write_private, path, content, "setup", mode=mode))
             for path, (content, mode) in files.items() if content and content.strip() != read_text(path).strip()]
@@ -5915,9 +5922,10 @@ class Setup:
 
     def is_ours(self, url: str) -> bool:
         """Whether a webhook of the account leads to this daemon, or did so once."""
-        parts = url_parts(url)
-        if not parts or has_secret(url, self.secrets) or parts[:3] == url_parts(self.right_url())[:3]:  # type: ignore[index]
-            return bool(parts)
+        if not (parts := url_parts(url)):
+            return False
+        if has_secret(url, self.secrets) or re.split("[?#]", url)[0] == self.right_url().partition("?")[0]:
+            return True
         # An address of long ago is one at which no StreamerBrainz answers; but one with a secret is another's.
         return parts.path == WEBHOOK_PATH and parts.port == self.config.webhooks_port and "@" not in parts.netloc and (
             bool(is_here(str(parts.hostname))) or not (given_secrets(parts.query) or self.sent(url) == ARRIVES))
@@ -5965,8 +5973,8 @@ class Setup:
         if name == "list":
             urls = [*map(without_secrets, parse_webhooks(self.call(WEBHOOKS)))]
             return print_rows(self.config, [{"url": each} for each in urls], "\n".join(urls) or "There is no webhook.")
-        if given and "is the server itself there" in "".join(differences(given[0], self.config, ())[:1]):
-            raise ConfigError(f"webhook: {differences(given[0], self.config, ())[0]}; give that.")
+        if given and ITSELF in (wrong := differences(given[0], self.config, ()) or [""])[0]:
+            raise ConfigError(f"webhook: {wrong[0]}; give that.")
         change, work = self.change(name == "add"), functools.partial(self.write_webhook, name == "add")
         return self.propose([(change, work)] if change else [])
 
@@ -6042,15 +6050,16 @@ class Setup:
             systemctl("daemon-reload")
             command_fault("systemctl", "--user", "reset-failed", "streamerbrainz")
             self.tell("Other services of yours still start at boot. If there are none: loginctl disable-linger")
-        needed = list[PlexError]()                    # why the token is needed still
+        is_needed = False                             # the token, still
         def leave_account() -> None:
+            nonlocal is_needed
             try:
                 self.write_webhook(False)
             except PlexError as error:
-                needed.extend([error] * (error.fault not in ("pass", "refused")))
+                is_needed = error.fault not in ("pass", "refused")
                 raise
         def sign_out() -> None:
-            if needed:
+            if is_needed:
                 raise ConfigError("The token stays: without it nobody could take the webhook out later.")
             self.sign_out()
         files, database = [usual(name) for name in ("flags", "webhook-secret", "client-id")], self.config.tracker_db
@@ -6109,11 +6118,9 @@ class Finding(NamedTuple):
 # -- Verdicts: an answer -> Finding
 def compare_clocks(date: str, now: float) -> Finding:
     """Is our clock right?  The server tells its own in the Date header of each answer.  now: Unix s."""
-    try:
-        off_s = now - email.utils.parsedate_to_datetime(date).timestamp()
-    except (ValueError, TypeError, OverflowError):    # what email.utils raises for a date that is not one
+    if (theirs := http_time(date)) is None:
         return Finding(SKIP, "the server does not tell its time")
-    if abs(off_s) <= CLOCK_S:
+    if abs(off_s := now - theirs) <= CLOCK_S:
         return Finding(OK, f"within {CLOCK_S:.0f} s of the server's")
     return Finding(FAIL, f"it is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's",
                    "sudo timedatectl set-ntp true   # here and on the server")
@@ -6171,6 +6178,7 @@ class Doctor:
         self.secrets = self.hidden = tuple[str, ...]()        # of webhooks; and all: no finding may show them
         self.now = self.root = json_object(None)      # the daemon's /now; the server's "/", which only its owner gets
         self.date = self.query = ""                   # of the server's answer; the end of our URLs, with a secret
+        self.sent = functools.cache(send_to)          # some URLs are silent for PLEX_S
         self.is_silent = False                        # no webhook has come, or none with the last changes
         self.url = ""                                 # the closest match in the account; and what it should be:
         self.right_url = configured_url(config, self.port) + ("?token=..." if config.webhook_secret_file else "")
@@ -6348,18 +6356,18 @@ class Doctor:
         self.url = closest if wrong != [NO_URL] and WEBHOOK_PATH in closest else ""     # never send to other programs
         # A tunnel or a proxy may lead here.
         foreign = closest.startswith("https:") or any(each.endswith(NOT_HERE) for each in wrong)
-        if not wrong or (self.url and foreign and send_to(closest) == ARRIVES):
+        if not wrong or (self.url and foreign and self.sent(closest) == ARRIVES):
             return Finding(OK, without_secrets(closest))
         remedy = f"streamerbrainz.py webhook add   # it enters {self.right_url}"
         if has_secret(closest, self.secrets) and re.match("https://[a-z]", closest):
-            wrong, remedy = [f"nothing of ours answers there: it {send_to(closest)}"], \
+            wrong, remedy = [f"nothing of ours answers there: it {self.sent(closest)}"], \
                 f"start the tunnel or proxy there; or, without one: {remedy}"
         return Finding(FAIL, f"of {len(urls)}, {without_secrets(closest)} is the closest match, but {'; '.join(wrong)}",
                        remedy, 9)
 
     def delivery(self) -> Finding:
         """Does a webhook arrive that is sent from here, to the account's URL and to the one that should be there?"""
-        tried = {url: send_to(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
+        tried = {url: self.sent(url) for url in (self.url, configured_url(self.config, self.port) + self.query) if url}
         said = "; ".join(f"to {without_secrets(url)} {words}" for url, words in tried.items())
         if set(tried.values()) == {ARRIVES}:
             hint = "; if Plex's do not come, restart the server: some use a new URL only then"

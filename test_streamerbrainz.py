@@ -8368,6 +8368,20 @@ def test_a_token_in_the_place_of_its_file_is_not_repeated(cloud, home, command):
 def test_a_path_that_the_unit_cannot_show_is_refused(script, home, words):
     done = script.run(*(word.format(home=home) for word in words.split(" ", 1)))
     assert done.status == 2 and "the unit cannot show ~/" in done.err and not script.urls
+    assert f"the unit cannot show ~{words.partition('}')[2]} alone" in done.err
+
+
+def test_where_there_is_no_unit_a_path_may_be_anything(script, home, monkeypatch):
+    (script.tools / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setattr(sb, "START_S", 0.1)
+    assert "the unit cannot show" not in script.run("-tracker-db", home / "x.db").err and (script.config / "flags").exists()
+
+
+def test_doctor_sends_one_webhook_to_each_url(sick, monkeypatch):
+    sent = []
+    monkeypatch.setattr(sb, "send_to", lambda url: sent.append(url) or "fails: it is silent")
+    sick.urls = [{"url": "https://streamerbrainz.invalid/webhooks/plex?token=0123456789abcdef"}]
+    assert "start the tunnel or proxy" in json.dumps(sick.examine()) and len(sent) == len(set(sent)) == 2
 
 
 def test_a_look_that_fails_does_not_end_setup_while_it_waits_for_the_player(machine):
