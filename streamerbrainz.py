@@ -6445,6 +6445,7 @@ EVENING: tuple[tuple[float, str, str, dict[str, str], str, int], ...] = (
     (100, "Plexamp crashes. Plex shows it as playing for up to 30 minutes; we find out in 41 seconds (of real time).",
      CRASHED, _TEARDROP, "", 0),
     (145, "That was the evening.", "", {}, "", 0))
+PING_S = 10.0                     # as Plex; a stream that says nothing for SILENCE_S is broken
 PICTURE_SIZE = 96                 # pixels
 
 def picture(key: str) -> bytes:
@@ -6488,14 +6489,18 @@ class _StandInHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def stream(self) -> None:
-        """The event stream, until the daemon ends."""
+        """The event stream, with a ping where nothing happens, until the daemon has gone."""
         events: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.send_response_only(200)
         self.end_headers()
         self.server.streams.append(events)  # type: ignore[union-attr]
         with contextlib.suppress(OSError):
             while True:
-                self.wfile.write(b"event: playing\ndata: %b\n\n" % events.get())
+                event = b"event: ping\ndata: {}\n\n"
+                with contextlib.suppress(queue.Empty):
+                    event = b"event: playing\ndata: %b\n\n" % events.get(timeout=PING_S)
+                self.wfile.write(event)
+        self.server.streams.remove(events)  # type: ignore[union-attr]
 
 class StandIn(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """A small stand-in for Plex Media Server: the sessions of one player over HTTP, and webhooks in Plex's form."""

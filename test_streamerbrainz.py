@@ -8785,6 +8785,20 @@ def test_the_demo_takes_another_port_where_a_daemon_has_it():
     assert done.status == 0 and port != daemon.port
 
 
+def test_the_stand_ins_stream_pings_as_plex_does_and_forgets_who_has_gone(monkeypatch):
+    monkeypatch.setattr(sb, "PING_S", 0.02)
+    with serving(sb.StandIn(TOKEN, "m1", has_events=True)) as stand_in:
+        with socket.create_connection(("127.0.0.1", stand_in.server_address[1])) as connection:
+            connection.sendall(f"GET /:/eventsource/notifications HTTP/1.1\r\nX-Plex-Token: {TOKEN}\r\n\r\n".encode())
+            said = b""
+            while said.count(b"event: ping\ndata: {}\n\n") < 2:
+                said += connection.recv(65536)
+            stand_in.turn(PLAYING, TRACK)
+            while b'"state": "playing"' not in said:
+                said += connection.recv(65536)
+        eventually(lambda: not stand_in.streams)
+
+
 def test_each_cover_of_the_demo_is_a_picture_of_its_own():
     pictures = [sb.picture(item["ratingKey"]) for _, _, _, item, _, _ in sb.EVENING if item]
     assert len(set(pictures)) == 5 and all(len(each) < 5000 for each in pictures)
